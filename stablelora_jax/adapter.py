@@ -1,0 +1,198 @@
+"""What an adapter is: the spec, the pair, and the sites of a model that a spec selects.
+
+``y = x W0 + s (x A) B`` for a Flax kernel ``W0`` (in, out), with A = ``lora_a`` (in, r), B = ``lora_b`` (r, out) and
+``s = alpha / r`` (LoRA, arXiv 2106.09685) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732). ::
+
+    params   = {"model": {"layers": {"self_attn": {"q_proj": {"kernel": (L, in, out)}}}}}
+    adapters = {"model": {"layers": {"self_attn": {"q_proj": {"lora_a": (L, in, r), "lora_b": (L, r, out)}}}}}
+
+A *pair* is any dict that holds both ``lora_a`` and ``lora_b``; the last two axes are the matrix, leading axes index
+independent pairs. Where layers differ in rank or are not adapted, the stack is padded to the largest rank with zeros
+in *both* factors, which every gradient then keeps at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from stablelora_jax import tree
+from stablelora_jax.errors import InputError
+from stablelora_jax.tree import Path
+
+HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "unembed")  # never part of "all-linear"
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which modules are adapted and how: static, hashable, comparable, serialisable. Words and meanings are PEFT's.
+
+    Raises:
+      InputError: a value out of range or of the wrong kind.
+    """
+
+    rank: int = _help(8, "rank r of A (in, r) and B (r, out)")
+    alpha: float = _help(16, "numerator of the scale")
+    target: str | tuple[str, ...] = _help(
+        ("q_proj", "v_proj"), "list of module-name endings, one regular expression, or all-linear (never the head)"
+    )
+    scaling: Literal["lora", "rslora"] = _help("lora", "lora: alpha/r; rslora: alpha/sqrt(r)")
+    dropout: float = _help(0.0, "dropout rate on the input of the low-rank path, during training only")
+    exclude: str | tuple[str, ...] = _help((), "modules left out, written as target is")
+    layers: tuple[int, ...] | None = _help(None, "numbers of the layers to adapt; null for all")
+    rank_pattern: Mapping[str, int] = _help((), "rank for modules whose name ends in a pattern; first match wins")
+    alpha_pattern: Mapping[str, float] = _help((), "alpha likewise")
+    stacked: tuple[str, ...] = _help(("layers",), "modules whose parameters have a leading layer axis (nn.scan)")
+    in_axes: Mapping[str, tuple[int, ...]] = _help(
+        (), "kernel axes that a module contracts, stack axes not counted, where its bias does not tell"
+    )
+    parametrization: Literal["lora"] = _help("lora", "how the pair changes a kernel")
+    init: Literal["kaiming"] = _help("kaiming", "how a pair starts; kaiming is PEFT's default")
+
+    def __post_init__(self) -> None:
+        """Check every field and bring lists and maps into their canonical, hashable form."""
+        for name in ("target", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, str) else tuple(sorted(set(value))))
+        for name in ("rank_pattern", "alpha_pattern", "in_axes"):
+            object.__setattr__(self, name, _canonical(getattr(self, name)))
+        if self.layers is not None:
+            layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+        object.__setattr__(self, "stacked", tuple(self.stacked))
+        self._check()
+
+    def _check(self) -> None:
+        for key, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern)):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise InputError(f"{key} must be a whole number of at least 1, not {rank!r}")
+        for key, alpha in (("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern)):
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                raise InputError(f"{key} must be a positive number, not {alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        if not self.target:
+            raise InputError("target is empty: name modules, give a regular expression or say all-linear")
+        for name, allowed in (("scaling", ("lora", "rslora")), ("parametrization", ("lora",)), ("init", ("kaiming",))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, maps and numbers; ``LoraSpec(**spec.to_dict()) == spec``."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("rank_pattern", "alpha_pattern", "in_axes"):
+            plain[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in plain[name]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    def selects(self, name: str) -> bool:
+        """Whether the module called ``name`` is adapted."""
+        if self.exclude and tree.matches(self.exclude, name):
+            return False
+        if self.target == "all-linear":
+            chosen = name.rsplit(".", 1)[-1] not in HEADS
+        else:
+            chosen = tree.matches(self.target, name)
+        return chosen and (self.layers is None or tree.layer_number(name, self.stacked) in self.layers)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the module called ``name``: the first key of ``rank_pattern`` that matches, else ``rank``."""
+        return next((rank for key, rank in self.rank_pattern if tree.pattern_matches(key, name)), self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the module called ``name``, by ``alpha_pattern`` and ``alpha``."""
+        return next((alpha for key, alpha in self.alpha_pattern if tree.pattern_matches(key, name)), self.alpha)
+
+    def scale_of(self, name: str) -> float:
+        """The scale s of the module called ``name``."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (rank if self.scaling == "lora" else math.sqrt(rank))
+
+
+class Site(NamedTuple):
+    """One place of the parameter tree that carries adapters: one module, or a stack of them."""
+
+    path: Path
+    names: tuple[str, ...]  # dotted module names, one for each element of the stack, C order
+    stack: tuple[int, ...]  # shape of the stack axes; () for a single module
+    ranks: tuple[int, ...]  # one for each name; 0 where the layer is not adapted
+    scales: tuple[float, ...]  # likewise
+    size: tuple[int, int]  # (in, out) with all contracted and all other kernel axes flattened
+
+    @property
+    def rank(self) -> int:
+        """The rank that the stack is padded to."""
+        return max(self.ranks)
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers of the pairs, padding not counted."""
+        return sum(self.ranks) * sum(self.size)
+
+    def mask(self) -> np.ndarray:
+        """Which columns of A, and rows of B, are in use: bool, stack + (rank,)."""
+        return (np.arange(self.rank) < np.array(self.ranks)[:, None]).reshape(*self.stack, self.rank)
+
+    def scale(self) -> jnp.ndarray:
+        """The scale of each element of the stack, in the default float dtype."""
+        return jnp.asarray(np.array(self.scales).reshape(self.stack), jnp.result_type(float))
+
+
+def is_pair(node: Any) -> bool:
+    """Whether ``node`` is a dict that holds a LoRA pair."""
+    return isinstance(node, Mapping) and "lora_a" in node and "lora_b" in node
+
+
+def pairs(adapters: Any) -> dict[Path, Mapping[str, Any]]:
+    """Every pair of ``adapters`` by path, sorted."""
+    return tree.find_dicts(adapters, is_pair)
+
+
+def make_site(path: Path, stack: tuple[int, ...], size: tuple[int, int], spec: LoraSpec) -> Site:
+    """The site at ``path`` as ``spec`` sees it; its ranks are all 0 where nothing is selected."""
+    names = tree.names(path, stack, spec.stacked)
+    chosen = [spec.selects(name) for name in names]
+    ranks = tuple(spec.rank_of(n) if c else 0 for n, c in zip(names, chosen, strict=True))
+    scales = tuple(spec.scale_of(n) if c else 0.0 for n, c in zip(names, chosen, strict=True))
+    return Site(path, names, stack, ranks, scales, size)
+
+
+def adapter_sites(adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
+    """The sites of existing ``adapters``.
+
+    Raises:
+      InputError: there are no pairs, or a pair does not have the shape that ``spec`` gives it.
+    """
+    found = {}
+    for path, pair in pairs(adapters).items():
+        a, b = jnp.shape(pair["lora_a"]), jnp.shape(pair["lora_b"])
+        if len(a) < 2 or len(a) != len(b) or a[:-2] != b[:-2] or a[-1] != b[-2]:
+            raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} do not make a pair (in, r) and (r, out)")
+        site = make_site(path, a[:-2], (a[-2], b[-1]), spec)
+        if site.rank != a[-1]:
+            raise InputError(f"{'.'.join(path)}: adapters have rank {a[-1]}, the spec says {site.rank}")
+        found[path] = site
+    if not found:
+        raise InputError("the adapter tree holds no pair (no dict with both lora_a and lora_b)")
+    return found
+
+
+def _canonical(patterns: Any) -> tuple[tuple[str, Any], ...]:
+    """Pattern maps as tuples; sorted where the order cannot matter, since the first match wins where it can."""
+    items = patterns.items() if isinstance(patterns, Mapping) else patterns
+    pairs = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in items)
+    return pairs if any(_overlap(p, q) for i, (p, _) in enumerate(pairs) for q, _ in pairs[:i]) else tuple(sorted(pairs))
+
+
+def _overlap(p: str, q: str) -> bool:
+    """Whether two patterns may match the same name: literal endings are compared, other expressions assumed to."""
+    literal = all(c.isalnum() or c in "_." for c in p + q)
+    return not literal or all(a == b or "." in (a, b) for a, b in zip(reversed(p), reversed(q), strict=False))

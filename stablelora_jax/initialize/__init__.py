@@ -1,0 +1,11 @@
+"""The axis of initialisations: where a pair starts. One file each, one line here.
+
+A member is a function ``(key, w, rank, dtype) -> (pair, w0)`` for one kernel ``w`` (in, out): deterministic in the
+key, ``w0`` is the base to train on, and ``w0 + s A B == w`` where the method promises it.
+"""
+
+from stablelora_jax.initialize.kaiming import kaiming
+
+INITIALIZERS = {
+    "kaiming": kaiming,
+}

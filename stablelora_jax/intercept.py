@@ -1,0 +1,149 @@
+"""The low-rank path: any Linen model computes ``x W0 + s (x A) B`` without a change to its code.
+
+``adapted(model, spec).apply({"params": params, "lora": adapters}, x)`` lays the adapters into ``params`` beside the
+kernels they change and runs the model under ``flax.linen.intercept_methods``. The interceptor finds ``lora_a`` and
+``lora_b`` among the module's own parameters, where every ``nn.scan``, ``nn.vmap`` and ``nn.remat`` has already sliced
+them. (A separate collection would be ignored, without an error, by a model whose scan does not list it; a Python
+closure would not be sliced.) The scale and, when dropout acts, its rate and keys take the same way in.
+
+Dropout (on x, before A) acts iff ``rngs={"dropout": key}`` is passed. With one key for each row of the batch, shape
+(B,), masks depend on the rows alone, and so are the same for every layout of devices.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stablelora_jax import tree
+from stablelora_jax.adapter import LoraSpec, Site
+from stablelora_jax.contraction import contract
+from stablelora_jax.errors import InputError
+from stablelora_jax.parametrize import PARAMETRIZATIONS
+from stablelora_jax.sites import as_dict, fitted_sites, kernel_axes
+from stablelora_jax.tree import Path
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A Linen model seen through a :class:`LoraSpec`; made by :func:`adapted`."""
+
+    model: nn.Module
+    spec: LoraSpec
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        """``model.apply`` with the low-rank path; without ``"lora"`` in ``variables`` it is the base model's.
+
+        Args:
+          variables: the model's collections, plus ``"lora"`` (adapters) and, optionally, ``"lora_hp"`` (scales and
+            dropout rates as arrays, see :func:`stablelora_jax.hyper`).
+          *args: passed on to the model.
+          rngs: as for any Linen model, a dict or one key; ``"dropout"`` may hold one key, or one key per batch row.
+          **kwargs: passed on to ``model.apply`` (``method``, ``mutable``) and from there to the model.
+
+        Raises:
+          InputError: adapters that do not fit the model, or that no module of it has read.
+        """
+        own = {name: tree for name, tree in variables.items() if name not in ("lora", "lora_hp")}
+        keys, rngs = _split_dropout(rngs)
+        if "lora" not in variables:
+            return self.model.apply(own, *args, rngs=rngs, **kwargs)
+        params = as_dict(own["params"])
+        sites = fitted_sites(params, variables["lora"], self.spec)
+        off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
+        laid = _lay(params, variables["lora"], variables.get("lora_hp"), sites, None if off else keys, self.spec)
+        unread = set(sites)
+        axes = {path: kernel_axes(path, tree.get_in(params, path), self.spec)[1] for path in sites}
+        with nn.intercept_methods(_interceptor(self.spec, axes, unread, keys)):
+            out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
+        if unread and kwargs.get("method") is None:
+            raise InputError(
+                f"no Dense, DenseGeneral, Conv or Einsum of the model read the adapters at "
+                f"{', '.join('.'.join(path) for path in sorted(unread))}: exclude them from the spec"
+            )
+        return out
+
+
+def adapted(model: nn.Module, spec: LoraSpec) -> Adapted:
+    """``model`` with the low-rank path of ``spec``: an object with the ``apply`` of a Linen module."""
+    return Adapted(model, spec)
+
+
+def _lay(
+    params: dict[str, Any], adapters: Any, numbers: Any, sites: Mapping[Path, Site], keys: Any, spec: LoraSpec
+) -> dict[str, Any]:
+    """``params`` with each site's pair, scale and, where dropout acts, its rate and keys as further leaves."""
+    for path, site in sites.items():
+        given = tree.get_in(numbers, path) or {}
+        extra = {**tree.get_in(adapters, path), "lora_scale": given.get("lora_scale", site.scale())}
+        if keys is not None:
+            rate = jnp.asarray(given.get("lora_dropout", spec.dropout))
+            extra |= {"lora_dropout": jnp.broadcast_to(rate, site.stack), "lora_key": _site_keys(keys, site)}
+        module = tree.get_in(params, path)
+        if clash := set(extra) & set(module):
+            raise InputError(f"{'.'.join(path)} of the base already has a parameter called {sorted(clash)[0]}")
+        params = tree.set_in(params, path, {**module, **extra})
+    return params
+
+
+def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], unread: set[Path], keys: Any) -> Any:
+    change = PARAMETRIZATIONS[spec.parametrization].delta
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y = next_fun(*args, **kwargs)
+        module = context.module
+        if context.method_name != "__call__" or module.path not in axes:
+            return y
+        if not isinstance(module, nn.Dense | nn.DenseGeneral | nn.Conv | nn.Einsum):
+            return y
+        own = module.variables["params"]
+        x = args[0] if args else kwargs["inputs"]
+        if "lora_key" in own:
+            x = _dropout(x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys)))
+        z, place = contract(module, x, own["kernel"], own["lora_a"], axes[module.path], args[1:], kwargs)
+        unread.discard(module.path)
+        delta = place(change(z, own, own["lora_scale"]))
+        return (y.astype(delta.dtype) + delta).astype(y.dtype)
+
+    return intercept
+
+
+def _dropout(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+    """Inverted dropout with one key, or one key for each index of the first axis of ``x``."""
+    if key.ndim and key.shape[0] != x.shape[0]:
+        raise InputError(f"{key.shape[0]} dropout keys for an input of {x.shape}: rows must be its first axis")
+    keep = 1.0 - rate
+    rows = jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[1:]))
+    mask = rows(key) if key.ndim else jax.random.bernoulli(key, keep, x.shape)
+    return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _split_dropout(rngs: Any) -> tuple[Any, Any]:
+    """The keys of the low-rank path as typed keys, and the rngs to hand on to the model."""
+    if rngs is None:
+        return None, None
+    if not isinstance(rngs, Mapping):
+        return (_typed(rngs), rngs)
+    if "dropout" not in rngs:
+        return None, rngs
+    keys = _typed(rngs["dropout"])
+    return keys, {**rngs, "dropout": keys[0] if keys.ndim else keys}
+
+
+def _typed(keys: Any) -> jax.Array:
+    keys = jnp.asarray(keys)
+    return keys if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(keys)
+
+
+def _site_keys(keys: jax.Array, site: Site) -> jax.Array:
+    """Raw keys (stack..., [B,] words): one for each module, by its name, so that scanned equals unrolled."""
+    marks = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
+    fold = jax.vmap(jax.random.fold_in, (0, None)) if keys.ndim else jax.random.fold_in
+    data = jax.random.key_data(jax.vmap(lambda mark: fold(keys, mark))(marks))
+    return data.reshape(*site.stack, *data.shape[1:])

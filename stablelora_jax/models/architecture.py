@@ -1,0 +1,176 @@
+"""What a decoder looks like: ``config.json`` of the Llama and Qwen2 families as one frozen dataclass.
+
+Reads the old style (``rope_theta``, ``rope_scaling``) and the style of transformers 5 (``rope_parameters``). A key that
+changes the forward pass and is neither handled here nor at its neutral value is refused by name: a model that differs
+silently from the one its authors trained is worse than none. Sources of the meanings and defaults:
+``transformers/models/{llama,qwen2}/configuration_*.py`` and ``transformers/modeling_rope_utils.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stablelora_jax.errors import InputError
+
+MODEL_TYPES = ("llama", "qwen2")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# Keys that leave the logits alone: names, training-time settings, token ids, file bookkeeping.
+INERT = frozenset(
+    """architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache
+    initializer_range max_position_embeddings max_window_layers bos_token_id eos_token_id pad_token_id sep_token_id
+    decoder_start_token_id attn_implementation _attn_implementation tokenizer_class task_specific_params id2label
+    label2id problem_type chunk_size_feed_forward output_attentions output_hidden_states return_dict torchscript
+    is_decoder is_encoder_decoder base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference unsloth_version
+    unsloth_fixed rope_scaling rope_theta rope_parameters auto_map transformers.js_config head_dim
+    num_key_value_heads rms_norm_eps tie_word_embeddings attention_dropout""".split()
+) | set(SIZES)
+# Keys that must have one of these values; every other unknown key must be off (None, False, 0, empty).
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "pretraining_tp": (None, 1),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "rope_interleaved": (None, False),
+}
+ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: ``kind`` is ``default``, ``linear`` or ``llama3`` (which alone reads the last three)."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Architecture of one decoder; field names are Hugging Face's."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope: Rope = Rope()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+
+
+def decoder_config(raw: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
+    """Read the content of a ``config.json``; ``source`` names the file in errors.
+
+    Raises:
+      InputError: an unknown model type, a missing or absurd size, or a feature that this decoder does not have.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise InputError(f"{source}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
+    sizes = {name: _size(raw, name, source) for name in SIZES}
+    heads = sizes["num_attention_heads"]
+    kv_heads = _size(raw, "num_key_value_heads", source, default=heads)
+    if heads % kv_heads:
+        raise InputError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
+        raise InputError(f"{source}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} attention heads")
+    head_dim = _size(raw, "head_dim", source, default=sizes["hidden_size"] // heads)
+    if head_dim % 2:
+        raise InputError(f"{source}: head_dim {head_dim} is odd, but rotary positions turn pairs of dimensions")
+    _refuse_unknown(raw, source)
+    qkv_bias = model_type == "qwen2" or bool(raw.get("attention_bias"))
+    return DecoderConfig(
+        model_type=model_type,
+        **sizes,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=_rope(raw, source),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        o_bias=qkv_bias and model_type == "llama",
+        mlp_bias=bool(raw.get("mlp_bias")) and model_type == "llama",
+        max_position_embeddings=_size(raw, "max_position_embeddings", source, default=2048),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=_as_tuple(raw.get("eos_token_id")),
+    )
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The content of a ``config.json`` (transformers 5 style) that describes ``config``."""
+    rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
+    rope |= {key: getattr(config.rope, key) for key in ROPE_KEYS[config.rope.kind]}
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias} if config.model_type == "llama" else {}
+    same = SIZES + ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
+    return {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]],
+        "model_type": config.model_type,
+        **{name: getattr(config, name) for name in same},
+        **biases,
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_id) or None,
+    }
+
+
+def _size(raw: Mapping[str, Any], name: str, source: str, default: int | None = None) -> int:
+    value = default if raw.get(name) is None else raw[name]
+    if value is None:
+        raise InputError(f"{source}: the key {name} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{source}: {name} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _as_tuple(ids: Any) -> tuple[int, ...]:
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _refuse_unknown(raw: Mapping[str, Any], source: str) -> None:
+    known = INERT | ({"attention_bias", "mlp_bias"} if raw["model_type"] == "llama" else set())
+    for key, value in raw.items():
+        if key == "layer_types" and all(kind == "full_attention" for kind in value or ()):
+            continue
+        if key == "sliding_window" and raw["model_type"] == "qwen2" and not raw.get("use_sliding_window"):
+            continue
+        if key in known or (key in NEUTRAL and value in NEUTRAL[key]) or (key not in NEUTRAL and not value):
+            continue
+        raise InputError(f"{source}: {key} = {value!r} is a feature that this decoder does not have")
+
+
+def _rope(raw: Mapping[str, Any], source: str) -> Rope:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{source}: rope parameters must be a mapping, not {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_KEYS:
+        raise InputError(f"{source}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}")
+    known = {"rope_type", "type", "rope_theta", *ROPE_KEYS[kind]}
+    for key, value in rope.items():
+        neutral = value is None or (key == "partial_rotary_factor" and value == 1)
+        if key not in known and not neutral:
+            raise InputError(f"{source}: rope parameter {key} = {value!r} has no meaning for rope type {kind!r}")
+    missing = [key for key in ROPE_KEYS[kind] if key not in rope]
+    if missing:
+        raise InputError(f"{source}: rope type {kind!r} needs {', '.join(missing)}")
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    return Rope(theta=float(10000.0 if theta is None else theta), kind=kind, **{k: rope[k] for k in ROPE_KEYS[kind]})

@@ -1,0 +1,99 @@
+"""Pretrained decoders in and out: a Hugging Face directory, a hub id or a GGUF file <-> ``(model, params)``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from stablelora_jax.errors import InputError
+from stablelora_jax.models.architecture import decoder_config, to_hf
+from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.tokenizer import load_tokenizer
+from stablelora_jax.models.weights import TensorSource, hf_arrays, load_params, safetensors_source
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_SKIP = ["original/*", "consolidated*", "onnx/*"]
+
+
+def load_pretrained(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[Decoder, Any]:
+    """Load a decoder of the Llama or Qwen2 family.
+
+    Args:
+      path_or_id: a Hugging Face directory (``config.json`` and safetensors), a ``.gguf`` file, or a hub id such as
+        ``"Qwen/Qwen2-0.5B"``, which the hub's cache answers when there is no network.
+      dtype: of the parameters and of matrix products; norms, attention and logits use at least float32.
+
+    Returns:
+      ``(model, params)``: ``model.apply({"params": params}, tokens)`` gives logits (B, T, V); ``model.config`` is a
+      ``DecoderConfig`` and ``model.tokenizer`` the tokenizer that came with the weights, or None.
+
+    Raises:
+      InputError: the files are missing, damaged, inconsistent, or describe a model that this decoder is not.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.zeros((), dtype).dtype != dtype:
+        raise InputError(f"dtype {dtype} cannot be used here; float64 needs jax.config.update('jax_enable_x64', True)")
+    raw, source, tokenizer, origin = _open(path_or_id)
+    model = Decoder(decoder_config(raw, origin), dtype=dtype, tokenizer=tokenizer)
+    return model, load_params(abstract_params(model), source, dtype)
+
+
+def abstract_params(model: Decoder) -> Any:
+    """Shapes and dtypes of the parameters of ``model``, without making them."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens)["params"]
+
+
+def save_pretrained(directory: str | Path, model: Decoder, params: Any) -> None:
+    """Write ``model`` and ``params`` as a Hugging Face directory that ``transformers`` and this package load."""
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(hf_arrays(params)), directory / "model.safetensors", metadata={"format": "pt"})
+    config = to_hf(model.config) | {"dtype": np.dtype(model.dtype).name}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+
+
+def _open(path_or_id: str | Path) -> tuple[dict[str, Any], TensorSource, Any, str]:
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is a file but not a .gguf; give the directory that holds config.json")
+        from stablelora_jax.models.gguf import read_gguf
+
+        checkpoint = read_gguf(path)
+        source = TensorSource(str(path), checkpoint.shapes, checkpoint.read)
+        return checkpoint.config, source, checkpoint.tokenizer, str(path)
+    directory = path if path.is_dir() else _download(str(path_or_id))
+    config = directory / "config.json"
+    if not config.is_file():
+        raise InputError(f"{directory} has no config.json; give a Hugging Face model directory or a .gguf file")
+    try:
+        raw = json.loads(config.read_text())
+    except ValueError as error:
+        raise InputError(f"{config} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{config} must hold a JSON object, not {type(raw).__name__}")
+    return raw, safetensors_source(directory), load_tokenizer(directory), str(config)
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InputError(f"{name} does not exist: give a model directory, a .gguf file or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP))
+    except Exception as error:  # many kinds: offline, no such repository, gated, rate limit
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise InputError(f"{name} is no local directory, and the hub did not give it ({reason})") from None

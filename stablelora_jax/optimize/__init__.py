@@ -1,0 +1,10 @@
+"""The axis of optimisation dynamics: ``optax.GradientTransformation``s over trees that contain pairs. One file each."""
+
+from stablelora_jax.optimize.stable import (
+    ShrinkUntilStableState,
+    shrink_until_stable,
+    stable_lora,
+    still_shrinking,
+)
+
+__all__ = ["ShrinkUntilStableState", "shrink_until_stable", "stable_lora", "still_shrinking"]

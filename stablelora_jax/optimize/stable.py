@@ -1,0 +1,181 @@
+"""Stable-LoRA: shrink A until the pair is stable (arXiv 2603.05204, section 4; reference ``stable_lora.py``).
+
+Each step, for each pair, with the gradients already taken at the unshrunk (A, B)::
+
+    if shrinking and ||A||_F < (numel(A) / numel(B)) ||B||_F:  shrinking <- False, for ever
+    if shrinking:                                              A <- (1 - lambda) A
+    A, B <- A + u_A, B + u_B    where u = inner(gradients, the parameters with A as shrunk)
+
+The test, ``||A||_F / in < ||B||_F / out``, sees A and B as they are before this step. Moments of the inner optimizer
+are not touched by the shrink, and the shrink ignores learning rate, schedule and clipping.
+
+It is therefore a *wrapper*: it shows the inner optimizer the shrunk parameters, so that weight decay acts on them, and
+returns ``(shrunk - old) + u``. A link placed after AdamW in a chain is not the same once weight decay is on. It wraps
+last: ``MultiSteps(chain(clip, stable_lora(...)))``. Inside ``MultiSteps`` is right, around it every micro-batch would
+shrink; and a ``scale`` that follows it in a chain would scale the shrink.
+
+Differences from the reference: the latch lives in the state, so a resumed run goes on exactly (the reference loses it),
+and a ratio outside [0, 1) is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from stablelora_jax.adapter import is_pair
+from stablelora_jax.errors import InputError
+from stablelora_jax.tree import names
+
+ON, OFF, PADDING = 1, 0, -1  # values of a latch
+Ratio = Any  # float, traced scalar, or a schedule: count -> scalar
+
+
+class ShrinkUntilStableState(NamedTuple):
+    """State of :func:`shrink_until_stable`."""
+
+    shrinking: Any  # latches at the pairs' paths, shape of the stack axes, int8: 1 on, 0 off, -1 padding
+    count: jax.Array | None  # updates so far, int32; None unless the ratio is a schedule
+    inner: optax.OptState
+
+
+def shrink_until_stable(
+    inner: optax.GradientTransformation, shrink_ratio: Ratio
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap ``inner`` so that each pair's A shrinks by ``shrink_ratio`` a step until the pair is stable.
+
+    Args:
+      inner: any transformation; it sees the shrunk A as its parameters.
+      shrink_ratio: lambda in [0, 1), a traced scalar, or a schedule of the number of updates. The paper searches
+        5e-4, 1e-3, 2e-3, 5e-3; 0 leaves ``inner`` as it is.
+
+    Returns:
+      A transformation whose ``update`` needs ``params``. Leaves that are in no pair pass through ``inner`` alone.
+
+    Raises:
+      InputError: a ratio outside [0, 1); in ``init`` and ``update``, a pair of which one factor is hidden by
+        ``optax.masked`` or ``optax.partition``, or shapes that make no pair.
+    """
+    if isinstance(shrink_ratio, int | float) and not 0 <= shrink_ratio < 1:
+        raise InputError(f"shrink_ratio must be in [0, 1), not {shrink_ratio!r}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> ShrinkUntilStableState:
+        count = jnp.zeros((), jnp.int32) if callable(shrink_ratio) else None
+        return ShrinkUntilStableState(_map_pairs(_first_latch, params), count, inner.init(params))
+
+    def update(
+        updates: Any, state: ShrinkUntilStableState, params: Any = None, **extra: Any
+    ) -> tuple[Any, ShrinkUntilStableState]:
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        ratio = shrink_ratio(state.count) if callable(shrink_ratio) else shrink_ratio
+        shrinking = _map_pairs(_next_latch, params, state.shrinking)
+        shrunk = _map_pairs(partial(_shrink, ratio=ratio), params, shrinking, other=lambda leaf, _: leaf)
+        updates, inner_state = inner.update(updates, state.inner, shrunk, **extra)
+        updates = _map_pairs(_add_shrink, params, shrinking, shrunk, updates, other=lambda *leaves: leaves[-1])
+        count = None if state.count is None else optax.safe_increment(state.count)
+        return updates, ShrinkUntilStableState(shrinking, count, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stable_lora(
+    learning_rate: optax.ScalarOrSchedule,
+    shrink_ratio: Ratio = 5e-4,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> optax.GradientTransformationExtraArgs:
+    """Stable-LoRA with AdamW, the optimizer of the paper: ``shrink_until_stable(optax.adamw(...), shrink_ratio)``.
+
+    Args:
+      learning_rate: scalar or optax schedule.
+      shrink_ratio: lambda of :func:`shrink_until_stable`.
+      b1: decay of AdamW's first moment.
+      b2: decay of AdamW's second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled; acts on A as shrunk.
+    """
+    inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return shrink_until_stable(inner, shrink_ratio)
+
+
+def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dict[str, bool]:
+    """The latches of Stable-LoRA by dotted module path, one for each layer of a stack; padding is left out.
+
+    Args:
+      opt_state: any optimizer state that holds one of :func:`shrink_until_stable`, however deep.
+      stacked: the spec's ``stacked``: which path components the layer's number follows.
+
+    Raises:
+      InputError: ``opt_state`` holds no such state.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ShrinkUntilStableState))
+    states = [node for node in nodes if isinstance(node, ShrinkUntilStableState)]
+    if not states:
+        raise InputError("this optimizer state holds no latches: no shrink_until_stable has made it")
+    latches = {}
+    for path, latch in jax.tree.leaves_with_path([state.shrinking for state in states]):
+        keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:])
+        values = np.asarray(latch)
+        named = zip(names(keys, values.shape, stacked), values.reshape(-1), strict=True)
+        latches |= {name: bool(value) for name, value in named if value != PADDING}
+    return latches
+
+
+def _map_pairs(function: Any, params: Any, *rest: Any, other: Any = lambda *leaves: None) -> Any:
+    """``function`` on every whole pair of ``params`` and what lies there in ``rest``; ``other`` on all other leaves."""
+
+    def visit(path: Any, node: Any, *nodes: Any) -> Any:
+        if not is_pair(node):
+            return other(node, *nodes)
+        hidden = [name for name in ("lora_a", "lora_b") if not hasattr(node[name], "ndim")]
+        if len(hidden) == 2:
+            return other(node, *nodes)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if hidden:
+            raise InputError(
+                f"{name}: {hidden[0]} is hidden by masked or partition, its partner is not; "
+                f"shrink_until_stable needs both: wrap it around the partition"
+            )
+        a, b = node["lora_a"].shape, node["lora_b"].shape
+        if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2]:
+            raise InputError(f"{name}: lora_a {a} and lora_b {b} do not make a pair (..., in, r) and (..., r, out)")
+        return function(node, *nodes)
+
+    return jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=is_pair)
+
+
+def _first_latch(pair: Mapping[str, jax.Array]) -> jax.Array:
+    a, b = pair["lora_a"], pair["lora_b"]
+    if a.ndim == 2:
+        return jnp.full((), ON, jnp.int8)
+    real = (a != 0).any(axis=(-2, -1)) | (b != 0).any(axis=(-2, -1))
+    return jnp.where(real, ON, PADDING).astype(jnp.int8)
+
+
+def _next_latch(pair: Mapping[str, jax.Array], latch: jax.Array) -> jax.Array:
+    a, b = pair["lora_a"], pair["lora_b"]
+    norm_a, norm_b = (jnp.linalg.norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=(-2, -1)) for x in (a, b))
+    stable = norm_a < (a.shape[-2] / b.shape[-1]) * norm_b  # numel(A) / numel(B) = in / out
+    return jnp.where((latch == ON) & stable, OFF, latch).astype(latch.dtype)
+
+
+def _shrink(pair: Mapping[str, jax.Array], latch: jax.Array, ratio: Ratio) -> Any:
+    a = pair["lora_a"]
+    small = jnp.asarray(1 - ratio, a.dtype) * a
+    return type(pair)({**pair, "lora_a": jnp.where((latch == ON)[..., None, None], small, a)})
+
+
+def _add_shrink(pair: Any, latch: jax.Array, shrunk: Any, step: Any) -> Any:
+    # u - (old - shrunk) is (shrunk - old) + u to the last bit, and keeps the sign of a zero u where nothing shrinks.
+    moved = step["lora_a"] - (pair["lora_a"] - shrunk["lora_a"])
+    return type(step)({**step, "lora_a": jnp.where((latch == ON)[..., None, None], moved, step["lora_a"])})

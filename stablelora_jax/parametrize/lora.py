@@ -1,0 +1,26 @@
+"""LoRA: ``W = W0 + s A B`` (Hu et al., arXiv 2106.09685, section 4.1).
+
+The path used in training is ``x W0 + s (x A) B``; forming ``W0 + s A B`` in the step would cost 1.5 times the FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def delta(z: jax.Array, adapter: Mapping[str, jax.Array], scale: jax.Array) -> jax.Array:
+    """``s z B``: z = x A (..., r) in the module's compute dtype; B (r, out); gives (..., out), at least float32."""
+    wide = jnp.promote_types(z.dtype, jnp.float32)
+    product = jnp.matmul(z, adapter["lora_b"].astype(z.dtype), preferred_element_type=wide)
+    return product * jnp.asarray(scale, wide)
+
+
+def merge(w: jax.Array, adapter: Mapping[str, jax.Array], scale: jax.Array) -> jax.Array:
+    """``W0 + s A B`` for w (..., in, out) and scale (...), added at least in float32, in the dtype of ``w``."""
+    a, b = adapter["lora_a"], adapter["lora_b"]
+    wide = jnp.promote_types(jnp.promote_types(w.dtype, a.dtype), jnp.float32)
+    product = jnp.matmul(a.astype(wide), b.astype(wide)) * jnp.asarray(scale, wide)[..., None, None]
+    return (w.astype(wide) + product).astype(w.dtype)

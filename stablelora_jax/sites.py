@@ -1,0 +1,121 @@
+"""Where a spec puts adapters in a tree of parameters, and how a kernel there is read as a matrix.
+
+A kernel may have any number of axes: first those of the stacks that ``LoraSpec.stacked`` names, then some that the
+module contracts with its input and some that it adds to its output. Pairs see it as a matrix (in, out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict, unfreeze
+
+from stablelora_jax import tree
+from stablelora_jax.adapter import LoraSpec, Site, adapter_sites, make_site
+from stablelora_jax.errors import InputError
+from stablelora_jax.tree import Path
+
+
+def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
+    """Where ``spec`` puts adapters in ``params``; every pattern of the spec must match something.
+
+    Raises:
+      InputError: naming the pattern that matches nothing, with near misses.
+    """
+    params = as_dict(params)
+    modules = tree.find_dicts(params, _has_kernel)
+    sites = {path: _kernel_site(path, module, spec) for path, module in modules.items()}
+    _check_patterns([name for site in sites.values() for name in site.names], spec)
+    return {path: site for path, site in sites.items() if site.rank}
+
+
+def fitted_sites(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
+    """The sites of ``params`` under ``spec``, checked against ``adapters``.
+
+    Raises:
+      InputError: adapters at a path that the model or the spec does not have, missing ones, or ones of another shape.
+    """
+    wanted, found = param_sites(params, spec), adapter_sites(adapters, spec)
+    for path in found:
+        if path not in wanted:
+            raise InputError(f"adapters at {'.'.join(path)}, but the model has no kernel there that the spec selects")
+    for path, site in wanted.items():
+        if path not in found:
+            raise InputError(f"{'.'.join(path)} is selected by the spec but has no adapters; make them with init_adapters")
+        if (site.stack, site.size) != (found[path].stack, found[path].size):
+            raise InputError(
+                f"{'.'.join(path)}: the kernel is {site.stack + site.size}, "
+                f"the adapters are made for {found[path].stack + found[path].size}"
+            )
+    return wanted
+
+
+def kernel_axes(site_path: Path, module: Mapping[str, Any], spec: LoraSpec) -> tuple[int, tuple[int, ...]]:
+    """``(number of stack axes, contracted axes)`` of a module's kernel; contracted axes count from after the stack.
+
+    They come from ``spec.in_axes``, else from the bias, whose shape is the shape of the outputs, else the first axis.
+    """
+    depth = tree.stack_depth(site_path, spec.stacked)
+    depth = depth if len(module["kernel"].shape) >= depth + 2 else 0
+    shape, bias = module["kernel"].shape[depth:], module.get("bias")
+    name = ".".join(site_path)
+    declared = next((axes for key, axes in spec.in_axes if tree.pattern_matches(key, name)), None)
+    if declared is not None:
+        if not all(0 <= axis < len(shape) for axis in declared) or not 0 < len(declared) < len(shape):
+            raise InputError(f"in_axes {declared} do not fit the kernel of {name}, whose axes are {shape}")
+        return depth, tuple(declared)
+    outputs = len(bias.shape) - depth if bias is not None else len(shape) - 1
+    return depth, tuple(range(max(1, len(shape) - outputs)))
+
+
+def to_matrix(kernel: jax.Array, depth: int, in_axes: tuple[int, ...]) -> jax.Array:
+    """``kernel`` with its contracted axes flattened to rows and the others to columns: (stack..., in, out)."""
+    moved = jnp.moveaxis(kernel, [depth + axis for axis in in_axes], range(depth, depth + len(in_axes)))
+    rows = int(np.prod(moved.shape[depth : depth + len(in_axes)]))
+    return moved.reshape(*moved.shape[:depth], rows, -1)
+
+
+def from_matrix(matrix: jax.Array, shape: tuple[int, ...], depth: int, in_axes: tuple[int, ...]) -> jax.Array:
+    """The inverse of :func:`to_matrix` for a kernel of ``shape``."""
+    order = [*in_axes, *(axis for axis in range(len(shape) - depth) if axis not in in_axes)]
+    moved = matrix.reshape(*shape[:depth], *(shape[depth + axis] for axis in order))
+    return jnp.moveaxis(moved, range(depth, depth + len(in_axes)), [depth + axis for axis in in_axes])
+
+
+def as_dict(params: Any) -> dict[str, Any]:
+    """Plain nested dicts, also from a ``FrozenDict``."""
+    return unfreeze(params) if isinstance(params, FrozenDict) else params
+
+
+def _has_kernel(node: Mapping[str, Any]) -> bool:
+    return len(getattr(node.get("kernel"), "shape", ())) >= 2
+
+
+def _kernel_site(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> Site:
+    depth, in_axes = kernel_axes(path, module, spec)
+    shape = module["kernel"].shape
+    rows = int(np.prod([shape[depth + axis] for axis in in_axes]))
+    columns = int(np.prod(shape[depth:])) // rows
+    return make_site(path, shape[:depth], (rows, columns), spec)
+
+
+def _check_patterns(names: list[str], spec: LoraSpec) -> None:
+    for kind, patterns in (("target", spec.target), ("exclude", spec.exclude)):
+        if patterns == "all-linear" and kind == "target":
+            continue
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            one = pattern if isinstance(patterns, str) else (pattern,)
+            tree.require_match(kind, pattern, any(tree.matches(one, name) for name in names), names)
+    for layer in spec.layers or ():
+        if not any(tree.layer_number(name, spec.stacked) == layer for name in names):
+            raise InputError(f"layers: there is no layer {layer} in the model")
+    chosen = [name for name in names if spec.selects(name)]
+    if not chosen:
+        raise InputError(f"the spec selects no module: target {spec.target!r} less exclude {spec.exclude!r}")
+    for kind, table in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern, _ in table:
+            tree.require_match(kind, pattern, any(tree.pattern_matches(pattern, n) for n in chosen), chosen)

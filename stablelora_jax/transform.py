@@ -1,0 +1,115 @@
+"""LoRA as a transform of parameters: nested dicts in, nested dicts out, for any Flax Linen model.
+
+``merge`` is the definition of what adapters mean; :mod:`stablelora_jax.intercept` computes the same without ever
+forming the merged kernel. Neither knows a particular model: a module is adapted because its kernel has a name.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from stablelora_jax import tree
+from stablelora_jax.adapter import LoraSpec, Site, adapter_sites
+from stablelora_jax.errors import InputError
+from stablelora_jax.initialize import INITIALIZERS
+from stablelora_jax.parametrize import PARAMETRIZATIONS
+from stablelora_jax.sites import as_dict, fitted_sites, from_matrix, kernel_axes, param_sites, to_matrix
+
+
+def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """Make the adapters that ``spec`` asks for.
+
+    A pair's draw depends on the key and its module's name alone, so a stack of layers starts as its separate layers
+    would, and adapting one more module changes no other.
+
+    Args:
+      key: a PRNG key.
+      params: parameters of any Linen model (arrays or ``jax.ShapeDtypeStruct``); only kernels' shapes are read.
+      spec: what to adapt.
+      dtype: of the adapters, float32 or float64, whatever the dtype of the base: in bfloat16 a shrink by 5e-4 is
+        less than half a unit in the last place, and Stable-LoRA would silently do nothing.
+
+    Returns:
+      A nested dict that mirrors ``params``: ``lora_a`` (..., in, r) and ``lora_b`` (..., r, out) at adapted modules.
+
+    Raises:
+      InputError: a pattern matches nothing, or the dtype is narrower than float32.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        raise InputError(f"adapters are float32 or wider, not {jnp.dtype(dtype).name}")
+    adapters: dict[str, Any] = {}
+    for path, site in param_sites(params, spec).items():
+        adapters = tree.set_in(adapters, path, _init_site(key, site, spec, dtype))
+    return adapters
+
+
+def merge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> dict[str, Any]:
+    """Parameters with the adapters folded in: ``W0 + s A B``, computed at least in float32, in the base's dtype.
+
+    Args:
+      params: the base; not changed.
+      adapters: as made by :func:`init_adapters` for ``spec``.
+      spec: the spec of the adapters.
+      safe: refuse a kernel that holds NaN or infinity (PEFT's ``safe_merge``). Values are not known while tracing, so
+        inside ``jit`` or ``grad`` this check is not made.
+
+    Raises:
+      InputError: adapters that do not fit the parameters or the spec; a kernel that is not finite (``safe``).
+    """
+    return _fold(params, adapters, spec, +1.0, safe)
+
+
+def unmerge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> dict[str, Any]:
+    """The inverse of :func:`merge` up to rounding: keep the base itself where bits matter."""
+    return _fold(params, adapters, spec, -1.0, safe)
+
+
+def hyper(spec: LoraSpec, adapters: Any) -> dict[str, Any]:
+    """The numbers a sweep varies, as arrays: ``lora_scale`` and ``lora_dropout`` at every adapted module.
+
+    Pass the tree, changed or not, as the collection ``lora_hp`` of ``adapted(model, spec).apply`` to have them traced:
+    another alpha or dropout rate then needs no new compilation. Scales have the shape of the stack axes.
+    """
+    numbers: dict[str, Any] = {}
+    for path, site in adapter_sites(adapters, spec).items():
+        rate = jnp.full(site.stack, spec.dropout, jnp.result_type(float))
+        numbers = tree.set_in(numbers, path, {"lora_scale": site.scale(), "lora_dropout": rate})
+    return numbers
+
+
+def _init_site(key: jax.Array, site: Site, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
+    keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names])
+    kernel = jax.ShapeDtypeStruct(site.size, dtype)
+    make = jax.vmap(lambda k: INITIALIZERS[spec.init](k, kernel, site.rank, dtype)[0])
+    pair = {name: leaf.reshape(*site.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
+    mask = jnp.asarray(site.mask(), dtype)
+    return {"lora_a": pair["lora_a"] * mask[..., None, :], "lora_b": pair["lora_b"] * mask[..., :, None]}
+
+
+def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> dict[str, Any]:
+    params = as_dict(params)
+    for path, site in fitted_sites(params, adapters, spec).items():
+        module, pair = tree.get_in(params, path), tree.get_in(adapters, path)
+        depth, in_axes = kernel_axes(path, module, spec)
+        matrix = to_matrix(module["kernel"], depth, in_axes)
+        merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * site.scale())
+        if safe:
+            _require_finite(merged, site)
+        kernel = from_matrix(merged, module["kernel"].shape, depth, in_axes)
+        params = tree.set_in(params, path, {**module, "kernel": kernel})
+    return params
+
+
+def _require_finite(merged: jax.Array, site: Site) -> None:
+    if isinstance(merged, jax.core.Tracer):
+        return
+    finite = np.asarray(jnp.isfinite(merged).all(axis=(-2, -1))).reshape(-1)
+    if not finite.all():
+        name = site.names[int(np.argmin(finite))]
+        raise InputError(f"merging {name} gives NaN or infinity; pass safe=False to merge nevertheless")

@@ -1,0 +1,116 @@
+"""Paths, dotted module names and patterns over nested dicts of parameters.
+
+A *path* is the tuple of keys to a module, ``("model", "layers", "self_attn", "q_proj")``. A *name* is what users write
+and read, with the layer's number: ``model.layers.3.self_attn.q_proj``. One path whose leaves carry a leading stack axis
+stands for as many names as the axis is long.
+
+Patterns mean what they mean in PEFT (``peft/tuners/tuners_utils.py:check_target_module_exists`` and
+``peft/utils/other.py:get_pattern_key``), except that a pattern which matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stablelora_jax.errors import InputError
+
+Path = tuple[str, ...]
+
+
+def find_dicts(tree: Any, wanted: Any, prefix: Path = ()) -> dict[Path, Mapping[str, Any]]:
+    """Every dict in ``tree`` for which ``wanted(dict)`` holds, by path, sorted; found dicts are not searched further."""
+    if not isinstance(tree, Mapping):
+        return {}
+    if wanted(tree):
+        return {prefix: tree}
+    found: dict[Path, Mapping[str, Any]] = {}
+    for key in sorted(tree):
+        found |= find_dicts(tree[key], wanted, (*prefix, key))
+    return found
+
+
+def set_in(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
+    """A copy of ``tree`` with ``value`` at ``path``; only the dicts on the way are copied, missing ones are made."""
+    if not path:
+        return value
+    return {**tree, path[0]: set_in(tree.get(path[0], {}), path[1:], value)}
+
+
+def get_in(tree: Any, path: Path) -> Any:
+    """The node of ``tree`` at ``path``, or None where there is none."""
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def stack_depth(path: Path, stacked: Sequence[str]) -> int:
+    """How many leading axes of the leaves at ``path`` are stacks: one for each component named in ``stacked``.
+
+    A component followed by a number is a list of separate modules (``layers/0/...``), not a stack.
+    """
+    following = (*path[1:], "")
+    return sum(key in stacked and not after.isdigit() for key, after in zip(path, following, strict=True))
+
+
+def names(path: Path, stack: Sequence[int], stacked: Sequence[str]) -> tuple[str, ...]:
+    """The dotted names behind ``path``, in C order over the axes ``stack``.
+
+    Axes beyond the components named in ``stacked`` are shown at the end: ``blocks.dense[2]``.
+    """
+    return tuple(_name(path, index, stacked) for index in np.ndindex(*stack))
+
+
+def _name(path: Path, index: tuple[int, ...], stacked: Sequence[str]) -> str:
+    parts, left = [], list(index)
+    for key, after in zip(path, (*path[1:], ""), strict=True):
+        parts.append(key)
+        if key in stacked and not after.isdigit() and left:
+            parts.append(str(left.pop(0)))
+    return ".".join(parts) + "".join(f"[{i}]" for i in left)
+
+
+def layer_number(name: str, stacked: Sequence[str]) -> int | None:
+    """The number of the layer a module sits in: ``model.layers.3.mlp`` and ``layers_3.mlp`` give 3."""
+    for part in name.split("."):
+        found = re.fullmatch(rf"(?:(?:{'|'.join(map(re.escape, stacked))})_)?(\d+)", part) if stacked else None
+        if found:
+            return int(found[1])
+    return None
+
+
+def matches(pattern: str | Iterable[str], name: str) -> bool:
+    """PEFT's rule for targets: a string is a regular expression (full match), a list holds name suffixes."""
+    if isinstance(pattern, str):
+        return compiled(pattern).fullmatch(name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """PEFT's rule for keys of ``rank_pattern`` and ``alpha_pattern``: a regular expression for the name's end."""
+    return compiled(rf"(.*\.)?({pattern})$").match(name) is not None
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """``re.compile`` whose failure is an :class:`InputError`."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{pattern!r} is not a valid regular expression: {error}") from None
+
+
+def require_match(kind: str, pattern: str, hit: bool, candidates: Sequence[str]) -> None:
+    """Raise :class:`InputError` with near misses among ``candidates`` unless ``hit``."""
+    if hit:
+        return
+    endings = sorted({part for name in candidates for part in (name, name.rsplit(".", 1)[-1])})
+    close = difflib.get_close_matches(pattern, endings, n=3, cutoff=0.5)
+    last = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+    hint = f"did you mean {', '.join(close)}?" if close else f"modules here end in: {', '.join(last[:12])}"
+    raise InputError(f"{kind} {pattern!r} matches no module; {hint}")
