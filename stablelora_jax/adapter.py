@@ -177,6 +177,8 @@ def adapter_sites(adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
         if len(a) < 2 or len(a) != len(b) or a[:-2] != b[:-2] or a[-1] != b[-2]:
             raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} do not make a pair (in, r) and (r, out)")
         site = make_site(path, a[:-2], (a[-2], b[-1]), spec)
+        if not site.rank:
+            raise InputError(f"there are adapters at {'.'.join(path)}, which the spec does not select")
         if site.rank != a[-1]:
             raise InputError(f"{'.'.join(path)}: adapters have rank {a[-1]}, the spec says {site.rank}")
         found[path] = site

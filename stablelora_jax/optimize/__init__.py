@@ -2,9 +2,10 @@
 
 from stablelora_jax.optimize.stable import (
     ShrinkUntilStableState,
+    latches,
     shrink_until_stable,
     stable_lora,
     still_shrinking,
 )
 
-__all__ = ["ShrinkUntilStableState", "shrink_until_stable", "stable_lora", "still_shrinking"]
+__all__ = ["ShrinkUntilStableState", "latches", "shrink_until_stable", "stable_lora", "still_shrinking"]

@@ -74,7 +74,7 @@ def shrink_until_stable(
         updates: Any, state: ShrinkUntilStableState, params: Any = None, **extra: Any
     ) -> tuple[Any, ShrinkUntilStableState]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise InputError("shrink_until_stable needs the parameters: call update(updates, state, params)")
         ratio = shrink_ratio(state.count) if callable(shrink_ratio) else shrink_ratio
         shrinking = _map_pairs(_next_latch, params, state.shrinking)
         shrunk = _map_pairs(partial(_shrink, ratio=ratio), params, shrinking, other=lambda leaf, _: leaf)
@@ -118,17 +118,22 @@ def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dic
     Raises:
       InputError: ``opt_state`` holds no such state.
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ShrinkUntilStableState))
-    states = [node for node in nodes if isinstance(node, ShrinkUntilStableState)]
-    if not states:
+    found = latches(opt_state)
+    if not found:
         raise InputError("this optimizer state holds no latches: no shrink_until_stable has made it")
-    latches = {}
-    for path, latch in jax.tree.leaves_with_path([state.shrinking for state in states]):
+    named = {}
+    for path, latch in jax.tree.leaves_with_path([state.shrinking for state in found]):
         keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:])
         values = np.asarray(latch)
-        named = zip(names(keys, values.shape, stacked), values.reshape(-1), strict=True)
-        latches |= {name: bool(value) for name, value in named if value != PADDING}
-    return latches
+        pairs = zip(names(keys, values.shape, stacked), values.reshape(-1), strict=True)
+        named |= {name: bool(value) for name, value in pairs if value != PADDING}
+    return named
+
+
+def latches(opt_state: Any) -> list[ShrinkUntilStableState]:
+    """Every Stable-LoRA state inside ``opt_state``, without the inner optimizer's: small enough to log each step."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ShrinkUntilStableState))
+    return [n._replace(count=None, inner=()) for n in nodes if isinstance(n, ShrinkUntilStableState)]
 
 
 def _map_pairs(function: Any, params: Any, *rest: Any, other: Any = lambda *leaves: None) -> Any:

@@ -1,0 +1,66 @@
+"""What a run writes while it works: ``metrics.jsonl``, TensorBoard, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stablelora_jax.metrics import append_record, keep_records_until
+from stablelora_jax.optimize import still_shrinking
+from stablelora_jax.run_directory import METRICS
+
+
+class RunLog:
+    """The log of one run, opened at ``step`` (0, or the checkpoint it goes on from); later records are dropped."""
+
+    def __init__(self, directory: Path, step: int, steps: int, schedule: Callable[[Any], Any]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.path = directory / METRICS
+        self.records = keep_records_until(self.path, step)
+        self.schedule = schedule
+        self.stopped = {name for record in self.records for name in record.get("stopped", ())}
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+        self.bar = tqdm(total=steps, initial=step, desc="train", unit="step", disable=not sys.stderr.isatty())
+        self.clock = time.monotonic()
+
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        """The evaluation written at ``step``, or None."""
+        return next((r["validation"] for r in self.records if r["step"] == step and "validation" in r), None)
+
+    def write_evaluation(self, step: int, result: dict[str, Any]) -> None:
+        """Record accuracies, and the answers given, on the validation questions."""
+        self._write({"step": step, "validation": result})
+        for name in ("acc", "acc_norm"):
+            self.board.add_scalar(f"validation/{name}", result[name], step)
+        self.clock = time.monotonic()
+
+    def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record the metrics of update number ``step`` (from 1), as :func:`make_train_step` returns them."""
+        numbers = {name: float(value) for name, value in metrics.items() if name != "latches"}
+        tokens, now = numbers.pop("tokens"), time.monotonic()
+        latches = still_shrinking(metrics["latches"]) if metrics["latches"] else {}
+        stopped = sorted(name for name, on in latches.items() if not on and name not in self.stopped)
+        self.stopped.update(stopped)
+        record = {"step": step, **numbers, "learning_rate": float(self.schedule(step - 1))}
+        record |= {"tokens_per_second": tokens / max(now - self.clock, 1e-9), "shrinking": sum(latches.values())}
+        self.clock = now
+        self._write(record | ({"stopped": stopped} if stopped else {}))
+        for name, value in record.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{record['tokens_per_second']:.0f}")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.bar.close()
+        self.board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        append_record(self.path, record)
+        self.records.append(record)

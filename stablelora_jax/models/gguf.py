@@ -1,0 +1,273 @@
+"""A GGUF file as if it were a Hugging Face checkpoint: configuration, tensors on demand, tokenizer. No PyTorch.
+
+The container is read as ``docs/gguf.md`` of ggml-org/ggml specifies it, by bounded reads of a memory map:
+``gguf.GGUFReader`` makes an array per token (seconds for a large vocabulary) and does not stop at the end of a damaged
+file. Values are decoded by ``gguf.quants``. Meaning and defaults of the metadata are those of llama.cpp,
+``src/llama-model.cpp``; names of tensors and the permutation of q and k are those of its ``convert_hf_to_gguf.py``.
+A key or a tensor that would change the model and is not handled is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stablelora_jax.errors import InputError
+from stablelora_jax.models.gguf_tokenizer import build_tokenizer, special_ids
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+SIZES = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length"}
+SIZES |= {"num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count"}
+SIZES |= {"max_position_embeddings": "context_length"}
+# Other keys of the architecture: read below; without effect on the model; without effect at this value only.
+READ = """attention.head_count_kv attention.layer_norm_rms_epsilon attention.key_length attention.value_length
+    rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor rope.scale_linear""".split()
+INERT = "vocab_size tensor_data_layout rope.scaling.finetuned rope.scaling.original_context_length".split()
+NEUTRAL = {"attention.causal": True, "attention.sliding_window": 0, "expert_count": 0, "expert_used_count": 0}
+NEUTRAL |= {"rope.scaling.attn_factor": 1, "use_parallel_residual": False}
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ATTENTION = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
+MLP = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
+BLOCK = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+BLOCK |= {name: f"self_attn.{module}" for name, module in ATTENTION.items()}
+BLOCK |= {name: f"mlp.{module}" for name, module in MLP.items()}
+ELSE = "use the model's safetensors instead"
+
+
+class GgufCheckpoint(NamedTuple):
+    """What a GGUF file holds, in Hugging Face's names and layout."""
+
+    config: dict[str, Any]  # what config.json would say
+    shapes: dict[str, tuple[int, ...]]  # tensor name -> shape, (out, in) for linears
+    read: Callable[[str], np.ndarray]  # tensor name -> float32 array, decoded at each call
+    tokenizer: Any | None  # PreTrainedTokenizerFast, or None where the file carries none
+
+
+class Stored(NamedTuple):
+    """One tensor as it lies in the file: ggml's number of its type, its shape, where its bytes begin."""
+
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_gguf(path: str | Path) -> GgufCheckpoint:
+    """Open a GGUF file of a Llama or Qwen2 model.
+
+    Raises:
+      InputError: no such file, not a whole GGUF file, or a model that is neither; one line names file and cause.
+    """
+    try:
+        return _open(Path(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a .gguf file") from None
+
+
+def _open(path: Path) -> GgufCheckpoint:
+    with open(path, "rb") as handle:
+        if not path.stat().st_size:
+            raise InputError("the file is empty; download it again")
+        file = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        metadata, table = _container(file)
+    except (EOFError, UnicodeDecodeError):
+        raise InputError("the header ends early or is damaged; download the file again") from None
+    config = _config(metadata, table)
+    stored = {_hf_name(name, config["num_hidden_layers"]): tensor for name, tensor in table.items()}
+    _check_data(table, len(file))
+
+    def read(name: str) -> np.ndarray:
+        if name not in stored:
+            raise InputError(f"{path}: there is no tensor {name!r}; the names are the keys of shapes")
+        array = _decode(file, stored[name])
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        return _unpermute(array, config[heads]) if heads and config["model_type"] == "llama" else array
+
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    return GgufCheckpoint(config, shapes, read, build_tokenizer(metadata, config["vocab_size"]))
+
+
+def _container(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Metadata and tensor table. A count is never believed further than the file reaches."""
+    if _take(file, 4) != b"GGUF":
+        raise InputError("not a GGUF file: it does not begin with the letters GGUF")
+    version, tensor_count, key_count = struct.unpack("<IQQ", _take(file, 20))
+    if version not in (2, 3):
+        raise InputError(f"GGUF version {version} is not read (2 and 3, little-endian, are); convert the model again")
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = _string(file)
+        metadata[key] = _value(file, *struct.unpack("<I", _take(file, 4)))
+    table = {}
+    for _ in range(tensor_count):
+        name = _string(file)
+        (rank,) = struct.unpack("<I", _take(file, 4))
+        if not 1 <= rank <= 4:
+            raise InputError(f"the tensor {name!r:.60} has {rank} dimensions; download the file again")
+        sizes = struct.unpack(f"<{rank}Q", _take(file, 8 * rank))
+        table[name] = (sizes[::-1], *struct.unpack("<IQ", _take(file, 12)))
+    alignment = _number(metadata, "general.alignment", int, 32)
+    start = -(-file.tell() // alignment) * alignment
+    return metadata, {name: Stored(kind, shape, start + at) for name, (shape, kind, at) in table.items()}
+
+
+def _take(file: mmap.mmap, size: int) -> bytes:
+    chunk = file.read(min(size, len(file)))
+    if len(chunk) < size:
+        raise EOFError
+    return chunk
+
+
+def _string(file: mmap.mmap) -> str:
+    return _take(file, *struct.unpack("<Q", _take(file, 8))).decode()
+
+
+def _value(file: mmap.mmap, kind: int) -> Any:
+    item, count = struct.unpack("<IQ", _take(file, 12)) if kind == ARRAY else (kind, 1)
+    if item == STRING:
+        values: Any = [_string(file) for _ in range(count)]
+    elif item in SCALARS:
+        code = SCALARS[item]
+        values = list(struct.unpack(f"<{count}{code}", _take(file, count * struct.calcsize("<" + code))))
+    else:
+        raise InputError(f"a value in the header is of the unknown type {item}; download the file again")
+    return values if kind == ARRAY else values[0]
+
+
+def _config(metadata: Mapping[str, Any], table: Mapping[str, Stored]) -> dict[str, Any]:
+    arch = metadata.get("general.architecture")
+    if arch not in ("llama", "qwen2"):
+        raise InputError(f"general.architecture {arch!r:.60} is not supported (llama and qwen2 are); {ELSE}")
+    _refuse_unknown(metadata, arch)
+    if "token_embd.weight" not in table:
+        raise InputError("the tensor 'token_embd.weight' is missing; convert the model again")
+    config = {"model_type": arch, "hidden_act": "silu", "vocab_size": table["token_embd.weight"].shape[0]}
+    config |= {name: _number(metadata, f"{arch}.{key}", int) for name, key in SIZES.items()}
+    kv_heads = _number(metadata, f"{arch}.attention.head_count_kv", int, config["num_attention_heads"])
+    epsilon = _number(metadata, f"{arch}.attention.layer_norm_rms_epsilon")
+    if arch == "llama":
+        biased = {name.split(".")[-2] for name in table if name.endswith(".bias")}
+        config |= {"attention_bias": not biased.isdisjoint(ATTENTION), "mlp_bias": not biased.isdisjoint(MLP)}
+    return config | {
+        "num_key_value_heads": kv_heads,
+        **_head_dim(metadata, arch, config),
+        "rms_norm_eps": float(str(np.float32(epsilon))),  # 1e-05, not the float32 nearest to it
+        "rope_theta": _number(metadata, f"{arch}.rope.freq_base", default=10000.0),
+        "rope_scaling": _rope_scaling(metadata, arch),
+        "tie_word_embeddings": "output.weight" not in table,
+        **_token_ids(metadata),
+    }
+
+
+def _number(metadata: Mapping[str, Any], key: str, kind: Any = (int, float), default: Any = None) -> Any:
+    value = metadata.get(key, default)
+    if value is None:
+        raise InputError(f"the key {key!r} is missing; convert the model again with llama.cpp's convert_hf_to_gguf.py")
+    if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+        raise InputError(f"{key!r} = {value!r:.60} is not one positive number; {ELSE}")
+    return value
+
+
+def _refuse_unknown(metadata: Mapping[str, Any], arch: str) -> None:
+    if metadata.get("general.type", "model") != "model":
+        raise InputError(f"general.type is {metadata['general.type']!r:.60}, not 'model'; give the file of the model")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise InputError("one shard of several (split.count); join them with llama.cpp's llama-gguf-split --merge")
+    for key, value in metadata.items():
+        name = key.removeprefix(f"{arch}.")
+        known = name == key or name in (*SIZES.values(), *READ, *INERT)
+        if not known and not (name in NEUTRAL and value == NEUTRAL[name]):
+            raise InputError(f"{key!r} = {value!r:.60} is a feature that is not handled; {ELSE}")
+
+
+def _head_dim(metadata: Mapping[str, Any], arch: str, config: Mapping[str, Any]) -> dict[str, int]:
+    """``head_dim`` where the file gives it, after checking that the whole head is rotated."""
+    usual = config["hidden_size"] // config["num_attention_heads"]
+    head_dim = _number(metadata, f"{arch}.attention.key_length", int, usual)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        value = metadata.get(f"{arch}.{name}", head_dim)
+        if value != head_dim:
+            raise InputError(f"'{arch}.{name}' = {value!r:.60} is not the head dimension {head_dim}; {ELSE}")
+    return {"head_dim": head_dim} if f"{arch}.attention.key_length" in metadata else {}
+
+
+def _rope_scaling(metadata: Mapping[str, Any], arch: str) -> dict[str, Any] | None:
+    kind = metadata.get(f"{arch}.rope.scaling.type", "linear")  # llama.cpp's default, with factor 1
+    if kind not in ("none", "linear"):
+        raise InputError(f"'{arch}.rope.scaling.type' {kind!r:.60} is not supported (none and linear are); {ELSE}")
+    factor = _number(metadata, f"{arch}.rope.scale_linear", default=1.0)  # the old name
+    factor = _number(metadata, f"{arch}.rope.scaling.factor", default=factor)
+    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+
+
+def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens; a text also ends where a turn or a message ends."""
+    ids = special_ids(metadata)
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
+    eos = ends if len(ends) > 1 else ids["eos"]
+    return {"bos_token_id": ids["bos"], "eos_token_id": eos, "pad_token_id": ids["pad"]}
+
+
+def _hf_name(name: str, layers: int) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    module = match and (BLOCK if match[1] else TOP).get(match[2])
+    if not match or not module or int(match[1] or 0) >= layers:
+        raise InputError(f"the tensor {name!r} is not part of a model of {layers} layers that is read here; {ELSE}")
+    return f"model.layers.{match[1]}.{module}.{match[3]}" if match[1] else f"{module}.{match[3]}"
+
+
+def _check_data(table: Mapping[str, Stored], size: int) -> None:
+    """Every tensor is of a type that ``gguf.quants`` decodes, and lies inside the file."""
+    blocks = {kind: _block(kind) for kind in {tensor.kind for tensor in table.values()}}
+    for name, (kind, shape, offset) in table.items():
+        length, width = blocks[kind]
+        if shape[-1] % length:
+            raise InputError(f"the rows of tensor {name!r} are not whole blocks of {length}; convert the model again")
+        if offset + math.prod(shape) // length * width > size:
+            raise InputError(f"the tensor {name!r} reaches beyond the end of the file: truncated, download it again")
+
+
+def _block(kind: int) -> tuple[int, int]:
+    """Values and bytes in one block of the ggml type ``kind``."""
+    gguf = _gguf()
+    try:
+        length, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        gguf.quants.dequantize(np.zeros((1, width), np.uint8), gguf.GGMLQuantizationType(kind))
+    except (ValueError, NotImplementedError):
+        raise InputError(f"tensors of ggml type {kind} cannot be decoded by the installed gguf; {ELSE}") from None
+    return length, width
+
+
+def _decode(file: mmap.mmap, tensor: Stored) -> np.ndarray:
+    gguf = _gguf()
+    kind = gguf.GGMLQuantizationType(tensor.kind)
+    shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
+    data = np.frombuffer(file, np.uint8, math.prod(shape), tensor.offset).reshape(shape)
+    return np.require(gguf.quants.dequantize(data, kind), np.float32, "W")  # float32 itself is a view of the file: copy
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of the rows of q and k, where the two halves of a head alternate."""
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError:
+        raise InputError('reading GGUF needs the package gguf: pip install "stablelora-jax[gguf]"') from None
+    return gguf

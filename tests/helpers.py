@@ -1,0 +1,142 @@
+"""Small models and adapters that tests are made of."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stablelora_jax import LoraSpec, tree
+from stablelora_jax.adapter import adapter_sites
+from stablelora_jax.models.architecture import DecoderConfig, Rope
+from stablelora_jax.models.decoder import Decoder
+
+TINY = dict(
+    model_type="llama",
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
+
+
+def tiny_decoder(dtype=jnp.float32, **changes):
+    """A random decoder of a few thousand parameters, biases and norms random too: ``(model, params)``."""
+    model = Decoder(DecoderConfig(**{**TINY, **changes}), dtype=dtype)
+    return model, random_params(model, jnp.zeros((1, 2), jnp.int32))
+
+
+def random_params(model, *inputs):
+    """Parameters of ``model`` with every leaf random, so that no bias is zero and no norm is one."""
+    shapes = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)["params"]
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 2 / max(1, s.shape[-1]) ** 0.25, s.dtype), shapes)
+
+
+def tokens(B=2, T=7, vocab=31, seed=0):
+    """Random token ids (B, T) int32."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (B, T)), jnp.int32)
+
+
+def trained(adapters, spec, seed=5, size=0.3):
+    """``adapters`` as if trained: both factors random where they are in use, zero where they are padding."""
+    rng = np.random.default_rng(seed)
+    for path, site in adapter_sites(adapters, spec).items():
+        pair, mask = tree.get_in(adapters, path), site.mask()
+        a = size * rng.normal(size=pair["lora_a"].shape) * mask[..., None, :]
+        b = size * rng.normal(size=pair["lora_b"].shape) * mask[..., :, None]
+        dtype = pair["lora_a"].dtype
+        adapters = tree.set_in(adapters, path, {**pair, "lora_a": jnp.asarray(a, dtype), "lora_b": jnp.asarray(b, dtype)})
+    return adapters
+
+
+def largest_difference(a, b):
+    """The greatest |a - b| over two trees, relative to the greatest |b| (at least 1)."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(x - y).max() / max(1.0, np.abs(y).max())) for x, y in pairs)
+
+
+class ForeignMLP(nn.Module):
+    """A model that is not ours and has no scan: DenseGeneral in two forms, Dense with and without bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.DenseGeneral((3, 4), name="split")(x)
+        h = nn.DenseGeneral(10, axis=(-2, -1), name="join")(nn.tanh(h))
+        for i in range(2):
+            h = h + nn.Dense(10, use_bias=bool(i), name=f"block_{i}")(nn.tanh(h))
+        return nn.Dense(5, name="head")(h)
+
+
+class ForeignBlock(nn.Module):
+    """The body of a foreign scan."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, _):
+        dense = nn.remat(nn.Dense) if self.remat else nn.Dense
+        return x + dense(x.shape[-1], name="fc")(nn.tanh(x)), None
+
+
+class ForeignScan(nn.Module):
+    """A model that is not ours, with a scan of its own that lists only ``params``."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        body = nn.scan(ForeignBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)
+        x, _ = body(self.remat, name="blocks")(x, None)
+        return nn.Dense(3, name="out")(x)
+
+
+class ForeignAttention(nn.Module):
+    """Flax's own attention, whose projections are DenseGeneral."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, name="attn")(x, x)
+
+
+class ForeignConv(nn.Module):
+    """Convolution and einsum."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.tanh(nn.Conv(6, (3,), strides=2, name="conv")(x))
+        return nn.Einsum((6, 2, 4), "btd,dnh->bthn", name="mix")(h)
+
+
+class ForeignExperts(nn.Module):
+    """Parameters stacked by ``nn.vmap`` instead of a scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        experts = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
+        return experts(4, name="experts")(x).sum(0)
+
+
+FOREIGN = {
+    "dense": (ForeignMLP(), (2, 5, 6), LoraSpec(target=["split", "join", "block_0", "block_1"], rank=2)),
+    "dense_patterns": (
+        ForeignMLP(),
+        (2, 5, 6),
+        LoraSpec(target="all-linear", rank=3, rank_pattern={"block_1": 1}, alpha_pattern={"join": 2}, scaling="rslora"),
+    ),
+    "scan": (ForeignScan(), (2, 5, 6), LoraSpec(target=["fc", "out"], rank=2, stacked=("blocks",))),
+    "scan_remat": (ForeignScan(True), (2, 5, 6), LoraSpec(target=["fc"], rank=2, stacked=("blocks",))),
+    "scan_layers": (
+        ForeignScan(),
+        (2, 5, 6),
+        LoraSpec(target=["fc"], rank=4, layers=(0, 2, 3), rank_pattern={"blocks.2.fc": 1}, stacked=("blocks",)),
+    ),
+    "attention": (ForeignAttention(), (2, 5, 6), LoraSpec(target=["query", "value", "out"], rank=2)),
+    "conv_einsum": (ForeignConv(), (2, 8, 5), LoraSpec(target=["conv", "mix"], rank=2, in_axes={"mix": (0,)})),
+    "experts": (ForeignExperts(), (2, 5), LoraSpec(target=r"experts\.\d", rank=2, stacked=("experts",))),
+}
+ROPE_LLAMA3 = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 16)

@@ -1,0 +1,259 @@
+"""The low-rank path equals merging: values and gradients, any Linen model, under jit, remat, scan and many devices."""
+
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stablelora_jax import InputError, LoraSpec, adapted, hyper, init_adapters, merge
+from tests.helpers import FOREIGN, ForeignConv, ForeignMLP, ForeignScan, largest_difference, random_params, tiny_decoder, tokens, trained
+
+DECODER = {
+    "default": LoraSpec(),
+    "layers_differ": LoraSpec(
+        target="all-linear",
+        rank=4,
+        rank_pattern={"layers.1.self_attn.q_proj": 1, "down_proj": 3},
+        alpha_pattern={"layers.[02].*v_proj": 3},
+        exclude=["layers.2.mlp.up_proj"],
+        scaling="rslora",
+    ),
+    "some_layers_and_head": LoraSpec(target=["o_proj", "lm_head"], layers=None, rank=2),
+    "one_layer": LoraSpec(target=["k_proj"], layers=(1,), rank=2),
+}
+
+
+def decoder_case(name, **changes):
+    model, params = tiny_decoder(qkv_bias=True, o_bias=True, mlp_bias=True, **changes)
+    return model, params, tokens(8), DECODER[name]
+
+
+def foreign_case(name):
+    model, shape, spec = FOREIGN[name]
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(8, *shape[1:])), jnp.float32)
+    return model, random_params(model, x), x, spec
+
+
+CASES = {f"decoder-{name}": partial(decoder_case, name) for name in DECODER}
+CASES |= {name: partial(foreign_case, name) for name in FOREIGN}
+
+
+def both(case):
+    """``(path, merged)``: two functions of the adapters, and trained adapters, for one case of the table."""
+    model, params, x, spec = CASES[case]()
+    start = init_adapters(jax.random.key(0), params, spec)
+    path = lambda adapters: adapted(model, spec).apply({"params": params, "lora": adapters}, x)
+    by_merging = lambda adapters: model.apply({"params": merge(params, adapters, spec)}, x)
+    return path, by_merging, start, trained(start, spec), model.apply({"params": params}, x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_path_equals_merging_in_values_and_gradients(case):
+    path, by_merging, start, adapters, base = both(case)
+    cost = lambda function: lambda a: jnp.square(function(a)).mean()
+    y, gradient = jax.jit(lambda a: (path(a), jax.grad(cost(path))(a)))(adapters)
+    expected, expected_gradient = jax.jit(lambda a: (by_merging(a), jax.grad(cost(by_merging))(a)))(adapters)
+    tolerance = 1e-4 if case.startswith("decoder") else 1e-5
+    assert largest_difference(y, expected) < tolerance
+    assert largest_difference(y, base) > 100 * tolerance, "the adapters must change the output"
+    assert largest_difference(gradient, expected_gradient) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step_zero_is_the_base_to_the_last_bit(case):
+    model, params, x, spec = CASES[case]()
+    low_rank = {"params": params, "lora": init_adapters(jax.random.key(0), params, spec)}
+    path = adapted(model, spec).apply
+    assert np.array_equal(path(low_rank, x), model.apply({"params": params}, x))
+    assert np.array_equal(jax.jit(path)(low_rank, x), jax.jit(model.apply)({"params": params}, x))
+
+
+def test_gradients_of_padding_are_exactly_zero():
+    path, _, start, adapters, _ = both("decoder-layers_differ")
+    gradient = jax.grad(lambda a: jnp.square(path(a)).mean())(adapters)
+    unused = jax.tree.map(lambda value, g: jnp.where(value == 0, g, 0), adapters, gradient)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(unused))
+    assert any((leaf == 0).any() for leaf in jax.tree.leaves(adapters))
+
+
+@pytest.mark.parametrize("case", ["decoder-layers_differ", "scan_layers"])
+def test_eight_devices_equal_one(case):
+    model, params, x, spec = CASES[case]()
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    apply = lambda x: adapted(model, spec).apply({"params": params, "lora": adapters}, x)
+    expected = jax.jit(apply)(x)
+    mapped = jax.pmap(apply)(x.reshape(8, 1, *x.shape[1:])).reshape(expected.shape)
+    rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    assert len(jax.devices()) == 8
+    assert largest_difference(mapped, expected) < 1e-5
+    assert largest_difference(jax.jit(apply)(jax.device_put(x, rows)), expected) < 1e-5
+
+
+def test_float64_throughout(x64):
+    model, params = tiny_decoder(dtype=jnp.float64)
+    spec = DECODER["layers_differ"]
+    adapters = trained(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64), spec)
+    y = adapted(model, spec).apply({"params": params, "lora": adapters}, tokens())
+    assert y.dtype == jnp.float64
+    assert largest_difference(y, model.apply({"params": merge(params, adapters, spec)}, tokens())) < 1e-12
+
+
+def test_bfloat16_base_keeps_its_dtypes_and_adds_in_float32():
+    model, params = tiny_decoder(dtype=jnp.bfloat16)
+    spec = LoraSpec(target="all-linear")
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    y, grads = jax.value_and_grad(lambda a: adapted(model, spec).apply({"params": params, "lora": a}, tokens()).sum())(adapters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)} and y.dtype == jnp.float32
+    merged = model.apply({"params": merge(params, adapters, spec)}, tokens())
+    assert largest_difference(adapted(model, spec).apply({"params": params, "lora": adapters}, tokens()), merged) < 0.1
+
+
+def test_without_adapters_it_is_the_base():
+    model, params, x, spec = CASES["decoder-default"]()
+    assert np.array_equal(adapted(model, spec).apply({"params": params}, x), model.apply({"params": params}, x))
+
+
+def test_strict_dtype_promotion():
+    model, params, x, spec = CASES["decoder-layers_differ"]()
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(lambda a: adapted(model, spec).apply({"params": params, "lora": a}, x), adapters)
+        jax.eval_shape(lambda a: merge(params, a, spec), adapters)
+
+
+class Unread(nn.Module):
+    """A kernel that no Linen layer reads."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.ones, (x.shape[-1], 3))
+        return nn.Dense(2, name="fc")(x @ kernel)
+
+
+class Hand(nn.Module):
+    """Holds :class:`Unread` so that it has a name."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Unread(name="own")(x)
+
+
+def test_an_adapter_that_no_module_reads_is_an_error():
+    x = jnp.ones((2, 4))
+    params = random_params(Hand(), x)
+    spec = LoraSpec(target=["own"])
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    with pytest.raises(InputError, match="read the adapters at own"):
+        adapted(Hand(), spec).apply({"params": params, "lora": adapters}, x)
+
+
+def test_a_wrong_guess_of_contracted_axes_is_an_error_with_the_way_out():
+    x = jnp.ones((2, 8, 5))
+    params = random_params(ForeignConv(), x)
+    spec = LoraSpec(target=["mix"], in_axes={"mix": (0, 1)}, rank=2)
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    with pytest.raises(InputError, match=r"in_axes=\{'mix': \(0,\)\}"):
+        adapted(ForeignConv(), spec).apply({"params": params, "lora": adapters}, x)
+
+
+def test_adapters_are_an_argument_not_a_constant():
+    model, params, x, spec = CASES["decoder-default"]()
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    apply = jax.jit(chex.assert_max_traces(lambda p, a: adapted(model, spec).apply({"params": p, "lora": a}, x), n=1))
+    first, second = apply(params, adapters), apply(params, trained(adapters, spec))
+    assert not np.array_equal(first, second)
+
+
+def dropout_case(rate=0.5, rows=8):
+    model, params, x, _ = CASES["decoder-default"]()
+    spec = LoraSpec(dropout=rate)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    apply = jax.jit(lambda rngs: adapted(model, spec).apply({"params": params, "lora": adapters}, x, rngs=rngs))
+    return apply, x, (model, params, adapters, spec)
+
+
+def test_dropout_acts_only_when_a_key_is_passed():
+    apply, _, (model, params, adapters, spec) = dropout_case()
+    x = tokens(8)
+    off = adapted(model, LoraSpec()).apply({"params": params, "lora": adapters}, x)
+    assert largest_difference(apply(None), off) < 1e-6
+    assert largest_difference(apply({"params": jax.random.key(0)}), off) < 1e-6
+    on = apply({"dropout": jax.random.key(0)})
+    assert largest_difference(on, off) > 1e-3
+    assert np.array_equal(on, apply({"dropout": jax.random.key(0)}))
+    assert not np.array_equal(on, apply({"dropout": jax.random.key(1)}))
+    assert np.array_equal(on, apply({"dropout": jax.random.PRNGKey(0)})), "old-style keys are keys too"
+
+
+def test_dropout_off_leaves_no_random_bits_in_the_program():
+    apply, _, (model, params, adapters, _) = dropout_case()
+    quiet = jax.jit(lambda k: adapted(model, LoraSpec()).apply({"params": params, "lora": adapters}, tokens(), rngs={"dropout": k}))
+    random = ("threefry2x32", "rng_bit", "shift_right_logical")
+    assert not any(word in quiet.lower(jax.random.key(0)).as_text() for word in random)
+    assert any(word in apply.lower({"dropout": jax.random.key(0)}).as_text() for word in random)
+
+
+@pytest.mark.parametrize("case", ["dense", "scan", "scan_remat"])
+def test_dropout_is_inverted_dropout_of_the_input_even_in_a_foreign_scan(case):
+    """The mean over many masks is the output without dropout, for a model that is linear in one adapted module."""
+    model, params, x, spec = CASES[case]()
+    spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.4, "target": ["out" if "scan" in case else "head"]})
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    apply = lambda rngs: adapted(model, spec).apply({"params": params, "lora": adapters}, x, rngs=rngs)
+    many = jax.jit(jax.vmap(lambda k: apply({"dropout": k})))(jax.random.split(jax.random.key(0), 4000))
+    assert largest_difference(many.mean(0), apply(None)) < 0.1
+    assert float(many.std(0).min()) > 1e-3
+
+
+def test_layers_of_a_foreign_scan_drop_differently():
+    model, params, x, spec = CASES["scan"]()
+    spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.5, "target": ["fc"]})
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    from stablelora_jax.adapter import adapter_sites
+    from stablelora_jax.intercept import _site_keys
+
+    (site,) = adapter_sites(adapters, spec).values()
+    assert len({tuple(row) for row in np.asarray(_site_keys(jax.random.key(0), site)).tolist()}) == 4
+    y = adapted(ForeignScan(), spec).apply({"params": params, "lora": adapters}, x, rngs={"dropout": jax.random.key(0)})
+    assert np.isfinite(y).all()
+
+
+def test_row_keys_make_masks_independent_of_the_batch():
+    _, x, (model, params, adapters, spec) = dropout_case()
+    keys = jax.random.split(jax.random.key(9), 8)
+    apply = jax.jit(lambda x, k: adapted(model, spec).apply({"params": params, "lora": adapters}, x, rngs={"dropout": k}))
+    whole = apply(x, keys)
+    halves = jnp.concatenate([apply(x[:4], keys[:4]), apply(x[4:], keys[4:])])
+    assert largest_difference(halves, whole) < 1e-5
+    with pytest.raises(InputError, match="rows must be its first axis"):
+        apply(x[:4], keys)
+
+
+def test_scale_and_rate_are_traced():
+    model, params, x, _ = CASES["decoder-default"]()
+    spec = LoraSpec(dropout=0.3)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    apply = jax.jit(
+        chex.assert_max_traces(
+            lambda hp, k: adapted(model, spec).apply({"params": params, "lora": adapters, "lora_hp": hp}, x, rngs={"dropout": k}), n=1
+        )
+    )
+    key, numbers = jax.random.key(0), hyper(spec, adapters)
+    doubled = hyper(LoraSpec(alpha=32, dropout=0.0), adapters)
+    expected = adapted(model, LoraSpec(alpha=32)).apply({"params": params, "lora": adapters}, x)
+    assert largest_difference(apply(doubled, key), expected) < 1e-5
+    assert largest_difference(apply(numbers, key), expected) > 1e-3
+
+
+def test_a_base_parameter_with_our_name_is_refused():
+    model, params, x, spec = FOREIGN["dense"][0], None, jnp.ones((2, 5, 6)), FOREIGN["dense"][2]
+    params = random_params(model, x)
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    params["split"]["lora_scale"] = jnp.ones(())
+    with pytest.raises(InputError, match="split of the base already has a parameter called lora_scale"):
+        adapted(ForeignMLP(), spec).apply({"params": params, "lora": adapters}, x)
