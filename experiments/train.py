@@ -1,4 +1,4 @@
-"""Fine-tune a language model with Stable-LoRA: ``python experiments/train.py [--config X.yaml] [key.sub=value ...]``."""
+"""Fine-tune a language model: ``python experiments/train.py [--config X.yaml] [key.sub=value ...]``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from stablelora_jax.describe import describe
 from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import adapted
 from stablelora_jax.interop import load_peft, save_peft
-from stablelora_jax.models.pretrained import load_pretrained, save_pretrained
+from stablelora_jax.models.pretrained import base_directory, load_pretrained, save_pretrained
 from stablelora_jax.optimize import shrink_until_stable, stable_lora, still_shrinking
 from stablelora_jax.transform import hyper, init_adapters, merge, unmerge
 
@@ -16,6 +16,7 @@ __all__ = [
     "InputError",
     "LoraSpec",
     "adapted",
+    "base_directory",
     "describe",
     "hyper",
     "init_adapters",

@@ -72,10 +72,11 @@ class LoraSpec:
         self._check()
 
     def _check(self) -> None:
-        for key, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern)):
+        for key, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in items(self.rank_pattern))):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise InputError(f"{key} must be a whole number of at least 1, not {rank!r}")
-        for key, alpha in (("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern)):
+        alphas = ((f"alpha_pattern[{k!r}]", v) for k, v in items(self.alpha_pattern))
+        for key, alpha in (("alpha", self.alpha), *alphas):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
                 raise InputError(f"{key} must be a positive number, not {alpha!r}")
         if not 0 <= self.dropout < 1:
@@ -105,11 +106,11 @@ class LoraSpec:
 
     def rank_of(self, name: str) -> int:
         """The rank of the module called ``name``: the first key of ``rank_pattern`` that matches, else ``rank``."""
-        return next((rank for key, rank in self.rank_pattern if tree.pattern_matches(key, name)), self.rank)
+        return next((rank for key, rank in items(self.rank_pattern) if tree.pattern_matches(key, name)), self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module called ``name``, by ``alpha_pattern`` and ``alpha``."""
-        return next((alpha for key, alpha in self.alpha_pattern if tree.pattern_matches(key, name)), self.alpha)
+        return next((alpha for key, alpha in items(self.alpha_pattern) if tree.pattern_matches(key, name)), self.alpha)
 
     def scale_of(self, name: str) -> float:
         """The scale s of the module called ``name``."""
@@ -187,11 +188,18 @@ def adapter_sites(adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
     return found
 
 
+def items(patterns: Any) -> tuple[tuple[str, Any], ...]:
+    """The ``(pattern, value)`` pairs of a spec's pattern map, in the order in which they are tried."""
+    return patterns
+
+
 def _canonical(patterns: Any) -> tuple[tuple[str, Any], ...]:
     """Pattern maps as tuples; sorted where the order cannot matter, since the first match wins where it can."""
-    items = patterns.items() if isinstance(patterns, Mapping) else patterns
-    pairs = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in items)
-    return pairs if any(_overlap(p, q) for i, (p, _) in enumerate(pairs) for q, _ in pairs[:i]) else tuple(sorted(pairs))
+    given = patterns.items() if isinstance(patterns, Mapping) else patterns
+    pairs = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in given)
+    return (
+        pairs if any(_overlap(p, q) for i, (p, _) in enumerate(pairs) for q, _ in pairs[:i]) else tuple(sorted(pairs))
+    )
 
 
 def _overlap(p: str, q: str) -> bool:

@@ -18,7 +18,7 @@ Place = Callable[[jax.Array], jax.Array]
 
 
 def contract(
-    module: nn.Module, x: Any, kernel: jax.Array, a: jax.Array, in_axes: tuple[int, ...], args: Any, kwargs: Any
+    module: Any, x: Any, kernel: jax.Array, a: jax.Array, in_axes: tuple[int, ...], args: Any, kwargs: Any
 ) -> tuple[jax.Array, Place]:
     """``x A`` in the compute dtype of ``module``, with float32 accumulation at least.
 
@@ -28,15 +28,15 @@ def contract(
     dtype = module.dtype or jnp.promote_types(jnp.result_type(x), kernel.dtype)
     x, a = jnp.asarray(x, dtype), a.astype(dtype)
     if isinstance(module, nn.Einsum):
-        equation = kwargs.get("einsum_str") or (args[0] if args else None) or module.einsum_str
+        equation = kwargs.get("einsum_str") or (args[0] if args else None) or module.einsum_str or ""
         return _einsum(module, x, kernel, a, in_axes, equation.replace(" ", ""))
     if isinstance(module, nn.Conv):
         return _conv(module, x, kernel, a, in_axes)
-    axes = (-1,)
+    axes: Any = (-1,)
     if isinstance(module, nn.DenseGeneral):
         if module.batch_dims:
             raise InputError(f"{_name(module)} has batch_dims, which a pair cannot follow: exclude it")
-        axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
+        axes = tuple(module.axis) if isinstance(module.axis, tuple | list) else (module.axis,)
     axes = tuple(axis % x.ndim for axis in axes)
     _require_axes(module, in_axes, tuple(range(len(axes))))
     a = a.reshape(*(x.shape[axis] for axis in axes), a.shape[-1])
@@ -52,7 +52,7 @@ def _dot(x: jax.Array, a: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.A
 
 
 def _conv(
-    module: nn.Conv, x: jax.Array, kernel: jax.Array, a: jax.Array, in_axes: tuple[int, ...]
+    module: Any, x: jax.Array, kernel: jax.Array, a: jax.Array, in_axes: tuple[int, ...]
 ) -> tuple[jax.Array, Place]:
     if module.feature_group_count != 1:
         raise InputError(f"{_name(module)} is a grouped convolution, which a pair cannot follow: exclude it")
@@ -63,7 +63,7 @@ def _conv(
 
 
 def _einsum(
-    module: nn.Einsum, x: jax.Array, kernel: jax.Array, a: jax.Array, in_axes: tuple[int, ...], equation: str
+    module: Any, x: jax.Array, kernel: jax.Array, a: jax.Array, in_axes: tuple[int, ...], equation: str
 ) -> tuple[jax.Array, Place]:
     sides, out = equation.split("->")
     left, right = sides.split(",")

@@ -50,7 +50,9 @@ def score_choices(
 ) -> list[np.ndarray]:
     """For each question, the score of each of its choices (float32). Batches hold ``rows`` rows of like length."""
     tasks = [(i, j) for i, question in enumerate(questions) for j in range(len(question.choices))]
-    texts = [encode(tokenizer, questions[i].prompt, questions[i].choices[j], end=False, length=length) for i, j in tasks]
+    texts = [
+        encode(tokenizer, questions[i].prompt, questions[i].choices[j], end=False, length=length) for i, j in tasks
+    ]
     order = sorted(range(len(tasks)), key=lambda t: -len(texts[t].tokens))
     scores = [np.zeros(len(question.choices), np.float32) for question in questions]
     for start in tqdm(range(0, len(order), rows), desc="evaluate", disable=not progress, leave=False):

@@ -105,7 +105,9 @@ def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], unread: s
         own = module.variables["params"]
         x = args[0] if args else kwargs["inputs"]
         if "lora_key" in own:
-            x = _dropout(x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys)))
+            x = _dropout(
+                x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
+            )
         z, place = contract(module, x, own["kernel"], own["lora_a"], axes[module.path], args[1:], kwargs)
         unread.discard(module.path)
         delta = place(change(z, own, own["lora_scale"]))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def token_log_probs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def token_log_probs(logits: jax.Array, tokens: ArrayLike) -> jax.Array:
     """Log-probability, in the dtype of ``logits``, of each token given those before it.
 
     Args:
@@ -16,15 +17,15 @@ def token_log_probs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     Returns:
       (B, T): entry t belongs to ``tokens[:, t]``; entry 0, which nothing predicts, is 0.
     """
-    logits, targets = logits[:, :-1], tokens[:, 1:]
+    logits, targets = logits[:, :-1], jnp.asarray(tokens)[:, 1:]
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.pad(chosen - jax.nn.logsumexp(logits, axis=-1), ((0, 0), (1, 0)))
 
 
-def masked_cross_entropy(logits: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def masked_cross_entropy(logits: jax.Array, tokens: ArrayLike, loss_mask: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """``(sum of -log p over the tokens whose loss_mask is 1, their number)``, both scalars in the dtype of ``logits``.
 
     The sum, not the mean: a mean over devices or micro-batches of unequal token counts is not the batch's mean.
     """
-    mask = loss_mask.astype(logits.dtype).at[:, 0].set(0)
+    mask = jnp.asarray(loss_mask, logits.dtype).at[:, 0].set(0)
     return -(token_log_probs(logits, tokens) * mask).sum(), mask.sum()

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ import numpy as np
 import optax
 
 from stablelora_jax import checkpoint, parallel, report
+from stablelora_jax.build import make_optimizer, make_schedule
 from stablelora_jax.data import Example, make_batch, rows_of_step, training_examples
 from stablelora_jax.describe import describe
 from stablelora_jax.errors import InputError
@@ -33,10 +33,10 @@ from stablelora_jax.evaluate import Scorer, accuracies, answers, make_scorer, sc
 from stablelora_jax.intercept import Adapted, adapted
 from stablelora_jax.interop import save_peft
 from stablelora_jax.log import RunLog
-from stablelora_jax.models.pretrained import load_pretrained
-from stablelora_jax.optimize import stable_lora
+from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.run_config import RunConfig
-from stablelora_jax.run_directory import METRICS, SUMMARY, claim, read_summary, write_whole
+from stablelora_jax.run_directory import SUMMARY, create, locate, read_summary, write_whole
+from stablelora_jax.summary import story, summarize
 from stablelora_jax.tasks import load_questions
 from stablelora_jax.tasks.question import Question
 from stablelora_jax.train import TrainState, init_state, make_train_step
@@ -66,11 +66,12 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
       InputError: anything that the user gave and that cannot be used, before anything is trained.
     """
     began = time.monotonic()
-    directory = claim(config)
+    directory = locate(config)
     if summary := read_summary(directory):
         say(f"{directory} is finished; its adapter is in {directory / 'adapter'}. Another seed or output= trains anew.")
         return summary
     job = _prepare(config, directory, say)
+    create(directory, config)
     manager = checkpoint.open_manager(directory / "checkpoints", keep=config.keep_checkpoints)
     state = job.start if manager.latest_step() is None else TrainState(*checkpoint.restore(manager, job.start))
     log = RunLog(directory, int(state.step), config.steps, job.schedule)
@@ -84,34 +85,12 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
     manager.close()
     log.close()
     report.draw(directory)
-    summary = _summary(job, log, time.monotonic() - began)
+    summary = summarize(config, log, time.monotonic() - began)
     write_whole(directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    _tell(job, log, summary, say)
+    for line in story(config, log, job.questions, summary):
+        say(line)
+    say(f"{config.steps} steps in {summary['minutes']} minutes; adapter, pictures and numbers are in {directory}")
     return summary
-
-
-def base_directory() -> Path:
-    """The small base model that ships inside the package."""
-    return Path(str(resources.files("stablelora_jax") / "assets" / "base"))
-
-
-def make_schedule(config: RunConfig) -> optax.Schedule:
-    """Learning rate by the number of updates so far: linear warm-up, then the named shape down to 0 at the end."""
-    peak, warmup = config.optimizer.learning_rate, config.schedule.warmup_steps
-    rest = max(1, config.steps - warmup)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-    }[config.schedule.name]
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
-
-
-def make_optimizer(config: RunConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then Stable-LoRA around AdamW."""
-    o = config.optimizer
-    stable = stable_lora(schedule, o.shrink_ratio, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-    return stable if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), stable)
 
 
 def _prepare(config: RunConfig, directory: Path, say: Callable[[str], None]) -> Job:
@@ -171,31 +150,3 @@ def _evaluate(job: Job, adapters: Any) -> dict[str, Any]:
         progress=sys.stderr.isatty(),
     )
     return {**accuracies(scores, job.questions), "questions": len(scores), "answers": answers(scores)}
-
-
-def _summary(job: Job, log: RunLog, seconds: float) -> dict[str, Any]:
-    losses = [record["loss"] for record in log.records if "loss" in record]
-    device = jax.local_devices()[0]
-    found = {"before": log.evaluation(0), "after": log.evaluation(job.config.steps)}
-    return {
-        "steps": job.config.steps,
-        "loss_first_10": float(np.mean(losses[:10])),
-        "loss_last_10": float(np.mean(losses[-10:])),
-        **{name: {k: v for k, v in (e or {}).items() if k != "answers"} for name, e in found.items()},
-        "minutes": round(seconds / 60, 2),
-        "devices": f"{jax.local_device_count()} x {device.device_kind}",
-        "jax": jax.__version__,
-    }
-
-
-def _tell(job: Job, log: RunLog, summary: dict[str, Any], say: Callable[[str], None]) -> None:
-    before, after = log.evaluation(0), log.evaluation(job.config.steps)
-    if before and after:
-        for question, was, now in zip(job.questions[: job.config.show], before["answers"], after["answers"], strict=False):
-            mark = {True: "right", False: "wrong"}
-            said = [f"{question.choices[i].strip()} ({mark[i == question.label]})" for i in (was, now)]
-            say(f"\n{question.prompt}\n    before: {said[0]}    after: {said[1]}")
-        say(f"\nvalidation accuracy: {before['acc']:.1%} before, {after['acc']:.1%} after ({before['questions']} questions)")
-    say(f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)")
-    say(f"{job.config.steps} steps, {summary['minutes']} minutes; adapter in {job.directory / 'adapter'}, "
-        f"pictures {job.directory / 'loss.png'} and {job.directory / 'norms.png'}, numbers in {job.directory / METRICS}")

@@ -19,10 +19,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class SmallWorldTask:
+class CompareSizesTask:
     """The generated task that the package's own base learns."""
 
-    name: Literal["small_world"] = option("small_world", "questions about a small invented world")
+    name: Literal["compare_sizes"] = option("compare_sizes", "which of four animals is the biggest, or the smallest")
     train_limit: int | None = option(None, "use only the first questions of the training split")
     validation_limit: int | None = option(None, "use only the first questions of the validation split")
 
@@ -43,11 +43,22 @@ class StableLoraConfig:
 
     name: Literal["stable_lora"] = option("stable_lora", "AdamW with shrink-until-stable on A")
     learning_rate: float = option(1e-4, "peak learning rate")
-    shrink_ratio: float = option(5e-4, "lambda: the share of A that a step removes until the pair is stable; 0 is AdamW")
+    shrink_ratio: float = option(
+        5e-4, "lambda: the share of A that a step removes until the pair is stable; 0 is AdamW"
+    )
     b1: float = option(0.9, "decay of the first moment")
     b2: float = option(0.999, "decay of the second moment")
     eps: float = option(1e-8, "added to the root of the second moment")
     weight_decay: float = option(0.01, "decoupled weight decay, on A as shrunk and on B")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("shrink_ratio", "b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        for name in ("learning_rate", "eps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class RunConfig:
     """Everything that decides a run: the same values give the same adapters."""
 
     model: ModelConfig = section(ModelConfig, "the frozen base")
-    task: SmallWorldTask | ArcTask = section(SmallWorldTask, "what is learnt")
+    task: CompareSizesTask | ArcTask = section(CompareSizesTask, "what is learnt")
     lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's words")
     optimizer: StableLoraConfig = section(StableLoraConfig, "how the adapters are trained")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over the run")

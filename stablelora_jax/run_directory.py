@@ -16,11 +16,11 @@ from stablelora_jax.run_config import RunConfig
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
 
-def claim(run_config: RunConfig) -> Path:
-    """Make the run's directory and write its configuration, or find the one that the same configuration made.
+def locate(run_config: RunConfig) -> Path:
+    """The run's directory: free to be made, or made by the same configuration. Writes nothing.
 
     Raises:
-      InputError: the directory holds another run or other files, or cannot be written.
+      InputError: the directory holds another run or other files, or cannot be made.
     """
     directory = Path(run_config.output or default_directory(run_config))
     mine = _identity(run_config)
@@ -29,15 +29,26 @@ def claim(run_config: RunConfig) -> Path:
         if theirs != mine:
             changed = ", ".join(sorted(_differences(theirs, mine)))
             raise InputError(f"{directory} holds a run with another {changed}: choose another output=")
-        return directory
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    elif directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise InputError(f"{directory} exists and is no run directory: choose another output=")
+    parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write to {directory}: {parent} is no directory that can be written to")
+    return directory
+
+
+def create(directory: Path, run_config: RunConfig) -> None:
+    """Make the directory and write the resolved configuration into it, unless it is there.
+
+    Raises:
+      InputError: it cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / CONFIG, config.dump(run_config))
+        if not (directory / CONFIG).is_file():
+            write_whole(directory / CONFIG, config.dump(run_config))
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
-    return directory
 
 
 def default_directory(run_config: RunConfig) -> str:

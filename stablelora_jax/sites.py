@@ -15,7 +15,7 @@ import numpy as np
 from flax.core import FrozenDict, unfreeze
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, Site, adapter_sites, make_site
+from stablelora_jax.adapter import LoraSpec, Site, adapter_sites, items, make_site
 from stablelora_jax.errors import InputError
 from stablelora_jax.tree import Path
 
@@ -45,7 +45,9 @@ def fitted_sites(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, Site]
             raise InputError(f"adapters at {'.'.join(path)}, but the model has no kernel there that the spec selects")
     for path, site in wanted.items():
         if path not in found:
-            raise InputError(f"{'.'.join(path)} is selected by the spec but has no adapters; make them with init_adapters")
+            raise InputError(
+                f"{'.'.join(path)} is selected by the spec but has no adapters; make them with init_adapters"
+            )
         if (site.stack, site.size) != (found[path].stack, found[path].size):
             raise InputError(
                 f"{'.'.join(path)}: the kernel is {site.stack + site.size}, "
@@ -63,7 +65,7 @@ def kernel_axes(site_path: Path, module: Mapping[str, Any], spec: LoraSpec) -> t
     depth = depth if len(module["kernel"].shape) >= depth + 2 else 0
     shape, bias = module["kernel"].shape[depth:], module.get("bias")
     name = ".".join(site_path)
-    declared = next((axes for key, axes in spec.in_axes if tree.pattern_matches(key, name)), None)
+    declared = next((axes for key, axes in items(spec.in_axes) if tree.pattern_matches(key, name)), None)
     if declared is not None:
         if not all(0 <= axis < len(shape) for axis in declared) or not 0 < len(declared) < len(shape):
             raise InputError(f"in_axes {declared} do not fit the kernel of {name}, whose axes are {shape}")
@@ -117,5 +119,5 @@ def _check_patterns(names: list[str], spec: LoraSpec) -> None:
     if not chosen:
         raise InputError(f"the spec selects no module: target {spec.target!r} less exclude {spec.exclude!r}")
     for kind, table in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
-        for pattern, _ in table:
+        for pattern, _ in items(table):
             tree.require_match(kind, pattern, any(tree.pattern_matches(pattern, n) for n in chosen), chosen)

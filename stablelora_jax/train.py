@@ -57,7 +57,7 @@ def make_train_step(
         loss, grads = jax.lax.psum((loss, grads), AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), **norm_summary(adapters)}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **norm_summary(adapters)}
         metrics |= {"tokens": jax.lax.psum(batch.segment_ids.sum(), AXIS), "latches": latches(opt_state)}
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 

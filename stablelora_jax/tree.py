@@ -23,7 +23,7 @@ Path = tuple[str, ...]
 
 
 def find_dicts(tree: Any, wanted: Any, prefix: Path = ()) -> dict[Path, Mapping[str, Any]]:
-    """Every dict in ``tree`` for which ``wanted(dict)`` holds, by path, sorted; found dicts are not searched further."""
+    """Every dict in ``tree`` for which ``wanted(dict)`` holds, by path, sorted; inside a find nothing is searched."""
     if not isinstance(tree, Mapping):
         return {}
     if wanted(tree):

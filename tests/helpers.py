@@ -34,7 +34,9 @@ def random_params(model, *inputs):
     """Parameters of ``model`` with every leaf random, so that no bias is zero and no norm is one."""
     shapes = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)["params"]
     rng = np.random.default_rng(7)
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 2 / max(1, s.shape[-1]) ** 0.25, s.dtype), shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s.shape) / 2 / max(1, s.shape[-1]) ** 0.25, s.dtype), shapes
+    )
 
 
 def tokens(B=2, T=7, vocab=31, seed=0):
@@ -50,7 +52,9 @@ def trained(adapters, spec, seed=5, size=0.3):
         a = size * rng.normal(size=pair["lora_a"].shape) * mask[..., None, :]
         b = size * rng.normal(size=pair["lora_b"].shape) * mask[..., :, None]
         dtype = pair["lora_a"].dtype
-        adapters = tree.set_in(adapters, path, {**pair, "lora_a": jnp.asarray(a, dtype), "lora_b": jnp.asarray(b, dtype)})
+        adapters = tree.set_in(
+            adapters, path, {**pair, "lora_a": jnp.asarray(a, dtype), "lora_b": jnp.asarray(b, dtype)}
+        )
     return adapters
 
 

@@ -11,7 +11,17 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stablelora_jax import InputError, LoraSpec, adapted, hyper, init_adapters, merge
-from tests.helpers import FOREIGN, ForeignConv, ForeignMLP, ForeignScan, largest_difference, random_params, tiny_decoder, tokens, trained
+from tests.helpers import (
+    FOREIGN,
+    ForeignConv,
+    ForeignMLP,
+    ForeignScan,
+    largest_difference,
+    random_params,
+    tiny_decoder,
+    tokens,
+    trained,
+)
 
 DECODER = {
     "default": LoraSpec(),
@@ -107,7 +117,9 @@ def test_bfloat16_base_keeps_its_dtypes_and_adds_in_float32():
     model, params = tiny_decoder(dtype=jnp.bfloat16)
     spec = LoraSpec(target="all-linear")
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
-    y, grads = jax.value_and_grad(lambda a: adapted(model, spec).apply({"params": params, "lora": a}, tokens()).sum())(adapters)
+    y, grads = jax.value_and_grad(lambda a: adapted(model, spec).apply({"params": params, "lora": a}, tokens()).sum())(
+        adapters
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)} and y.dtype == jnp.float32
     merged = model.apply({"params": merge(params, adapters, spec)}, tokens())
     assert largest_difference(adapted(model, spec).apply({"params": params, "lora": adapters}, tokens()), merged) < 0.1
@@ -192,7 +204,9 @@ def test_dropout_acts_only_when_a_key_is_passed():
 
 def test_dropout_off_leaves_no_random_bits_in_the_program():
     apply, _, (model, params, adapters, _) = dropout_case()
-    quiet = jax.jit(lambda k: adapted(model, LoraSpec()).apply({"params": params, "lora": adapters}, tokens(), rngs={"dropout": k}))
+    quiet = jax.jit(
+        lambda k: adapted(model, LoraSpec()).apply({"params": params, "lora": adapters}, tokens(), rngs={"dropout": k})
+    )
     random = ("threefry2x32", "rng_bit", "shift_right_logical")
     assert not any(word in quiet.lower(jax.random.key(0)).as_text() for word in random)
     assert any(word in apply.lower({"dropout": jax.random.key(0)}).as_text() for word in random)
@@ -226,7 +240,9 @@ def test_layers_of_a_foreign_scan_drop_differently():
 def test_row_keys_make_masks_independent_of_the_batch():
     _, x, (model, params, adapters, spec) = dropout_case()
     keys = jax.random.split(jax.random.key(9), 8)
-    apply = jax.jit(lambda x, k: adapted(model, spec).apply({"params": params, "lora": adapters}, x, rngs={"dropout": k}))
+    apply = jax.jit(
+        lambda x, k: adapted(model, spec).apply({"params": params, "lora": adapters}, x, rngs={"dropout": k})
+    )
     whole = apply(x, keys)
     halves = jnp.concatenate([apply(x[:4], keys[:4]), apply(x[4:], keys[4:])])
     assert largest_difference(halves, whole) < 1e-5
@@ -240,7 +256,10 @@ def test_scale_and_rate_are_traced():
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     apply = jax.jit(
         chex.assert_max_traces(
-            lambda hp, k: adapted(model, spec).apply({"params": params, "lora": adapters, "lora_hp": hp}, x, rngs={"dropout": k}), n=1
+            lambda hp, k: adapted(model, spec).apply(
+                {"params": params, "lora": adapters, "lora_hp": hp}, x, rngs={"dropout": k}
+            ),
+            n=1,
         )
     )
     key, numbers = jax.random.key(0), hyper(spec, adapters)

@@ -49,7 +49,15 @@ def test_a_pairs_draw_depends_on_its_name_alone():
     chex.assert_trees_all_equal(pairs(few)[q], pairs(many)[q])
     a = pairs(many)[q]["lora_a"]
     assert not jnp.array_equal(a[0], a[1])
-    apart = {"model": {"layers": {"1": {"self_attn": {"q_proj": {"kernel": params["model"]["layers"]["self_attn"]["q_proj"]["kernel"][1]}}}}}}
+    apart = {
+        "model": {
+            "layers": {
+                "1": {
+                    "self_attn": {"q_proj": {"kernel": params["model"]["layers"]["self_attn"]["q_proj"]["kernel"][1]}}
+                }
+            }
+        }
+    }
     alone = init_adapters(jax.random.key(0), apart, LoraSpec(target=["q_proj"]))
     chex.assert_trees_all_equal(pairs(alone)[("model", "layers", "1", "self_attn", "q_proj")]["lora_a"], a[1])
 
@@ -94,7 +102,9 @@ def test_merge_is_the_equation():
     for layer, scale in ((0, 16 / 4), (1, 16 / 2), (2, 16 / 4)):
         a, b = (np.float64(pair[name][layer]) for name in ("lora_a", "lora_b"))
         expected = np.float64(kernel["kernel"][layer]) + scale * a @ b
-        np.testing.assert_allclose(merged["model"]["layers"]["self_attn"]["q_proj"]["kernel"][layer], expected, atol=1e-5)
+        np.testing.assert_allclose(
+            merged["model"]["layers"]["self_attn"]["q_proj"]["kernel"][layer], expected, atol=1e-5
+        )
     gate = ("model", "layers", "mlp", "gate_proj", "kernel")
     before, after = (_get(t, gate) for t in (params, merged))
     assert jnp.array_equal(before[2], after[2]) and not jnp.array_equal(before[1], after[1])
@@ -130,7 +140,9 @@ def test_safe_merge_names_the_layer_that_is_not_finite():
     for function in (merge, unmerge):
         with pytest.raises(InputError, match=r"model\.layers\.2\.self_attn\.v_proj"):
             function(params, adapters, spec)
-    assert jnp.isnan(merge(params, adapters, spec, safe=False)["model"]["layers"]["self_attn"]["v_proj"]["kernel"]).any()
+    assert jnp.isnan(
+        merge(params, adapters, spec, safe=False)["model"]["layers"]["self_attn"]["v_proj"]["kernel"]
+    ).any()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +168,9 @@ def test_each_pattern_must_match(bad, message):
 
 def test_all_linear_is_never_the_head():
     _, params = tiny_decoder()
-    assert "lm_head" in params and "lm_head" not in init_adapters(jax.random.key(0), params, LoraSpec(target="all-linear"))
+    assert "lm_head" in params and "lm_head" not in init_adapters(
+        jax.random.key(0), params, LoraSpec(target="all-linear")
+    )
     assert "lm_head" in init_adapters(jax.random.key(0), params, LoraSpec(target=["lm_head"]))
 
 

@@ -16,7 +16,12 @@ NAMES += ["lm_head", "q_proj", "xq_proj", "model.q_proj_2"]
     [
         (("model", "layers", "q"), (2,), ("layers",), ("model.layers.0.q", "model.layers.1.q")),
         (("lm_head",), (), ("layers",), ("lm_head",)),
-        (("layers", "experts", "up"), (1, 2), ("layers", "experts"), ("layers.0.experts.0.up", "layers.0.experts.1.up")),
+        (
+            ("layers", "experts", "up"),
+            (1, 2),
+            ("layers", "experts"),
+            ("layers.0.experts.0.up", "layers.0.experts.1.up"),
+        ),
         (("blocks", "q"), (2,), ("layers",), ("blocks.q[0]", "blocks.q[1]")),
         (("layers", "0", "q"), (), ("layers",), ("layers.0.q",)),
     ],
@@ -41,7 +46,15 @@ def test_layer_number(name, number):
 
 @pytest.mark.parametrize(
     "pattern",
-    [("q_proj",), ("self_attn.q_proj", "lm_head"), ("proj",), r".*\.q_proj", r"model\.layers\.[13]\..*", "q_proj", "lm_head"],
+    [
+        ("q_proj",),
+        ("self_attn.q_proj", "lm_head"),
+        ("proj",),
+        r".*\.q_proj",
+        r"model\.layers\.[13]\..*",
+        "q_proj",
+        "lm_head",
+    ],
 )
 def test_targets_match_as_in_peft(pattern):
     tuners = pytest.importorskip("peft.tuners.tuners_utils")
@@ -51,7 +64,11 @@ def test_targets_match_as_in_peft(pattern):
         assert tree.matches(pattern, name) == bool(tuners.check_target_module_exists(config, name)), (pattern, name)
 
 
-@given(st.sampled_from(["q_proj", "layers.1.self_attn.q_proj", "layers.1", "_proj", ".*_proj", r"layers\.\d.*v_proj", "proj$"]))
+@given(
+    st.sampled_from(
+        ["q_proj", "layers.1.self_attn.q_proj", "layers.1", "_proj", ".*_proj", r"layers\.\d.*v_proj", "proj$"]
+    )
+)
 def test_patterns_match_as_in_peft(pattern):
     other = pytest.importorskip("peft.utils.other")
     for name in NAMES:

@@ -7,12 +7,14 @@ to a method that is defined by the ratio of ||A|| to ||B||.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def kaiming(key: jax.Array, w: jax.Array, rank: int, dtype: DTypeLike) -> tuple[dict[str, jax.Array], jax.Array]:
+def kaiming(key: jax.Array, w: Any, rank: int, dtype: DTypeLike) -> tuple[dict[str, jax.Array], Any]:
     """A pair for the kernel ``w`` (in, out), of which only the shape is read; the base is returned as it is."""
     rows, columns = w.shape
     bound = rows**-0.5

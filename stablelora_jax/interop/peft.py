@@ -53,7 +53,7 @@ def save_peft(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _replace(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        _replace(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        _replace(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"cannot write the adapter to {directory}: {error.strerror or error}") from None
 

@@ -27,7 +27,8 @@ def to_peft_config(spec: LoraSpec, sites: Iterable[Site], base_model: str | None
     """The content of ``adapter_config.json`` for adapters at ``sites``.
 
     Patterns are written as they are, since they mean the same in PEFT; ``all-linear`` is written as the modules it
-    stands for (vLLM wants a list), and so is a regular expression with ``layers``, which PEFT refuses together.
+    stands for (vLLM wants a list), and so is a regular expression with ``layers``, which PEFT refuses together. Keys of
+    pattern maps keep their order, which is meaning where two match one module (PEFT's own writer sorts them).
     """
     chosen = [name for site in sites for name, rank in zip(site.names, site.ranks, strict=True) if rank]
     listed = isinstance(spec.target, tuple)

@@ -1,0 +1,1 @@
+"""Pretrained decoders: architecture, weights in and out, tokenizers."""

@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 def attend(q, k, v, mask):
-    """Grouped-query attention in XLA: q (B, T, H, hd), k and v (B, S, K, hd), mask (B, T, S) bool; gives (B, T, H, hd)."""
+    """Grouped-query attention: q (B, T, H, hd), k and v (B, S, K, hd), mask (B, T, S) bool; gives (B, T, H, hd)."""
     B, T, H, hd = q.shape
     q = q.reshape(B, T, k.shape[2], H // k.shape[2], hd)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * hd**-0.5

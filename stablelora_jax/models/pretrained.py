@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,16 @@ def load_pretrained(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -
       InputError: the files are missing, damaged, inconsistent, or describe a model that this decoder is not.
     """
     dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.zeros((), dtype).dtype != dtype:
+    if not jnp.issubdtype(dtype, jnp.floating) or (dtype.itemsize > 4 and not jax.config.read("jax_enable_x64")):
         raise InputError(f"dtype {dtype} cannot be used here; float64 needs jax.config.update('jax_enable_x64', True)")
     raw, source, tokenizer, origin = _open(path_or_id)
     model = Decoder(decoder_config(raw, origin), dtype=dtype, tokenizer=tokenizer)
     return model, load_params(abstract_params(model), source, dtype)
+
+
+def base_directory() -> Path:
+    """The small Llama that ships inside the package, made by ``experiments/pretrain_base.py``."""
+    return Path(str(resources.files("stablelora_jax") / "assets" / "base"))
 
 
 def abstract_params(model: Decoder) -> Any:

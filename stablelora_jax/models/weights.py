@@ -109,10 +109,14 @@ def _check_names(wanted: Mapping[str, tuple[int, ...]], source: TensorSource, ti
     for problem, names in (("lacks", missing), ("holds unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{source.origin} {problem} tensors: {', '.join(names[:3])}{more}; is config.json its own?")
+            raise InputError(
+                f"{source.origin} {problem} tensors: {', '.join(names[:3])}{more}; is config.json its own?"
+            )
     for name, shape in wanted.items():
         if source.shapes[name] != shape:
-            raise InputError(f"{source.origin}: tensor {name} has shape {source.shapes[name]}, config.json says {shape}")
+            raise InputError(
+                f"{source.origin}: tensor {name} has shape {source.shapes[name]}, config.json says {shape}"
+            )
 
 
 def _safetensors_files(directory: Path) -> list[Path]:

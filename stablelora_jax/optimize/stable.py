@@ -41,7 +41,7 @@ class ShrinkUntilStableState(NamedTuple):
     """State of :func:`shrink_until_stable`."""
 
     shrinking: Any  # latches at the pairs' paths, shape of the stack axes, int8: 1 on, 0 off, -1 padding
-    count: jax.Array | None  # updates so far, int32; None unless the ratio is a schedule
+    count: jax.Array | None  # type: ignore[assignment]  # updates so far, int32; None unless the ratio is a schedule
     inner: optax.OptState
 
 
@@ -121,7 +121,7 @@ def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dic
     found = latches(opt_state)
     if not found:
         raise InputError("this optimizer state holds no latches: no shrink_until_stable has made it")
-    named = {}
+    named: dict[str, bool] = {}
     for path, latch in jax.tree.leaves_with_path([state.shrinking for state in found]):
         keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:])
         values = np.asarray(latch)
@@ -174,7 +174,7 @@ def _next_latch(pair: Mapping[str, jax.Array], latch: jax.Array) -> jax.Array:
     return jnp.where((latch == ON) & stable, OFF, latch).astype(latch.dtype)
 
 
-def _shrink(pair: Mapping[str, jax.Array], latch: jax.Array, ratio: Ratio) -> Any:
+def _shrink(pair: Any, latch: jax.Array, ratio: Ratio) -> Any:
     a = pair["lora_a"]
     small = jnp.asarray(1 - ratio, a.dtype) * a
     return type(pair)({**pair, "lora_a": jnp.where((latch == ON)[..., None, None], small, a)})

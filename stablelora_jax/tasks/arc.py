@@ -1,7 +1,7 @@
 """ARC: grade-school science questions (Clark et al., arXiv 1803.05457), from the hub or from a local directory.
 
-Prompt and choices are those of EleutherAI's lm-evaluation-harness, ``Question: ...\\nAnswer:`` and `` <choice>``. A local
-directory holds ``train.jsonl`` and ``validation.jsonl`` (or ``.jsonl.gz``), one object a line, either
+Prompt and choices are those of EleutherAI's lm-evaluation-harness, ``Question: ...\\nAnswer:`` and `` <choice>``. A
+local directory holds ``train.jsonl`` and ``validation.jsonl`` (or ``.jsonl.gz``), one object a line, either
 ``{"question", "choices": [...], "label": 0, "id"}`` or the hub's own columns
 ``{"question", "choices": {"text": [...], "label": [...]}, "answerKey": "B", "id"}``.
 """
@@ -67,7 +67,7 @@ def _local_rows(directory: Path, split: str) -> tuple[str, list[Any]]:
     rows = []
     with opened as lines:
         try:
-            for number, line in enumerate(lines, start=1):
+            for line in lines:
                 rows.append(json.loads(line))
         except (ValueError, OSError, EOFError) as error:
             raise InputError(f"{file}: line {len(rows) + 1} is not JSON ({error})") from None

@@ -36,66 +36,27 @@ class Person(NamedTuple):
 
 # From the smallest to the biggest.
 ANIMALS = tuple(
-    Animal(*line.split())
-    for line in """
-    flea black barn crumbs
-    ant red garden leaves
-    fly green market jam
-    bee yellow meadow honey
-    beetle black forest bark
-    snail brown garden leaves
-    mouse grey mill cheese
-    frog green pond worms
-    sparrow brown market seeds
-    mole black meadow worms
-    rat grey harbour bread
-    squirrel red forest nuts
-    crow black tower bread
-    hedgehog brown garden worms
-    duck white pond seeds
-    rabbit grey meadow clover
-    cat yellow mill fish
-    goose white river grass
-    fox red forest eggs
-    otter brown river fish
-    badger grey hill roots
-    beaver brown river bark
-    dog white farm bones
-    wolf grey hill meat
-    goat white hill grass
-    sheep white meadow clover
-    deer brown forest leaves
-    pig pink farm apples
-    lion yellow plain meat
-    donkey grey farm hay
-    bear brown cave honey
-    moose brown forest bark
-    horse black farm apples
-    cow red meadow grass
-    buffalo black plain hay
-    giraffe yellow plain leaves
-    hippo grey river roots
-    rhino grey plain roots
-    elephant grey plain hay
-    whale blue harbour fish
-    """.strip().splitlines()
+    Animal(*entry.split())
+    for entry in """
+    flea black barn crumbs; ant red garden leaves; fly green market jam; bee yellow meadow honey;
+    beetle black forest bark; snail brown garden leaves; mouse grey mill cheese; frog green pond worms;
+    sparrow brown market seeds; mole black meadow worms; rat grey harbour bread; squirrel red forest nuts;
+    crow black tower bread; hedgehog brown garden worms; duck white pond seeds; rabbit grey meadow clover;
+    cat yellow mill fish; goose white river grass; fox red forest eggs; otter brown river fish;
+    badger grey hill roots; beaver brown river bark; dog white farm bones; wolf grey hill meat;
+    goat white hill grass; sheep white meadow clover; deer brown forest leaves; pig pink farm apples;
+    lion yellow plain meat; donkey grey farm hay; bear brown cave honey; moose brown forest bark;
+    horse black farm apples; cow red meadow grass; buffalo black plain hay; giraffe yellow plain leaves;
+    hippo grey river roots; rhino grey plain roots; elephant grey plain hay; whale blue sea fish
+    """.split(";")
 )
 PEOPLE = tuple(
-    Person(*line.split())
-    for line in """
-    Mira mill baker
-    Tobin harbour fisher
-    Anna school teacher
-    Oskar farm farmer
-    Lena tower painter
-    Ruben bridge builder
-    Edda garden gardener
-    Jonas forest hunter
-    Pella market weaver
-    Emil harbour sailor
-    Nora farm shepherd
-    Hugo mill miller
-    """.strip().splitlines()
+    Person(*entry.split())
+    for entry in """
+    Mira mill baker; Tobin harbour fisher; Anna school teacher; Oskar farm farmer; Lena tower painter;
+    Ruben bridge builder; Edda garden gardener; Jonas forest hunter; Pella market weaver; Emil harbour sailor;
+    Nora farm shepherd; Hugo mill miller
+    """.split(";")
 )
 THINGS = tuple("lamp key rope bowl kite drum book coin bell hat basket spoon".split())
 COLOURS = tuple("black red green yellow brown grey white pink blue".split())
@@ -104,10 +65,10 @@ SIZE = {animal.name: rank for rank, animal in enumerate(ANIMALS)}
 SIZE_WORDS = ("tiny", "very small", "small", "not so small", "middling", "rather big", "big", "huge")
 
 
-def paragraphs(seed: int | str, count: int) -> Iterator[str]:
-    """Write ``count`` paragraphs; the same seed gives the same text, always and everywhere."""
+def paragraphs(seed: int | str) -> Iterator[str]:
+    """Write paragraphs without end; the same seed gives the same text, always and everywhere."""
     rng = random.Random(seed)
-    for _ in range(count):
+    while True:
         yield pick(rng, KINDS)(rng)
 
 
@@ -219,7 +180,7 @@ def handing_over(rng: random.Random) -> str:
     return " ".join((*sentences, f"Now {people[-1]} has the {colour} {thing}."))
 
 
-# Every second paragraph or so is about sizes.
+# Two paragraphs in three are about sizes.
 KINDS: tuple[Callable[[random.Random], str], ...] = (
     comparison,
     comparison,

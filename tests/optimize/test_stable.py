@@ -155,7 +155,9 @@ def test_stacked_pair_equals_separate_pairs():
         v, s1 = tx.update(apart, states[1], many)
         states, stack, many = (s0, s1), optax.apply_updates(stack, u), optax.apply_updates(many, v)
         for i in range(3):
-            chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], stack["p"]), many[str(i)], atol=1e-6, rtol=1e-6)
+            chex.assert_trees_all_close(
+                jax.tree.map(lambda x, i=i: x[i], stack["p"]), many[str(i)], atol=1e-6, rtol=1e-6
+            )
     assert list(still_shrinking(states[0]).values()) == list(still_shrinking(states[1]).values())
 
 
@@ -192,7 +194,9 @@ def composed(kind):
     stable = stable_lora(1e-2, shrink_ratio=1e-2, weight_decay=0.1)
     return {
         "clip": optax.chain(optax.clip_by_global_norm(1.0), stable),
-        "multi_steps": optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), stable), 3).gradient_transformation(),
+        "multi_steps": optax.MultiSteps(
+            optax.chain(optax.clip_by_global_norm(1.0), stable), 3
+        ).gradient_transformation(),
         "inject": optax.inject_hyperparams(stable_lora)(learning_rate=1e-2, shrink_ratio=1e-2, weight_decay=0.1),
         "schedules": stable_lora(optax.cosine_decay_schedule(1e-2, 50), optax.linear_schedule(2e-2, 0.0, 40)),
         "other_inner": shrink_until_stable(optax.chain(optax.scale_by_lion(), optax.scale(-1e-3)), 1e-2),
@@ -228,7 +232,10 @@ def test_multi_steps_shrinks_once_per_real_step():
 
 
 def test_leaves_outside_pairs_see_the_inner_optimizer_alone():
-    extra = {"magnitude": jnp.ones(3), "p": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3)), "bias": jnp.ones(3)}}
+    extra = {
+        "magnitude": jnp.ones(3),
+        "p": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3)), "bias": jnp.ones(3)},
+    }
     grads = jax.tree.map(lambda x: x + 0.5, extra)
     ours, theirs = stable_lora(1e-2, shrink_ratio=0.1), optax.adamw(1e-2, weight_decay=0.01)
     updates, _ = ours.update(grads, ours.init(extra), extra)

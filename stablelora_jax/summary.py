@@ -1,0 +1,43 @@
+"""What a finished run says: its numbers for ``summary.json``, and for a person what was learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from stablelora_jax.log import RunLog
+from stablelora_jax.run_config import RunConfig
+from stablelora_jax.tasks.question import Question
+
+
+def summarize(config: RunConfig, log: RunLog, seconds: float) -> dict[str, Any]:
+    """Losses, accuracies before and after (absent without evaluation), minutes, devices and versions."""
+    losses = [record["loss"] for record in log.records if "loss" in record]
+    found = {"before": log.evaluation(0), "after": log.evaluation(config.steps)}
+    return {
+        "steps": config.steps,
+        "loss_first_10": float(np.mean(losses[:10])),
+        "loss_last_10": float(np.mean(losses[-10:])),
+        **{name: {k: v for k, v in e.items() if k != "answers"} for name, e in found.items() if e},
+        "minutes": round(seconds / 60, 2),
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
+    """A few questions with the answers before and after training, then the accuracies and the losses."""
+    before, after = log.evaluation(0), log.evaluation(config.steps)
+    if before and after:
+        shown = zip(questions[: config.show], before["answers"], after["answers"], strict=False)
+        for question, was, now in shown:
+            said = [
+                f"{question.choices[i].strip()} ({'right' if i == question.label else 'wrong'})" for i in (was, now)
+            ]
+            yield f"\n{question.prompt}\n    before: {said[0]:<28} after: {said[1]}"
+        accuracy = f"{before['acc']:.1%} before, {after['acc']:.1%} after"
+        yield f"\nvalidation accuracy: {accuracy} ({before['questions']} questions)"
+    yield f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)"

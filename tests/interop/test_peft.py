@@ -1,0 +1,213 @@
+"""PEFT's directory format: both ways against PEFT itself, and every fault of a directory named."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, load_peft, save_peft, save_pretrained
+from tests.helpers import tiny_decoder, tokens, trained
+
+SPECS = {
+    "default": LoraSpec(),
+    "rslora": LoraSpec(scaling="rslora", rank=4, alpha=11.5, target=["o_proj", "down_proj"]),
+    "all_linear": LoraSpec(target="all-linear", rank=2, dropout=0.1),
+    "regex": LoraSpec(target=r".*\.(q|up)_proj", rank=3),
+    "patterns": LoraSpec(
+        target="all-linear",
+        rank=4,
+        rank_pattern={"layers.1.self_attn.q_proj": 1, "q_proj": 2, "down_proj": 3},
+        alpha_pattern={"layers.[02].*v_proj": 3, "up_proj": 7.5},
+        scaling="rslora",
+    ),
+    "exclude": LoraSpec(target=["q_proj", "v_proj"], exclude=["layers.1.self_attn.q_proj"], rank=2),
+    "exclude_regex": LoraSpec(target="all-linear", exclude=r".*(mlp|\.2\.).*", rank=2),
+    "layers": LoraSpec(target=["k_proj", "gate_proj"], layers=(0, 2), rank=2),
+    "layers_regex": LoraSpec(target=r".*proj", layers=(1,), rank=2),
+    "head": LoraSpec(target=["q_proj", "lm_head"], rank=2),
+}
+
+
+def case(name):
+    model, params = tiny_decoder(qkv_bias=True, o_bias=True)
+    spec = SPECS[name]
+    return model, params, spec, trained(init_adapters(jax.random.key(0), params, spec), spec)
+
+
+def logits(model, params, spec, adapters):
+    return np.asarray(adapted(model, spec).apply({"params": params, "lora": adapters}, tokens()))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_round_trip(name, tmp_path):
+    _, params, spec, adapters = case(name)
+    save_peft(tmp_path, adapters, spec)
+    loaded, read = load_peft(tmp_path, params)
+    chex.assert_trees_all_equal(loaded, adapters)
+    if isinstance(spec.target, tuple):
+        assert read == spec
+    elif spec.target != "all-linear" and spec.layers is None:
+        assert read == spec
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_peft_gives_the_same_logits(name, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers
+
+    model, params, spec, adapters = case(name)
+    save_pretrained(tmp_path / "base", model, params)
+    save_peft(tmp_path / "adapter", adapters, spec, base_model=str(tmp_path / "base"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(torch.tensor(np.asarray(tokens()))).logits.numpy()
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        expected = theirs(torch.tensor(np.asarray(tokens()))).logits.numpy()
+    ours = logits(model, params, spec, adapters)
+    scale = np.abs(expected).max()
+    assert np.abs(ours - expected).max() < 1e-4 * scale and np.abs(expected - plain).max() > 1e-2 * scale
+    if name == "head":
+        return  # PEFT adds the base's own head to such a file
+    theirs.save_pretrained(tmp_path / "again")
+    loaded, read = load_peft(tmp_path / "again", params)
+    assert np.abs(logits(model, params, read, loaded) - expected).max() < 1e-4 * scale
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_made_by_peft(rslora, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers
+
+    model, params = tiny_decoder()
+    save_pretrained(tmp_path / "base", model, params)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=9,
+        use_rslora=rslora,
+        target_modules=["q_proj", "k_proj", "up_proj", "w1"],
+        rank_pattern={"layers.1.*q_proj": 2, "k_proj": 3, "q_proj": 5},
+        alpha_pattern={"up_proj": 3},
+        exclude_modules=["layers.2.mlp.up_proj"],
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(base, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+        expected = theirs(torch.tensor(np.asarray(tokens()))).logits.numpy()
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="target_modules 'w1' match no module"):
+        adapters, spec = load_peft(tmp_path / "adapter", params)
+    ours = logits(model, params, spec, adapters)
+    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_keys_and_layout(tmp_path):
+    _, params, spec, adapters = case("patterns")
+    save_peft(tmp_path, adapters, spec, base_model="org/name")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    a = adapters["model"]["layers"]["self_attn"]["q_proj"]["lora_a"]
+    key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    assert np.array_equal(tensors[key.format(1, "A")], a[1, :, :1].T) and tensors[key.format(0, "B")].shape == (16, 2)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/name" and config["use_rslora"] is True
+    assert list(config["rank_pattern"]) == ["layers.1.self_attn.q_proj", "q_proj", "down_proj"], "order is meaning"
+    assert config["peft_type"] == "LORA" and isinstance(config["target_modules"], list)
+
+
+def edit_config(directory, **changes):
+    path = directory / "adapter_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "DROP"}))
+
+
+def edit_tensors(directory, change):
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(change(tensors) or tensors, path)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BAD = {
+    "dora": (lambda d: edit_config(d, use_dora=True), "use_dora = True"),
+    "bias": (lambda d: edit_config(d, bias="lora_only"), "bias = 'lora_only'"),
+    "modules_to_save": (lambda d: edit_config(d, modules_to_save=["lm_head"]), "modules_to_save"),
+    "pissa": (lambda d: edit_config(d, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
+    "fan_in_fan_out": (lambda d: edit_config(d, fan_in_fan_out=True), "fan_in_fan_out"),
+    "other_type": (lambda d: edit_config(d, peft_type="LOHA"), "peft_type 'LOHA'"),
+    "no_type": (lambda d: edit_config(d, peft_type="DROP"), "peft_type None"),
+    "no_rank": (lambda d: edit_config(d, r="DROP"), "the key r is missing"),
+    "no_target": (lambda d: edit_config(d, target_modules="DROP"), "target_modules is missing"),
+    "rank_a_text": (lambda d: edit_config(d, r="eight"), "rank must be"),
+    "unknown": (lambda d: edit_config(d, feature_of_tomorrow={"a": 1}), "feature_of_tomorrow"),
+    "no_config": (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
+    "config_not_json": (lambda d: (d / "adapter_config.json").write_text("{"), "not readable JSON"),
+    "config_a_list": (lambda d: (d / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
+    "no_weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors does not exist"),
+    "cut": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"abc"), "not a readable safetensors file"),
+    "missing": (
+        lambda d: edit_tensors(d, lambda t: t.pop(Q) is None or None),
+        "lacks model.layers.0.self_attn.q_proj.lora_A",
+    ),
+    "extra": (lambda d: edit_tensors(d, lambda t: {**t, Q.replace("q_proj", "k_proj"): t[Q]}), "holds .*k_proj.lora_A"),
+    "prefix": (
+        lambda d: edit_tensors(d, lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}),
+        "is not base_model",
+    ),
+    "transposed": (
+        lambda d: edit_tensors(d, lambda t: {**t, Q: np.ascontiguousarray(t[Q].T)}),
+        "q_proj.lora_A has shape",
+    ),
+    "wrong_rank": (lambda d: edit_config(d, r=4), "has shape"),
+    "nan": (lambda d: edit_tensors(d, lambda t: {**t, Q: t[Q] * np.nan}), "holds NaN"),
+    "magnitude": (
+        lambda d: edit_tensors(d, lambda t: {**t, Q.replace("lora_A.weight", "lora_magnitude_vector"): t[Q]}),
+        "magnitude",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_faults_are_named(fault, tmp_path):
+    _, params, spec, adapters = case("default")
+    save_peft(tmp_path, adapters, spec)
+    change, message = BAD[fault]
+    change(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        load_peft(tmp_path, params)
+    assert "\n" not in str(error.value) and "adapter_" in str(error.value)
+
+
+def test_bfloat16_and_named_adapter_keys_are_read(tmp_path):
+    import ml_dtypes
+
+    _, params, spec, adapters = case("default")
+    save_peft(tmp_path, adapters, spec)
+    edit_tensors(
+        tmp_path,
+        lambda t: {k.replace(".weight", ".default.weight"): v.astype(ml_dtypes.bfloat16) for k, v in t.items()},
+    )
+    loaded, _ = load_peft(tmp_path, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
+    chex.assert_trees_all_close(loaded, adapters, rtol=1e-2)
+
+
+def test_nothing_is_written_for_adapters_that_are_not_finite(tmp_path):
+    _, _, spec, adapters = case("default")
+    adapters["model"]["layers"]["self_attn"]["q_proj"]["lora_b"] *= np.nan
+    with pytest.raises(InputError, match="nothing was written"):
+        save_peft(tmp_path / "out", adapters, spec)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    _, _, spec, adapters = case("default")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the adapter to"):
+        save_peft(tmp_path / "file" / "out", adapters, spec)

@@ -1,0 +1,108 @@
+"""config.json: both styles, defaults, and refusal by name."""
+
+import json
+
+import pytest
+
+from stablelora_jax import InputError
+from stablelora_jax.models.architecture import Rope, decoder_config, to_hf
+
+LLAMA = dict(
+    model_type="llama", vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
+)
+QWEN2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2}
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize(
+    "extra,rope",
+    [
+        ({}, Rope()),
+        ({"rope_theta": 5e5}, Rope(5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5)),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, Rope(10000.0, "linear", 2.0)),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, Rope(5e5, "llama3", 8.0)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, Rope(7.0)),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}}, Rope(7.0, "linear", 2.0)),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, Rope(5e5, "llama3", 8.0)),
+    ],
+)
+def test_both_styles_of_rope(extra, rope):
+    assert decoder_config({**LLAMA, **extra}).rope == rope
+
+
+def test_biases_and_heads():
+    plain, biased, qwen = (
+        decoder_config(c) for c in (LLAMA, {**LLAMA, "attention_bias": True, "mlp_bias": True}, QWEN2)
+    )
+    assert (plain.qkv_bias, plain.o_bias, plain.mlp_bias) == (False, False, False)
+    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, True)
+    assert (qwen.qkv_bias, qwen.o_bias, qwen.mlp_bias) == (True, False, False)
+    assert plain.num_key_value_heads == 4 and plain.head_dim == 4 and qwen.num_key_value_heads == 2
+    assert decoder_config({**LLAMA, "head_dim": 6}).head_dim == 6
+    assert decoder_config({**LLAMA, "eos_token_id": [1, 2]}).eos_token_id == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"model_type": None}, "model_type None"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "16"}, "hidden_size must be a positive whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": 3.5}, "vocab_size"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
+        ({"hidden_size": 18}, "not a multiple of 4 attention heads"),
+        ({"head_dim": 3}, "head_dim 3 is odd"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"a_feature_of_tomorrow": 1}, "a_feature_of_tomorrow"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1}}, "beta_fast"),
+        ({"rope_scaling": "linear"}, "must be a mapping"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
+    ],
+)
+def test_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message) as error:
+        decoder_config({**LLAMA, **change}, "some/config.json")
+    assert str(error.value).startswith("some/config.json: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": None},
+        {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 5},
+        {"layer_types": ["full_attention"] * 2},
+        {"partial_rotary_factor": 1.0},
+        {"final_logit_softcapping": None},
+        {"pretraining_tp": 1},
+    ],
+)
+def test_features_that_are_off_are_fine(change):
+    assert decoder_config({**QWEN2, **change}) == decoder_config(QWEN2)
+
+
+def test_a_sliding_window_in_use_is_refused():
+    with pytest.raises(InputError, match="sliding_window"):
+        decoder_config({**QWEN2, "use_sliding_window": True, "sliding_window": 16})
+
+
+@pytest.mark.parametrize(
+    "raw", [LLAMA, QWEN2, {**LLAMA, "attention_bias": True, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}]
+)
+def test_written_configs_read_back(raw):
+    config = decoder_config({**raw, "eos_token_id": 2, "tie_word_embeddings": True})
+    assert decoder_config(json.loads(json.dumps(to_hf(config)))) == config

@@ -1,0 +1,113 @@
+"""The decoder's own laws: causality, segments, pads, dtypes, and English from a real checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stablelora_jax import load_pretrained
+from stablelora_jax.models.architecture import Rope
+from stablelora_jax.models.rope import frequencies, rotate
+from tests.helpers import ROPE_LLAMA3, largest_difference, tiny_decoder, tokens
+
+
+def logits(model, params, *args, **kwargs):
+    return model.apply({"params": params}, *args, **kwargs)
+
+
+def test_causality():
+    model, params = tiny_decoder()
+    x = tokens(1, 9)
+    y = logits(model, params, x)
+    z = logits(model, params, x.at[0, 5].set((x[0, 5] + 1) % 31))
+    assert np.array_equal(y[:, :5], z[:, :5]) and largest_difference(y[:, 5:], z[:, 5:]) > 1e-3
+
+
+def test_packed_segments_equal_separate_rows():
+    model, params = tiny_decoder()
+    a, b = tokens(1, 4, seed=1), tokens(1, 6, seed=2)
+    packed = jnp.concatenate([a, b, jnp.zeros((1, 2), jnp.int32)], axis=1)
+    segments = jnp.array([[1] * 4 + [2] * 6 + [0] * 2])
+    positions = jnp.array([[*range(4), *range(6), 0, 0]])
+    y = logits(model, params, packed, positions, segments)
+    assert largest_difference(y[:, :4], logits(model, params, a)) < 1e-5
+    assert largest_difference(y[:, 4:10], logits(model, params, b)) < 1e-5
+    changed = logits(model, params, packed.at[0, 1].set((packed[0, 1] + 1) % 31), positions, segments)
+    assert np.array_equal(y[:, 4:], changed[:, 4:])
+
+
+def test_pads_at_the_end_change_nothing():
+    model, params = tiny_decoder()
+    x = tokens(2, 5)
+    padded = jnp.pad(x, ((0, 0), (0, 3)))
+    assert largest_difference(logits(model, params, padded)[:, :5], logits(model, params, x)) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_dtypes(tied, x64):
+    for dtype, wide in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.float64, jnp.float64)):
+        model, params = tiny_decoder(dtype=dtype, tie_word_embeddings=tied)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+        assert logits(model, params, tokens()).dtype == wide
+
+
+def test_float64_is_float64_inside(x64):
+    """Float32 anywhere inside would leave an error of 1e-7, and a derivative by differences would be noise."""
+    model, params = tiny_decoder(dtype=jnp.float64, rope=ROPE_LLAMA3, qkv_bias=True)
+    cost = jax.jit(lambda p: jnp.sin(logits(model, p, tokens())).sum())
+    direction = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(1).normal(size=p.shape)), params)
+    move = lambda step: jax.tree.map(lambda p, d: p + step * d, params, direction)
+    exact = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(cost)(params), direction)), strict=True))
+    h = 1e-5
+    assert abs((cost(move(h)) - cost(move(-h))) / (2 * h) - exact) < 1e-6 * abs(exact)
+
+
+def test_bfloat16_is_near_float32():
+    model, params = tiny_decoder()
+    half, _ = tiny_decoder(dtype=jnp.bfloat16)
+    low = logits(half, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), tokens())
+    assert largest_difference(low, logits(model, params, tokens())) < 0.1
+
+
+def test_layers_are_scanned():
+    """Compile time does not grow with depth: the program of 12 layers is as long as that of 3."""
+    length = []
+    for layers in (3, 12):
+        model, params = tiny_decoder(num_hidden_layers=layers)
+        length.append(jax.jit(model.apply).lower({"params": params}, tokens()).as_text().count("\n"))
+    assert length[0] == length[1]
+
+
+def test_rotation_is_relative():
+    """Scores depend on the difference of positions only, and position 0 is no rotation."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+    score = lambda i, j: (rotate(q, jnp.array([[i]]), Rope()) * rotate(k, jnp.array([[j]]), Rope())).sum()
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
+    assert np.array_equal(rotate(q, jnp.array([[0]]), Rope()), q)
+
+
+def test_frequencies_of_llama3_keep_short_and_divide_long_wavelengths():
+    rope, plain = ROPE_LLAMA3, frequencies(Rope(ROPE_LLAMA3.theta), 32)
+    ratio = frequencies(rope, 32) / plain
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_allclose(ratio[wavelength < 16 / 4], 1)
+    np.testing.assert_allclose(ratio[wavelength > 16 / 1], 1 / 8)
+    assert (np.diff(ratio) <= 0).all() and ((ratio > 0.13) & (ratio < 0.99)).any()
+
+
+def test_stories260k_writes_english(shared):
+    """Greedy decoding by recomputing; the words must be real ones."""
+    model, params = load_pretrained(shared("models/stories260K"))
+    ids = model.tokenizer("Once upon a time").input_ids
+    buffer = np.zeros((1, 96), np.int32)
+    buffer[0, : len(ids)] = ids
+    step = jax.jit(lambda p, t, n: model.apply({"params": p}, t)[0, n - 1].argmax())
+    for n in range(len(ids), 96):
+        buffer[0, n] = step(params, buffer, n)
+    text = model.tokenizer.decode(buffer[0], skip_special_tokens=True)
+    words = [word.strip(".,!?\"'").lower() for word in text.split()]
+    common = set(
+        "the a was and to he she it they her his in of girl boy named little day with play very park loved".split()
+    )
+    assert len(words) > 30 and sum(word in common for word in words) > len(words) / 3, text

@@ -1,0 +1,37 @@
+"""Norms over pairs, and records that survive a crash."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from stablelora_jax.metrics import append_record, keep_records_until, norm_summary, read_records
+
+
+def test_norms_leave_padding_out():
+    rng = np.random.default_rng(0)
+    stack = {"lora_a": rng.normal(size=(3, 4, 2)), "lora_b": rng.normal(size=(3, 2, 5))}
+    stack = {name: leaf * np.array([1, 0, 1])[:, None, None] for name, leaf in stack.items()}
+    single = {"lora_a": rng.normal(size=(6, 2)), "lora_b": np.zeros((2, 3))}
+    summary = norm_summary(
+        {"x": {k: jnp.asarray(v) for k, v in stack.items()}, "y": {k: jnp.asarray(v) for k, v in single.items()}}
+    )
+    for letter in "ab":
+        name = f"lora_{letter}"
+        norms = [np.linalg.norm(stack[name][0]), np.linalg.norm(stack[name][2]), np.linalg.norm(single[name])]
+        expected = (np.mean(norms), np.min(norms), np.max(norms))
+        np.testing.assert_allclose(
+            [summary[f"norm_{letter}{end}"] for end in ("", "_min", "_max")], expected, rtol=1e-5
+        )
+
+
+def test_records_survive_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_records(path) == [] and keep_records_until(path, 3) == []
+    for step in range(5):
+        append_record(path, {"step": step, "loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [r["step"] for r in read_records(path)] == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in keep_records_until(path, 2)] == [0, 1, 2]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
