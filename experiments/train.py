@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
 
@@ -20,7 +21,12 @@ def main() -> int:
         epilog="keys, for the YAML file and as key.sub=value on the command line:\n\n" + config.help_text(RunConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="YAML", help="file with any of the keys below; without it, the defaults")
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        help="file with any of the keys below; configs/default.yaml unless given",
+        default=str(Path(__file__).parents[1] / "configs" / "default.yaml"),
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that replace those of the file")
     arguments = parser.parse_args()
     try:

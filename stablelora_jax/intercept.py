@@ -50,7 +50,7 @@ class Adapted:
         Raises:
           InputError: adapters that do not fit the model, or that no module of it has read.
         """
-        own = {name: tree for name, tree in variables.items() if name not in ("lora", "lora_hp")}
+        own = {name: value for name, value in variables.items() if name not in ("lora", "lora_hp")}
         keys, rngs = _split_dropout(rngs)
         if "lora" not in variables:
             return self.model.apply(own, *args, rngs=rngs, **kwargs)
@@ -111,9 +111,20 @@ def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], unread: s
         z, place = contract(module, x, own["kernel"], own["lora_a"], axes[module.path], args[1:], kwargs)
         unread.discard(module.path)
         delta = place(change(z, own, own["lora_scale"]))
-        return (y.astype(delta.dtype) + delta).astype(y.dtype)
+        return _add(y, delta)
 
     return intercept
+
+
+def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
+    """``y + delta``, added at least in float32, in the dtype of ``y``.
+
+    On CPU both are kept apart from it: XLA would otherwise fuse the sum into the module's own product and round that
+    differently, so that adapters with B = 0 changed the last bit. Elsewhere the fusion is worth more.
+    """
+    if jax.default_backend() == "cpu":
+        y, delta = jax.lax.optimization_barrier((y, delta))
+    return (y.astype(delta.dtype) + delta).astype(y.dtype)
 
 
 def _dropout(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:

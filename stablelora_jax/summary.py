@@ -32,11 +32,10 @@ def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary
     """A few questions with the answers before and after training, then the accuracies and the losses."""
     before, after = log.evaluation(0), log.evaluation(config.steps)
     if before and after:
-        shown = zip(questions[: config.show], before["answers"], after["answers"], strict=False)
-        for question, was, now in shown:
-            said = [
-                f"{question.choices[i].strip()} ({'right' if i == question.label else 'wrong'})" for i in (was, now)
-            ]
+        for i in np.linspace(0, len(questions) - 1, config.show, dtype=int):
+            question, was, now = questions[i], before["answers"][i], after["answers"][i]
+            marks = ["right" if answer == question.label else "wrong" for answer in (was, now)]
+            said = [f"{question.choices[a].strip()} ({m})" for a, m in zip((was, now), marks, strict=True)]
             yield f"\n{question.prompt}\n    before: {said[0]:<28} after: {said[1]}"
         accuracy = f"{before['acc']:.1%} before, {after['acc']:.1%} after"
         yield f"\nvalidation accuracy: {accuracy} ({before['questions']} questions)"

@@ -1,4 +1,4 @@
-"""The floors of the house: a module imports only from its own floor's members below it; axes never import each other."""
+"""The floors of the house: a module imports only from its own floor and below; axes never import each other."""
 
 import ast
 from pathlib import Path

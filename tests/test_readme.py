@@ -1,0 +1,43 @@
+"""The README's Python runs as printed, one block after another, in one namespace."""
+
+import re
+
+import jax
+import numpy as np
+
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
+def test_exactly_two_shell_commands_come_before_anything_else():
+    fences = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
+    assert [kind for kind, _ in fences[:2]] == ["bash", "bash"] and "bash" not in [kind for kind, _ in fences[2:]]
+    assert "experiments/train.py" in fences[0][1] and "pytest" in fences[1][1]
+    before = TEXT[: TEXT.index("```bash")]
+    assert before.strip() == "# stablelora_jax"
+    between = TEXT.split("```")[2]
+    assert between.strip() == ""
+
+
+def test_the_loop_has_ten_lines():
+    loop = BLOCKS[0][BLOCKS[0].index("@jax.jit") :].strip().splitlines()
+    assert len(loop) == 10
+
+
+def test_the_examples_run_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    losses = []
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), space)
+        losses.append(space["value"])
+    assert "model.layers.0.self_attn.q_proj" in capsys.readouterr().out
+    state, restored = space["state"], space["restored"]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state, restored)), strict=True))
+    assert jax.tree.structure(state) == jax.tree.structure(restored)
+    first = space["lora"].apply({"params": space["params"]}, space["tokens"])
+    assert not np.array_equal(
+        first, space["lora"].apply({"params": space["params"], "lora": space["adapters"]}, space["tokens"])
+    )
