@@ -17,8 +17,7 @@ def test_the_main_job(seed, tmp_path):
     assert summary["before"]["questions"] == 400
     assert summary["before"]["acc"] <= 0.35 and summary["after"]["acc"] >= 0.9
     questions = compare_sizes.questions("validation")
-    (answers,) = [
-        r["validation"]["answers"] for r in read_records(tmp_path / "r" / "metrics.jsonl") if "validation" in r and r["step"]
-    ]
+    records = read_records(tmp_path / "r" / "metrics.jsonl")
+    (answers,) = [r["validation"]["answers"] for r in records if "validation" in r and r["step"]]
     new = [answer == q.label for answer, q in zip(answers, questions, strict=True) if "-new-" in q.id]
     assert len(new) >= 100 and sum(new) / len(new) >= 0.9

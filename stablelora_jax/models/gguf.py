@@ -1,18 +1,14 @@
 """A GGUF file as if it were a Hugging Face checkpoint: configuration, tensors on demand, tokenizer. No PyTorch.
 
-The container is read as ``docs/gguf.md`` of ggml-org/ggml specifies it, by bounded reads of a memory map:
-``gguf.GGUFReader`` makes an array per token (seconds for a large vocabulary) and does not stop at the end of a damaged
-file. Values are decoded by ``gguf.quants``. Meaning and defaults of the metadata are those of llama.cpp,
+Meaning and defaults of the metadata are those of llama.cpp,
 ``src/llama-model.cpp``; names of tensors and the permutation of q and k are those of its ``convert_hf_to_gguf.py``.
 A key or a tensor that would change the model and is not handled is refused by name.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 import re
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.models.gguf_container import ELSE, Stored, check_data, decode, read_header
 from stablelora_jax.models.gguf_tokenizer import build_tokenizer, special_ids
-
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
 
 SIZES = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length"}
 SIZES |= {"num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count"}
@@ -41,7 +35,6 @@ MLP = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 BLOCK = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 BLOCK |= {name: f"self_attn.{module}" for name, module in ATTENTION.items()}
 BLOCK |= {name: f"mlp.{module}" for name, module in MLP.items()}
-ELSE = "use the model's safetensors instead"
 
 
 class GgufCheckpoint(NamedTuple):
@@ -51,14 +44,6 @@ class GgufCheckpoint(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # tensor name -> shape, (out, in) for linears
     read: Callable[[str], np.ndarray]  # tensor name -> float32 array, decoded at each call
     tokenizer: Any | None  # PreTrainedTokenizerFast, or None where the file carries none
-
-
-class Stored(NamedTuple):
-    """One tensor as it lies in the file: ggml's number of its type, its shape, where its bytes begin."""
-
-    kind: int
-    shape: tuple[int, ...]
-    offset: int
 
 
 def read_gguf(path: str | Path) -> GgufCheckpoint:
@@ -81,69 +66,22 @@ def _open(path: Path) -> GgufCheckpoint:
             raise InputError("the file is empty; download it again")
         file = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        metadata, table = _container(file)
+        metadata, table = read_header(file)
     except (EOFError, UnicodeDecodeError):
         raise InputError("the header ends early or is damaged; download the file again") from None
     config = _config(metadata, table)
     stored = {_hf_name(name, config["num_hidden_layers"]): tensor for name, tensor in table.items()}
-    _check_data(table, len(file))
+    check_data(table, len(file))
 
     def read(name: str) -> np.ndarray:
         if name not in stored:
             raise InputError(f"{path}: there is no tensor {name!r}; the names are the keys of shapes")
-        array = _decode(file, stored[name])
+        array = decode(file, stored[name])
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         return _unpermute(array, config[heads]) if heads and config["model_type"] == "llama" else array
 
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     return GgufCheckpoint(config, shapes, read, build_tokenizer(metadata, config["vocab_size"]))
-
-
-def _container(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Metadata and tensor table. A count is never believed further than the file reaches."""
-    if _take(file, 4) != b"GGUF":
-        raise InputError("not a GGUF file: it does not begin with the letters GGUF")
-    version, tensor_count, key_count = struct.unpack("<IQQ", _take(file, 20))
-    if version not in (2, 3):
-        raise InputError(f"GGUF version {version} is not read (2 and 3, little-endian, are); convert the model again")
-    metadata: dict[str, Any] = {}
-    for _ in range(key_count):
-        key = _string(file)
-        metadata[key] = _value(file, *struct.unpack("<I", _take(file, 4)))
-    table = {}
-    for _ in range(tensor_count):
-        name = _string(file)
-        (rank,) = struct.unpack("<I", _take(file, 4))
-        if not 1 <= rank <= 4:
-            raise InputError(f"the tensor {name!r:.60} has {rank} dimensions; download the file again")
-        sizes = struct.unpack(f"<{rank}Q", _take(file, 8 * rank))
-        table[name] = (sizes[::-1], *struct.unpack("<IQ", _take(file, 12)))
-    alignment = _number(metadata, "general.alignment", int, 32)
-    start = -(-file.tell() // alignment) * alignment
-    return metadata, {name: Stored(kind, shape, start + at) for name, (shape, kind, at) in table.items()}
-
-
-def _take(file: mmap.mmap, size: int) -> bytes:
-    chunk = file.read(min(size, len(file)))
-    if len(chunk) < size:
-        raise EOFError
-    return chunk
-
-
-def _string(file: mmap.mmap) -> str:
-    return _take(file, *struct.unpack("<Q", _take(file, 8))).decode()
-
-
-def _value(file: mmap.mmap, kind: int) -> Any:
-    item, count = struct.unpack("<IQ", _take(file, 12)) if kind == ARRAY else (kind, 1)
-    if item == STRING:
-        values: Any = [_string(file) for _ in range(count)]
-    elif item in SCALARS:
-        code = SCALARS[item]
-        values = list(struct.unpack(f"<{count}{code}", _take(file, count * struct.calcsize("<" + code))))
-    else:
-        raise InputError(f"a value in the header is of the unknown type {item}; download the file again")
-    return values if kind == ARRAY else values[0]
 
 
 def _config(metadata: Mapping[str, Any], table: Mapping[str, Stored]) -> dict[str, Any]:
@@ -228,46 +166,7 @@ def _hf_name(name: str, layers: int) -> str:
     return f"model.layers.{match[1]}.{module}.{match[3]}" if match[1] else f"{module}.{match[3]}"
 
 
-def _check_data(table: Mapping[str, Stored], size: int) -> None:
-    """Every tensor is of a type that ``gguf.quants`` decodes, and lies inside the file."""
-    blocks = {kind: _block(kind) for kind in {tensor.kind for tensor in table.values()}}
-    for name, (kind, shape, offset) in table.items():
-        length, width = blocks[kind]
-        if shape[-1] % length:
-            raise InputError(f"the rows of tensor {name!r} are not whole blocks of {length}; convert the model again")
-        if offset + math.prod(shape) // length * width > size:
-            raise InputError(f"the tensor {name!r} reaches beyond the end of the file: truncated, download it again")
-
-
-def _block(kind: int) -> tuple[int, int]:
-    """Values and bytes in one block of the ggml type ``kind``."""
-    gguf = _gguf()
-    try:
-        length, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        gguf.quants.dequantize(np.zeros((1, width), np.uint8), gguf.GGMLQuantizationType(kind))
-    except (ValueError, NotImplementedError):
-        raise InputError(f"tensors of ggml type {kind} cannot be decoded by the installed gguf; {ELSE}") from None
-    return length, width
-
-
-def _decode(file: mmap.mmap, tensor: Stored) -> np.ndarray:
-    gguf = _gguf()
-    kind = gguf.GGMLQuantizationType(tensor.kind)
-    shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
-    data = np.frombuffer(file, np.uint8, math.prod(shape), tensor.offset).reshape(shape)
-    return np.require(gguf.quants.dequantize(data, kind), np.float32, "W")  # float32 itself is a view of the file: copy
-
-
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's order of the rows of q and k, where the two halves of a head alternate."""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError:
-        raise InputError('reading GGUF needs the package gguf: pip install "stablelora-jax[gguf]"') from None
-    return gguf

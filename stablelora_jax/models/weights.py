@@ -110,12 +110,12 @@ def _check_names(wanted: Mapping[str, tuple[int, ...]], source: TensorSource, ti
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise InputError(
-                f"{source.origin} {problem} tensors: {', '.join(names[:3])}{more}; is config.json its own?"
+                f"{source.origin} {problem} tensors: {', '.join(names[:3])}{more}, by its configuration"
             )
     for name, shape in wanted.items():
         if source.shapes[name] != shape:
             raise InputError(
-                f"{source.origin}: tensor {name} has shape {source.shapes[name]}, config.json says {shape}"
+                f"{source.origin}: tensor {name} has shape {source.shapes[name]}, its configuration says {shape}"
             )
 
 

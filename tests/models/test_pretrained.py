@@ -68,7 +68,7 @@ BAD_TENSORS = {
     ),
     "shape": (
         lambda t: t.update({"model.norm.weight": np.ones(3, np.float32)}),
-        r"model.norm.weight has shape \(3,\), config.json says \(16,\)",
+        r"model.norm.weight has shape \(3,\), its configuration says \(16,\)",
     ),
     "transposed": (
         lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones((16, 24), np.float32)}),
