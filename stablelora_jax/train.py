@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,6 +52,8 @@ def make_train_step(
         return masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0] / total
 
     def step(state: TrainState, params: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        chex.assert_rank(batch, 2)
+        chex.assert_equal_shape(batch)
         rngs = {"dropout": _row_keys(state, batch.tokens.shape[0])} if model.spec.dropout else None
         total = jnp.maximum(jax.lax.psum(batch.loss_mask[:, 1:].sum(), AXIS), 1)
         loss, grads = jax.value_and_grad(loss_of)(state.adapters, params, batch, rngs, total)

@@ -109,9 +109,7 @@ def _check_names(wanted: Mapping[str, tuple[int, ...]], source: TensorSource, ti
     for problem, names in (("lacks", missing), ("holds unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(
-                f"{source.origin} {problem} tensors: {', '.join(names[:3])}{more}, by its configuration"
-            )
+            raise InputError(f"{source.origin} {problem} tensors: {', '.join(names[:3])}{more}, by its configuration")
     for name, shape in wanted.items():
         if source.shapes[name] != shape:
             raise InputError(

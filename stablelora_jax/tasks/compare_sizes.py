@@ -51,7 +51,7 @@ def _question(rng: random.Random, split: str, number: int) -> Question:
     names = _four(rng, split, NEW if group == "new" else KNOWN, word)
     answer = names.pop(0)
     names.insert(label, answer)
-    prompt = f"Which is the {word}: the {names[0]}, the {names[1]}, the {names[2]} or the {names[3]}?\nAnswer:"
+    prompt = f"Which animal is the {word}: {', '.join(names[:3])} or {names[3]}?\nAnswer:"
     return Question(prompt, tuple(f" {name}" for name in names), label, f"{split}-{group}-{number:04d}")
 
 

@@ -125,7 +125,8 @@ def procession(rng: random.Random) -> str:
         f"One day {listed(names)} came to {person}.",
     )
     there = f"They went in one by one, the {first} in front: {listed(order)}."
-    back = f"They came back with the {last} in front: {listed(order[::-1])}."
+    word, way = pick(rng, ((first, order), (last, order[::-1])))
+    back = f"They came back with the {word} in front: {listed(way)}."
     return f"{pick(rng, meetings)} {there} {back}"
 
 
