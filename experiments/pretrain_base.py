@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -30,6 +31,7 @@ STEPS = 1800
 LEARNING_RATE, WARMUP = 4e-3, 50
 TOKENIZER_TEXTS = 5000  # paragraphs that the tokenizer is trained on
 HELD_OUT_ROWS = 160
+THREADS = "2"  # XLA splits its sums over NPROC threads, by default one a processor; another number rounds differently
 
 
 def texts(seed: int, *, held_out: bool) -> Iterator[str]:
@@ -174,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the text and of the first parameters (%(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} rows of {LENGTH} tokens (%(default)s)")
     args = parser.parse_args(argv)
+    os.environ["NPROC"] = THREADS
     try:
         value = make_base(args.output, args.seed, args.steps)
     except InputError as error:
