@@ -60,15 +60,19 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         """Check every field and bring lists and maps into their canonical, hashable form."""
-        for name in ("target", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, str) else tuple(sorted(set(value))))
+        for name in ("target", "exclude", "stacked"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern", "in_axes"):
-            object.__setattr__(self, name, _canonical(getattr(self, name)))
+            object.__setattr__(self, name, _canonical(name, getattr(self, name)))
+        if isinstance(self.target, str) and self.target.lower() == "all-linear":
+            object.__setattr__(self, "target", "all-linear")
+        if isinstance(self.stacked, str):
+            object.__setattr__(self, "stacked", (self.stacked,))
         if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+            layers = self.layers if isinstance(self.layers, tuple | list | set | range) else (self.layers,)
+            if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+                raise InputError(f"layers must be whole numbers, not {self.layers!r}")
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
-        object.__setattr__(self, "stacked", tuple(self.stacked))
         self._check()
 
     def _check(self) -> None:
@@ -79,7 +83,7 @@ class LoraSpec:
         for key, alpha in (("alpha", self.alpha), *alphas):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
                 raise InputError(f"{key} must be a positive number, not {alpha!r}")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")
         if not self.target:
             raise InputError("target is empty: name modules, give a regular expression or say all-linear")
@@ -193,10 +197,24 @@ def items(patterns: Any) -> tuple[tuple[str, Any], ...]:
     return patterns
 
 
-def _canonical(patterns: Any) -> tuple[tuple[str, Any], ...]:
+def _names(field_name: str, value: Any) -> str | tuple[str, ...]:
+    """A string as it is; a list of strings as a tuple, sorted and without repeats but for ``stacked``; None as ()."""
+    if isinstance(value, str):
+        return value
+    names = () if value is None else value
+    if not isinstance(names, tuple | list | set | frozenset) or not all(isinstance(n, str) for n in names):
+        raise InputError(f"{field_name} must be a string or a list of strings, not {value!r}")
+    return tuple(names) if field_name == "stacked" else tuple(sorted(set(names)))
+
+
+def _canonical(field_name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
     """Pattern maps as tuples; sorted where the order cannot matter, since the first match wins where it can."""
-    given = patterns.items() if isinstance(patterns, Mapping) else patterns
+    given = tuple(patterns.items()) if isinstance(patterns, Mapping) else () if patterns is None else patterns
+    if not isinstance(given, tuple | list) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in given):
+        raise InputError(f"{field_name} must map patterns to values, not {patterns!r}")
     pairs = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in given)
+    if field_name == "in_axes" and not all(isinstance(axes, tuple) for _, axes in pairs):
+        raise InputError(f"in_axes must map patterns to lists of axes, such as {{'out': (0, 1)}}, not {patterns!r}")
     return (
         pairs if any(_overlap(p, q) for i, (p, _) in enumerate(pairs) for q, _ in pairs[:i]) else tuple(sorted(pairs))
     )

@@ -9,7 +9,7 @@ from stablelora_jax.run_config import RunConfig
 
 
 def make_schedule(config: RunConfig) -> optax.Schedule:
-    """Learning rate by the number of updates so far: linear warm-up, then the named shape down to 0 at the end."""
+    """Learning rate by the number of updates so far: linear warm-up, then constant, or the named shape down to 0."""
     peak, warmup = config.optimizer.learning_rate, config.schedule.warmup_steps
     rest = max(1, config.steps - warmup)
     after = {

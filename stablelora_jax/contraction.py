@@ -34,10 +34,10 @@ def contract(
         return _conv(module, x, kernel, a, in_axes)
     axes: Any = (-1,)
     if isinstance(module, nn.DenseGeneral):
-        if module.batch_dims:
+        if module.batch_dims != ():
             raise InputError(f"{_name(module)} has batch_dims, which a pair cannot follow: exclude it")
         axes = tuple(module.axis) if isinstance(module.axis, tuple | list) else (module.axis,)
-    axes = tuple(axis % x.ndim for axis in axes)
+    axes = tuple(sorted(axis % x.ndim for axis in axes))  # as Flax orders the axes of its kernel
     _require_axes(module, in_axes, tuple(range(len(axes))))
     a = a.reshape(*(x.shape[axis] for axis in axes), a.shape[-1])
     outputs = kernel.shape[len(axes) :]
@@ -54,8 +54,8 @@ def _dot(x: jax.Array, a: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.A
 def _conv(
     module: Any, x: jax.Array, kernel: jax.Array, a: jax.Array, in_axes: tuple[int, ...]
 ) -> tuple[jax.Array, Place]:
-    if module.feature_group_count != 1:
-        raise InputError(f"{_name(module)} is a grouped convolution, which a pair cannot follow: exclude it")
+    if module.feature_group_count != 1 or module.mask is not None:
+        raise InputError(f"{_name(module)} is a grouped or masked convolution, which a pair cannot follow: exclude it")
     _require_axes(module, in_axes, tuple(range(kernel.ndim - 1)))
     down = module.clone(features=a.shape[-1], use_bias=False, parent=None, name=None)
     z = down.apply({"params": {"kernel": a.reshape(*kernel.shape[:-1], a.shape[-1])}}, x)

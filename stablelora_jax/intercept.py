@@ -29,6 +29,8 @@ from stablelora_jax.parametrize import PARAMETRIZATIONS
 from stablelora_jax.sites import as_dict, fitted_sites, kernel_axes
 from stablelora_jax.tree import Path
 
+LINEAR = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Einsum)
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -50,6 +52,8 @@ class Adapted:
         Raises:
           InputError: adapters that do not fit the model, or that no module of it has read.
         """
+        if "params" not in variables:
+            raise InputError('the variables lack "params", the parameters of the base')
         own = {name: value for name, value in variables.items() if name not in ("lora", "lora_hp")}
         keys, rngs = _split_dropout(rngs)
         if "lora" not in variables:
@@ -58,10 +62,11 @@ class Adapted:
         sites = fitted_sites(params, variables["lora"], self.spec)
         off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
         laid = _lay(params, variables["lora"], variables.get("lora_hp"), sites, None if off else keys, self.spec)
-        unread = set(sites)
+        reads = dict.fromkeys(sites, 0)
         axes = {path: kernel_axes(path, tree.get_in(params, path), self.spec)[1] for path in sites}
-        with nn.intercept_methods(_interceptor(self.spec, axes, unread, keys)):
+        with nn.intercept_methods(_interceptor(self.spec, axes, reads, keys)):
             out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
+        unread = [path for path, count in reads.items() if not count]
         if unread and kwargs.get("method") is None:
             raise InputError(
                 f"no Dense, DenseGeneral, Conv or Einsum of the model read the adapters at "
@@ -92,15 +97,17 @@ def _lay(
     return params
 
 
-def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], unread: set[Path], keys: Any) -> Any:
+def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], reads: dict[Path, int], keys: Any) -> Any:
     change = PARAMETRIZATIONS[spec.parametrization].delta
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        y = next_fun(*args, **kwargs)
         module = context.module
-        if context.method_name != "__call__" or module.path not in axes:
-            return y
-        if not isinstance(module, nn.Dense | nn.DenseGeneral | nn.Conv | nn.Einsum):
+        path = module.path if module.scope is not None else None
+        if context.method_name != "__call__" or path not in axes or not isinstance(module, LINEAR):
+            return next_fun(*args, **kwargs)
+        before = reads[path]
+        y = next_fun(*args, **kwargs)
+        if reads[path] > before:  # a subclass that calls its parent: the innermost call has added the change
             return y
         own = module.variables["params"]
         x = args[0] if args else kwargs["inputs"]
@@ -108,22 +115,24 @@ def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], unread: s
             x = _dropout(
                 x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
             )
-        z, place = contract(module, x, own["kernel"], own["lora_a"], axes[module.path], args[1:], kwargs)
-        unread.discard(module.path)
+        z, place = contract(module, x, own["kernel"], own["lora_a"], axes[path], args[1:], kwargs)
+        reads[path] += 1
         delta = place(change(z, own, own["lora_scale"]))
-        return _add(y, delta)
+        return _add(y, delta, isinstance(module, nn.Conv | nn.Einsum))
 
     return intercept
 
 
-def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
+def _add(y: jax.Array, delta: jax.Array, apart: bool) -> jax.Array:
     """``y + delta``, added at least in float32, in the dtype of ``y``.
 
-    On CPU both are kept apart from it: XLA would otherwise fuse the sum into the module's own product and round that
-    differently, so that adapters with B = 0 changed the last bit. Elsewhere the fusion is worth more.
+    On CPU the change is computed apart, and with ``apart`` the module's own output too: XLA would otherwise fuse the
+    sum into other products and round those differently, so that adapters with B = 0 changed the last bit (seen with
+    jax 0.12). Elsewhere the fusion is worth more.
     """
     if jax.default_backend() == "cpu":
-        y, delta = jax.lax.optimization_barrier((y, delta))
+        delta = jax.lax.optimization_barrier(delta)
+        y = jax.lax.optimization_barrier(y) if apart else y
     return (y.astype(delta.dtype) + delta).astype(y.dtype)
 
 

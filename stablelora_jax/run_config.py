@@ -65,7 +65,9 @@ class StableLoraConfig:
 class ScheduleConfig:
     """The learning rate over the run."""
 
-    name: Literal["constant", "linear", "cosine"] = option("cosine", "shape after the warm-up, down to 0 at the end")
+    name: Literal["constant", "linear", "cosine"] = option(
+        "cosine", "shape after the warm-up; linear and cosine end at 0"
+    )
     warmup_steps: int = option(0, "steps of linear rise from 0")
 
 

@@ -30,6 +30,7 @@ def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
     modules = tree.find_dicts(params, _has_kernel)
     sites = {path: _kernel_site(path, module, spec) for path, module in modules.items()}
     _check_patterns([name for site in sites.values() for name in site.names], spec)
+    _check_axes(list(modules), spec)
     return {path: site for path, site in sites.items() if site.rank}
 
 
@@ -103,6 +104,15 @@ def _kernel_site(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> Site:
     rows = int(np.prod([shape[depth + axis] for axis in in_axes]))
     columns = int(np.prod(shape[depth:])) // rows
     return make_site(path, shape[:depth], (rows, columns), spec)
+
+
+def _check_axes(paths: list[Path], spec: LoraSpec) -> None:
+    names = [".".join(path) for path in paths]
+    for pattern, _ in items(spec.in_axes):
+        tree.require_match("in_axes", pattern, any(tree.pattern_matches(pattern, name) for name in names), names)
+    for key in spec.stacked:
+        if key != "layers" and not any(key in path for path in paths):
+            raise InputError(f"stacked: no module of the model is called {key!r}")
 
 
 def _check_patterns(names: list[str], spec: LoraSpec) -> None:

@@ -43,6 +43,8 @@ def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLi
     """
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise InputError(f"adapters are float32 or wider, not {jnp.dtype(dtype).name}")
+    if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
+        raise InputError("float64 adapters need jax.config.update('jax_enable_x64', True)")
     adapters: dict[str, Any] = {}
     for path, site in param_sites(params, spec).items():
         adapters = tree.set_in(adapters, path, _init_site(key, site, spec, dtype))

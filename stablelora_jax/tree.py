@@ -55,7 +55,7 @@ def stack_depth(path: Path, stacked: Sequence[str]) -> int:
 
     A component followed by a number is a list of separate modules (``layers/0/...``), not a stack.
     """
-    following = (*path[1:], "")
+    following = (*path, "")[1:]
     return sum(key in stacked and not after.isdigit() for key, after in zip(path, following, strict=True))
 
 
@@ -69,7 +69,7 @@ def names(path: Path, stack: Sequence[int], stacked: Sequence[str]) -> tuple[str
 
 def _name(path: Path, index: tuple[int, ...], stacked: Sequence[str]) -> str:
     parts, left = [], list(index)
-    for key, after in zip(path, (*path[1:], ""), strict=True):
+    for key, after in zip(path, (*path, "")[1:], strict=True):
         parts.append(key)
         if key in stacked and not after.isdigit() and left:
             parts.append(str(left.pop(0)))

@@ -48,12 +48,13 @@ def save_peft(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds NaN or infinity: nothing was written to {directory}")
-    config = to_peft_config(spec, sites.values(), base_model)
+    config = to_peft_config(spec, sites.values(), None if base_model is None else str(base_model))
+    text = json.dumps(config, indent=2) + "\n"
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _replace(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        _replace(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        _replace(directory / CONFIG, text.encode())
     except OSError as error:
         raise InputError(f"cannot write the adapter to {directory}: {error.strerror or error}") from None
 

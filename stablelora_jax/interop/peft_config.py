@@ -26,14 +26,14 @@ PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_
 def to_peft_config(spec: LoraSpec, sites: Iterable[Site], base_model: str | None) -> dict[str, Any]:
     """The content of ``adapter_config.json`` for adapters at ``sites``.
 
-    Patterns are written as they are, since they mean the same in PEFT; ``all-linear`` is written as the modules it
-    stands for (vLLM wants a list), and so is a regular expression with ``layers``, which PEFT refuses together. Keys of
-    pattern maps keep their order, which is meaning where two match one module (PEFT's own writer sorts them).
+    Lists and pattern maps are written as they are, since they mean the same in PEFT; ``all-linear`` and regular
+    expressions are written as the modules they stand for: PEFT would match an expression with containers too, which
+    have no weights, and vLLM wants a list. Keys of pattern maps keep their order, which is meaning where two match one
+    module (PEFT's own writer sorts them).
     """
     chosen = [name for site in sites for name, rank in zip(site.names, site.ranks, strict=True) if rank]
     listed = isinstance(spec.target, tuple)
-    explicit = not listed and (spec.target == "all-linear" or spec.layers is not None)
-    target = chosen if explicit else list(spec.target) if listed else spec.target
+    target = list(spec.target) if listed else chosen
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -44,8 +44,8 @@ def to_peft_config(spec: LoraSpec, sites: Iterable[Site], base_model: str | None
         "use_rslora": spec.scaling == "rslora",
         "lora_dropout": spec.dropout,
         "target_modules": target,
-        "exclude_modules": None if explicit or not spec.exclude else _plain(spec.exclude),
-        "layers_to_transform": None if explicit or spec.layers is None else list(spec.layers),
+        "exclude_modules": _plain(spec.exclude) if listed and spec.exclude else None,
+        "layers_to_transform": list(spec.layers) if listed and spec.layers is not None else None,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
         "bias": "none",

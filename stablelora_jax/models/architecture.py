@@ -25,7 +25,8 @@ INERT = frozenset(
     label2id problem_type chunk_size_feed_forward output_attentions output_hidden_states return_dict torchscript
     is_decoder is_encoder_decoder base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference unsloth_version
     unsloth_fixed rope_scaling rope_theta rope_parameters auto_map transformers.js_config head_dim
-    num_key_value_heads rms_norm_eps tie_word_embeddings attention_dropout""".split()
+    num_key_value_heads rms_norm_eps tie_word_embeddings attention_dropout max_length max_new_tokens min_length
+    temperature top_p top_k do_sample num_beams repetition_penalty model_max_length max_sequence_length""".split()
 ) | set(SIZES)
 # Keys that must have one of these values; every other unknown key must be off (None, False, 0, empty).
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -33,6 +34,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "pretraining_tp": (None, 1),
     "partial_rotary_factor": (None, 1, 1.0),
     "rope_interleaved": (None, False),
+    "is_causal": (None, True),
 }
 ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -50,7 +52,7 @@ class Rope:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: float = 8192
 
 
 @dataclass(frozen=True)
@@ -96,21 +98,21 @@ def decoder_config(raw: Mapping[str, Any], source: str = "config.json") -> Decod
     if head_dim % 2:
         raise InputError(f"{source}: head_dim {head_dim} is odd, but rotary positions turn pairs of dimensions")
     _refuse_unknown(raw, source)
-    qkv_bias = model_type == "qwen2" or bool(raw.get("attention_bias"))
+    qkv_bias = model_type == "qwen2" or _flag(raw, "attention_bias", source)
     return DecoderConfig(
         model_type=model_type,
         **sizes,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(raw, "rms_norm_eps", source, default=1e-6),
         rope=_rope(raw, source),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings", source),
         qkv_bias=qkv_bias,
         o_bias=qkv_bias and model_type == "llama",
-        mlp_bias=bool(raw.get("mlp_bias")) and model_type == "llama",
+        mlp_bias=model_type == "llama" and _flag(raw, "mlp_bias", source),
         max_position_embeddings=_size(raw, "max_position_embeddings", source, default=2048),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=_as_tuple(raw.get("eos_token_id")),
+        bos_token_id=next(iter(_ids(raw, "bos_token_id", source)), None),
+        eos_token_id=_ids(raw, "eos_token_id", source),
     )
 
 
@@ -141,14 +143,32 @@ def _size(raw: Mapping[str, Any], name: str, source: str, default: int | None = 
     return value
 
 
-def _as_tuple(ids: Any) -> tuple[int, ...]:
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+def _number(raw: Mapping[str, Any], name: str, source: str, default: float) -> float:
+    value = raw.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{source}: {name} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str, source: str) -> bool:
+    value = raw.get(name, False)
+    if value not in (None, True, False):
+        raise InputError(f"{source}: {name} must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _ids(raw: Mapping[str, Any], name: str, source: str) -> tuple[int, ...]:
+    value = raw.get(name)
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise InputError(f"{source}: {name} must be token ids, not {value!r}")
+    return ids
 
 
 def _refuse_unknown(raw: Mapping[str, Any], source: str) -> None:
     known = INERT | ({"attention_bias", "mlp_bias"} if raw["model_type"] == "llama" else set())
     for key, value in raw.items():
-        if key == "layer_types" and all(kind == "full_attention" for kind in value or ()):
+        if key == "layer_types" and (value is None or (isinstance(value, list) and set(value) <= {"full_attention"})):
             continue
         if key == "sliding_window" and raw["model_type"] == "qwen2" and not raw.get("use_sliding_window"):
             continue
@@ -158,11 +178,13 @@ def _refuse_unknown(raw: Mapping[str, Any], source: str) -> None:
 
 
 def _rope(raw: Mapping[str, Any], source: str) -> Rope:
+    if raw.get("rope_parameters") and raw.get("rope_scaling"):
+        raise InputError(f"{source}: both rope_parameters and rope_scaling are given; keep one")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise InputError(f"{source}: rope parameters must be a mapping, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise InputError(f"{source}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}")
     known = {"rope_type", "type", "rope_theta", *ROPE_KEYS[kind]}
     for key, value in rope.items():
@@ -172,5 +194,9 @@ def _rope(raw: Mapping[str, Any], source: str) -> Rope:
     missing = [key for key in ROPE_KEYS[kind] if key not in rope]
     if missing:
         raise InputError(f"{source}: rope type {kind!r} needs {', '.join(missing)}")
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    return Rope(theta=float(10000.0 if theta is None else theta), kind=kind, **{k: rope[k] for k in ROPE_KEYS[kind]})
+    values = {key: _number(rope, key, source, default=1.0) for key in ROPE_KEYS[kind]}
+    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise InputError(f"{source}: low_freq_factor must be less than high_freq_factor")
+    owner = rope if rope.get("rope_theta") is not None else raw
+    theta = 10000.0 if owner.get("rope_theta") is None else _number(owner, "rope_theta", source, default=10000.0)
+    return Rope(theta=theta, kind=kind, **values)

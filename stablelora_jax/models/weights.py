@@ -69,6 +69,7 @@ def load_params(abstract: Any, source: TensorSource, dtype: DTypeLike) -> Any:
     leaves = traverse_util.flatten_dict(abstract)
     wanted = {name: shape for path, leaf in leaves.items() for name, shape in hf_tensors(path, leaf.shape)}
     _check_names(wanted, source, tied="lm_head.weight" not in wanted)
+    _check_tied_head(wanted, source)
     params = {path: _read_leaf(path, leaf.shape, source, dtype) for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(params)
 
@@ -100,6 +101,14 @@ def _read_leaf(path: tuple[str, ...], shape: tuple[int, ...], source: TensorSour
         tensor = source.read(name)
         slot[...] = tensor.T if path[-1] == "kernel" else tensor
     return jnp.asarray(out)
+
+
+def _check_tied_head(wanted: Mapping[str, Any], source: TensorSource) -> None:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if head in source.shapes and head not in wanted and not np.array_equal(source.read(head), source.read(embedding)):
+        raise InputError(
+            f"{source.origin}: {head} differs from {embedding}, but tie_word_embeddings is true: set it false"
+        )
 
 
 def _check_names(wanted: Mapping[str, tuple[int, ...]], source: TensorSource, tied: bool) -> None:

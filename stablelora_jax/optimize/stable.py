@@ -112,7 +112,8 @@ def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dic
     """The latches of Stable-LoRA by dotted module path, one for each layer of a stack; padding is left out.
 
     Args:
-      opt_state: any optimizer state that holds one of :func:`shrink_until_stable`, however deep.
+      opt_state: any optimizer state that holds one of :func:`shrink_until_stable`, however deep; of a state that
+        ``pmap`` has replicated, one copy.
       stacked: the spec's ``stacked``: which path components the layer's number follows.
 
     Raises:
@@ -123,7 +124,7 @@ def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dic
         raise InputError("this optimizer state holds no latches: no shrink_until_stable has made it")
     named: dict[str, bool] = {}
     for path, latch in jax.tree.leaves_with_path([state.shrinking for state in found]):
-        keys = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:])
+        keys = tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:])
         values = np.asarray(latch)
         pairs = zip(names(keys, values.shape, stacked), values.reshape(-1), strict=True)
         named |= {name: bool(value) for name, value in pairs if value != PADDING}
@@ -176,7 +177,8 @@ def _next_latch(pair: Mapping[str, jax.Array], latch: jax.Array) -> jax.Array:
 
 def _shrink(pair: Any, latch: jax.Array, ratio: Ratio) -> Any:
     a = pair["lora_a"]
-    small = jnp.asarray(1 - ratio, a.dtype) * a
+    keep = jnp.asarray(1 - ratio, a.dtype) if isinstance(ratio, int | float) else 1 - jnp.asarray(ratio, a.dtype)
+    small = keep * a
     return type(pair)({**pair, "lora_a": jnp.where((latch == ON)[..., None, None], small, a)})
 
 
