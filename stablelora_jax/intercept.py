@@ -102,7 +102,7 @@ def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], reads: di
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        path = module.path if module.scope is not None else None
+        path: Any = module.path if module.scope is not None else None
         if context.method_name != "__call__" or path not in axes or not isinstance(module, LINEAR):
             return next_fun(*args, **kwargs)
         before = reads[path]

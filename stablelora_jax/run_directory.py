@@ -26,8 +26,8 @@ def locate(run_config: RunConfig) -> Path:
     mine = _identity(run_config)
     if (directory / CONFIG).is_file():
         theirs = _identity(config.load(RunConfig, directory / CONFIG))
-        if json.dumps(theirs) != json.dumps(mine):  # as text: the order of patterns is meaning
-            changed = ", ".join(sorted(_differences(theirs, mine))) or "order of patterns"
+        if theirs != mine:
+            changed = ", ".join(sorted(_differences(theirs, mine)))
             raise InputError(f"{directory} holds a run with another {changed}: choose another output=")
     elif directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise InputError(f"{directory} exists and is no run directory: choose another output=")
@@ -53,7 +53,7 @@ def create(directory: Path, run_config: RunConfig) -> None:
 
 def default_directory(run_config: RunConfig) -> str:
     """``runs/<task>-<digest>``: the digest is of all keys but ``output``, so other values are another directory."""
-    digest = hashlib.sha256(json.dumps(_identity(run_config)).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(_identity(run_config), sort_keys=True).encode()).hexdigest()
     return f"runs/{run_config.task.name}-{digest[:8]}"
 
 
@@ -71,8 +71,11 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def _identity(run_config: RunConfig) -> dict[str, Any]:
-    """What decides the result: every key but the place it goes to."""
-    return config.to_dict(replace(run_config, output=None))
+    """What decides the result: every key but the place it goes to; patterns as lists, since their order is meaning."""
+    plain = config.to_dict(replace(run_config, output=None))
+    lora = plain["lora"]
+    lists = {name: [[key, value] for key, value in lora[name].items()] for name in ("rank_pattern", "alpha_pattern")}
+    return {**plain, "lora": {**lora, **lists, "alpha": float(lora["alpha"])}}
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -21,6 +21,9 @@ Q1 = "model.layers.1.self_attn.q_proj"
         (dict(alpha=16), dict(alpha=16.0)),
         (dict(layers=[2, 1]), dict(layers=(1, 2))),
         (dict(layers=3), dict(layers=(3,))),
+        (dict(stacked="blocks"), dict(stacked=["blocks"])),
+        (dict(target="All-Linear"), dict(target="all-linear")),
+        (dict(exclude=None, rank_pattern=None), dict()),
         (dict(in_axes={"o": [0, 1]}), dict(in_axes={"o": (0, 1)})),
         (dict(exclude=["b", "a"]), dict(exclude=("a", "b"))),
     ],
@@ -87,6 +90,12 @@ def test_selects(spec, name, expected):
         (dict(scaling="rs"), "scaling must be one of lora, rslora"),
         (dict(parametrization="dora"), "parametrization"),
         (dict(init="pissa"), "init"),
+        (dict(dropout="x"), "dropout"),
+        (dict(target=[1]), "target"),
+        (dict(target=None), "target is empty"),
+        (dict(layers=["1"]), "layers"),
+        (dict(rank_pattern=["q_proj"]), "rank_pattern"),
+        (dict(in_axes={"a": 0}), "in_axes"),
     ],
 )
 def test_refusals(bad, message):

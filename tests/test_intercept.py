@@ -276,3 +276,41 @@ def test_a_base_parameter_with_our_name_is_refused():
     params["split"]["lora_scale"] = jnp.ones(())
     with pytest.raises(InputError, match="split of the base already has a parameter called lora_scale"):
         adapted(ForeignMLP(), spec).apply({"params": params, "lora": adapters}, x)
+
+
+class Doubling(nn.Dense):
+    """A subclass that calls its parent: the interceptor sees two calls of one module."""
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Holder(nn.Module):
+    """Gives a module a name."""
+
+    make: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.make(name="inner")(x)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(Doubling, 3), partial(nn.DenseGeneral, (2, 3), axis=(-1, -2))], ids=["subclass", "axes_backwards"]
+)
+def test_modules_that_need_care(make):
+    x, model = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 6)), jnp.float32), Holder(make)
+    spec = LoraSpec(target=["inner"], rank=2)
+    params = random_params(model, x)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    merged = model.apply({"params": merge(params, adapters, spec)}, x)
+    assert largest_difference(adapted(model, spec).apply({"params": params, "lora": adapters}, x), merged) < 1e-5
+
+
+def test_a_module_at_the_root():
+    x, model, spec = jnp.ones((2, 4)), nn.Dense(3), LoraSpec(target="all-linear", rank=2)
+    params = random_params(model, x)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    merged = model.apply({"params": merge(params, adapters, spec)}, x)
+    assert largest_difference(adapted(model, spec).apply({"params": params, "lora": adapters}, x), merged) < 1e-5

@@ -157,6 +157,8 @@ def test_safe_merge_names_the_layer_that_is_not_finite():
         (dict(layers=[9]), "no layer 9"),
         (dict(rank_pattern={"k_proj": 3}), "rank_pattern 'k_proj' matches no module"),
         (dict(alpha_pattern={"_proj": 3}), "alpha_pattern '_proj'"),
+        (dict(in_axes={"nothing": (0,)}), "in_axes 'nothing'"),
+        (dict(stacked=("blocks",), target="all-linear"), "no module of the model is called 'blocks'"),
     ],
 )
 def test_each_pattern_must_match(bad, message):

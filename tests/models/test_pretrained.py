@@ -94,6 +94,14 @@ def test_a_tied_head_in_the_file_is_ignored_and_old_buffers_too(tmp_path):
     chex.assert_trees_all_equal(load_pretrained(tmp_path)[1], params)
 
 
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    model, params = tiny_decoder(tie_word_embeddings=True)
+    save_pretrained(tmp_path, model, params)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(InputError, match="lm_head.weight differs"):
+        load_pretrained(tmp_path)
+
+
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
