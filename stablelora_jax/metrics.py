@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.adapter import pairs
+from stablelora_jax.files import write_whole
 
 
 def norm_summary(adapters: Any) -> dict[str, jax.Array]:
@@ -47,7 +48,5 @@ def keep_records_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the records after ``step``, which a run that resumes there will write again; gives those kept."""
     records = [record for record in read_records(path) if record["step"] <= step]
     if path.is_file():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
     return records

@@ -30,12 +30,13 @@ from stablelora_jax.data import Example, make_batch, rows_of_step, training_exam
 from stablelora_jax.describe import describe
 from stablelora_jax.errors import InputError
 from stablelora_jax.evaluate import Scorer, accuracies, answers, make_scorer, score_choices
+from stablelora_jax.files import write_whole
 from stablelora_jax.intercept import Adapted, adapted
 from stablelora_jax.interop import save_peft
 from stablelora_jax.log import RunLog
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.run_config import RunConfig
-from stablelora_jax.run_directory import SUMMARY, create, locate, read_summary, write_whole
+from stablelora_jax.run_directory import SUMMARY, create, locate, read_summary
 from stablelora_jax.summary import story, summarize
 from stablelora_jax.tasks import load_questions
 from stablelora_jax.tasks.question import Question

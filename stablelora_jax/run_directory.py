@@ -11,6 +11,7 @@ from typing import Any
 
 from stablelora_jax import config
 from stablelora_jax.errors import InputError
+from stablelora_jax.files import write_whole
 from stablelora_jax.run_config import RunConfig
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -55,13 +56,6 @@ def default_directory(run_config: RunConfig) -> str:
     """``runs/<task>-<digest>``: the digest is of all keys but ``output``, so other values are another directory."""
     digest = hashlib.sha256(json.dumps(_identity(run_config), sort_keys=True).encode()).hexdigest()
     return f"runs/{run_config.task.name}-{digest[:8]}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stablelora_jax"
 FLOORS = [
-    {"errors", "tree", "config"},
+    {"errors", "files", "tree", "config"},
     {"adapter"},
     {"parametrize", "initialize", "optimize"},
     {"sites", "contraction", "transform", "intercept", "describe", "models"},

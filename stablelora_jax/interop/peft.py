@@ -9,7 +9,6 @@ prefix or half of the layers without an error; here every tensor must be expecte
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ import numpy as np
 from stablelora_jax import tree
 from stablelora_jax.adapter import LoraSpec, Site, adapter_sites
 from stablelora_jax.errors import InputError
+from stablelora_jax.files import write_bytes_whole
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.sites import param_sites
 
@@ -53,8 +53,8 @@ def save_peft(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        _replace(directory / CONFIG, text.encode())
+        write_bytes_whole(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        write_bytes_whole(directory / CONFIG, text.encode())
     except OSError as error:
         raise InputError(f"cannot write the adapter to {directory}: {error.strerror or error}") from None
 
@@ -155,10 +155,3 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{path}: tensor {name} is not {PREFIX}<module>.lora_A.weight or .lora_B.weight")
         tensors[found[1]] = array.astype(np.result_type(array.dtype if array.dtype == np.float64 else np.float32))
     return tensors
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
