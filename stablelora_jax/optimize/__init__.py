@@ -1,5 +1,15 @@
 """The axis of optimisation dynamics: ``optax.GradientTransformation``s over trees that contain pairs. One file each."""
 
+from stablelora_jax.optimize.allora import allora
+from stablelora_jax.optimize.alternating import altlora, altlora_plus
+from stablelora_jax.optimize.frozen_a import freeze_a, lora_fa
+from stablelora_jax.optimize.oplora import oplora
+from stablelora_jax.optimize.pairing import scales
+from stablelora_jax.optimize.plus import lora_plus
+from stablelora_jax.optimize.pre import lora_pre
+from stablelora_jax.optimize.pro import lora_pro, scale_by_lora_pro
+from stablelora_jax.optimize.riemannian import riemannian, scale_by_riemannian, scaled_adamw, scaled_gd
+from stablelora_jax.optimize.rite import lora_rite, scale_by_lora_rite
 from stablelora_jax.optimize.stable import (
     ShrinkUntilStableState,
     latches,
@@ -7,5 +17,30 @@ from stablelora_jax.optimize.stable import (
     stable_lora,
     still_shrinking,
 )
+from stablelora_jax.optimize.stiefel import stiefel_lora
 
-__all__ = ["ShrinkUntilStableState", "latches", "shrink_until_stable", "stable_lora", "still_shrinking"]
+__all__ = [
+    "ShrinkUntilStableState",
+    "allora",
+    "altlora",
+    "altlora_plus",
+    "freeze_a",
+    "latches",
+    "lora_fa",
+    "lora_plus",
+    "lora_pre",
+    "lora_pro",
+    "lora_rite",
+    "oplora",
+    "riemannian",
+    "scale_by_lora_pro",
+    "scale_by_lora_rite",
+    "scale_by_riemannian",
+    "scaled_adamw",
+    "scaled_gd",
+    "scales",
+    "shrink_until_stable",
+    "stable_lora",
+    "stiefel_lora",
+    "still_shrinking",
+]

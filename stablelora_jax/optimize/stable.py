@@ -14,6 +14,9 @@ returns ``(shrunk - old) + u``. A link placed after AdamW in a chain is not the 
 last: ``MultiSteps(chain(clip, stable_lora(...)))``. Inside ``MultiSteps`` is right, around it every micro-batch would
 shrink; and a ``scale`` that follows it in a chain would scale the shrink.
 
+Norms and the test stand in a ``cond`` that a compiled update skips once every latch is off; A times 1 is then fused
+into the inner update.
+
 Differences from the reference: the latch lives in the state, so a resumed run goes on exactly (the reference loses it),
 and a ratio outside [0, 1) is refused.
 """
@@ -29,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from stablelora_jax.adapter import is_pair
 from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.pairing import map_pairs
 from stablelora_jax.tree import names
 
 ON, OFF, PADDING = 1, 0, -1  # values of a latch
@@ -68,7 +71,7 @@ def shrink_until_stable(
 
     def init(params: Any) -> ShrinkUntilStableState:
         count = jnp.zeros((), jnp.int32) if callable(shrink_ratio) else None
-        return ShrinkUntilStableState(_map_pairs(_first_latch, params), count, inner.init(params))
+        return ShrinkUntilStableState(map_pairs(_first_latch, params), count, inner.init(params))
 
     def update(
         updates: Any, state: ShrinkUntilStableState, params: Any = None, **extra: Any
@@ -76,10 +79,19 @@ def shrink_until_stable(
         if params is None:
             raise InputError("shrink_until_stable needs the parameters: call update(updates, state, params)")
         ratio = shrink_ratio(state.count) if callable(shrink_ratio) else shrink_ratio
-        shrinking = _map_pairs(_next_latch, params, state.shrinking)
-        shrunk = _map_pairs(partial(_shrink, ratio=ratio), params, shrinking, other=lambda leaf, _: leaf)
+
+        def look(latches: Any) -> tuple[Any, Any]:
+            latches = map_pairs(_next_latch, params, latches)
+            return latches, map_pairs(partial(_kept_share, ratio=ratio), params, latches)
+
+        def rest(latches: Any) -> tuple[Any, Any]:
+            return latches, map_pairs(partial(_kept_share, ratio=0), params, latches)
+
+        any_on = jnp.array([(latch == ON).any() for latch in jax.tree.leaves(state.shrinking)]).any()
+        shrinking, kept = jax.lax.cond(any_on, look, rest, state.shrinking)
+        shrunk = map_pairs(_shrink, params, kept, other=lambda leaf, _: leaf)
         updates, inner_state = inner.update(updates, state.inner, shrunk, **extra)
-        updates = _map_pairs(_add_shrink, params, shrinking, shrunk, updates, other=lambda *leaves: leaves[-1])
+        updates = map_pairs(_add_shrink, params, shrunk, updates, other=lambda *leaves: leaves[-1])
         count = None if state.count is None else optax.safe_increment(state.count)
         return updates, ShrinkUntilStableState(shrinking, count, inner_state)
 
@@ -94,11 +106,13 @@ def stable_lora(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stable-LoRA with AdamW, the optimizer of the paper: ``shrink_until_stable(optax.adamw(...), shrink_ratio)``.
+    """Stable-LoRA with AdamW, the optimizer of the paper.
+
+    ``shrink_until_stable(optax.adamw(learning_rate, ...), shrink_ratio)`` and nothing else.
 
     Args:
       learning_rate: scalar or optax schedule.
-      shrink_ratio: lambda of :func:`shrink_until_stable`.
+      shrink_ratio: lambda, the share of A that a step removes until the pair is stable; 0 is AdamW.
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
       eps: added to the root of the second moment.
@@ -137,29 +151,6 @@ def latches(opt_state: Any) -> list[ShrinkUntilStableState]:
     return [n._replace(count=None, inner=()) for n in nodes if isinstance(n, ShrinkUntilStableState)]
 
 
-def _map_pairs(function: Any, params: Any, *rest: Any, other: Any = lambda *leaves: None) -> Any:
-    """``function`` on every whole pair of ``params`` and what lies there in ``rest``; ``other`` on all other leaves."""
-
-    def visit(path: Any, node: Any, *nodes: Any) -> Any:
-        if not is_pair(node):
-            return other(node, *nodes)
-        hidden = [name for name in ("lora_a", "lora_b") if not hasattr(node[name], "ndim")]
-        if len(hidden) == 2:
-            return other(node, *nodes)
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if hidden:
-            raise InputError(
-                f"{name}: {hidden[0]} is hidden by masked or partition, its partner is not; "
-                f"shrink_until_stable needs both: wrap it around the partition"
-            )
-        a, b = node["lora_a"].shape, node["lora_b"].shape
-        if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2]:
-            raise InputError(f"{name}: lora_a {a} and lora_b {b} do not make a pair (..., in, r) and (..., r, out)")
-        return function(node, *nodes)
-
-    return jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=is_pair)
-
-
 def _first_latch(pair: Mapping[str, jax.Array]) -> jax.Array:
     a, b = pair["lora_a"], pair["lora_b"]
     if a.ndim == 2:
@@ -175,14 +166,17 @@ def _next_latch(pair: Mapping[str, jax.Array], latch: jax.Array) -> jax.Array:
     return jnp.where((latch == ON) & stable, OFF, latch).astype(latch.dtype)
 
 
-def _shrink(pair: Any, latch: jax.Array, ratio: Ratio) -> Any:
-    a = pair["lora_a"]
-    keep = jnp.asarray(1 - ratio, a.dtype) if isinstance(ratio, int | float) else 1 - jnp.asarray(ratio, a.dtype)
-    small = keep * a
-    return type(pair)({**pair, "lora_a": jnp.where((latch == ON)[..., None, None], small, a)})
+def _kept_share(pair: Mapping[str, jax.Array], latch: jax.Array, ratio: Ratio) -> jax.Array:
+    """What a step leaves of A: 1 - lambda where the latch is on, else 1; shape of the stack axes, dtype of A."""
+    dtype = pair["lora_a"].dtype
+    share = jnp.asarray(1 - ratio, dtype) if isinstance(ratio, int | float) else 1 - jnp.asarray(ratio, dtype)
+    return jnp.where(latch == ON, share, jnp.ones((), dtype))
 
 
-def _add_shrink(pair: Any, latch: jax.Array, shrunk: Any, step: Any) -> Any:
-    # u - (old - shrunk) is (shrunk - old) + u to the last bit, and keeps the sign of a zero u where nothing shrinks.
-    moved = step["lora_a"] - (pair["lora_a"] - shrunk["lora_a"])
-    return type(step)({**step, "lora_a": jnp.where((latch == ON)[..., None, None], moved, step["lora_a"])})
+def _shrink(pair: Any, kept: jax.Array) -> Any:
+    return type(pair)({**pair, "lora_a": kept[..., None, None] * pair["lora_a"]})
+
+
+def _add_shrink(pair: Any, shrunk: Any, step: Any) -> Any:
+    # u - (old - shrunk) is (shrunk - old) + u to the last bit, and u itself, a zero's sign too, where nothing shrinks.
+    return type(step)({**step, "lora_a": step["lora_a"] - (pair["lora_a"] - shrunk["lora_a"])})

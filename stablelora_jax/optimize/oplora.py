@@ -1,0 +1,136 @@
+"""OPLoRA: the best rank-r step, by alternating least squares (Almansoori et al., arXiv 2509.19977). ::
+
+    T = A B^T - (eta / s) D        what a step along D would make of the change, (in, out), never formed
+    B <- B + (T - A B^T)^T A (A^T A + lam I)^-1                        ``rounds`` times, from the current A, B
+    A <- A + (T - A B^T) B (B^T B + lam I)^-1
+
+With D = G, the gradient of the kernel, ``rounds`` -> infinity gives the truncated SVD of T, and one or two rounds come
+close. The first half-step is scaled GD on B. Factor gradients tell G only along A and B: by default D is the part they
+tell, ``G - (I - PA) G (I - PB)``, the projection on the tangent space of the rank-r matrices, so that a step is a
+Riemannian gradient step with its retraction, at the cost of LoRA. ``gradient="full"`` takes G itself from the extra
+argument ``kernel_grads`` of ``update``: the gradients of the base's kernels (in, out), which cost their memory::
+
+    grads, kernel_grads = jax.grad(loss, argnums=(0, 1))(adapters, params)
+    updates, state = tx.update(grads, state, adapters, kernel_grads=kernel_grads)
+
+With momentum b, D is a rank-r estimate of ``b D + (1 - b) G`` held as two factors by the same routine (LoRSum). At
+lam = 0 each half-step is the least-squares solution, nothing depends on how A B^T is factored, and directions that the
+other factor lacks stay. A small B then makes A leap: lam keeps a factor near to where it was. (As a ridge on the
+factors themselves, which a summary of the paper describes, it would take A to 0 at B = 0.) Details of LoRSum and of
+the K-FAC form were not to be had; the start of its alternation from A, the tangent form and the proximal lam are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.gram import gram, inverses, orthonormal, transpose
+from stablelora_jax.optimize.pairing import Scale, others_by_adamw
+from stablelora_jax.optimize.pairwise import Group, Pair, pairwise, value
+
+Terms = list[tuple[Any, Any, Any]]  # sum of c L R^T, or of c L where R is None; c a number or (P, 1, 1)
+
+
+def oplora(
+    learning_rate: optax.ScalarOrSchedule,
+    rounds: int = 2,
+    momentum: float | None = 0.9,
+    lam: float = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    gradient: Literal["tangent", "full"] = "tangent",
+    scale: Scale = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """OPLoRA; leaves outside pairs get AdamW at the same rate.
+
+    Args:
+      learning_rate: eta, scalar or schedule; the step on ``s A B^T`` is that of plain SGD on the kernel.
+      rounds: alternations a step, at least 1; static.
+      momentum: decay b of the low-rank momentum, of r (in + out) numbers a pair; None for none, and no state.
+      lam: weight of the distance to the old factor in both least-squares problems.
+      weight_decay: decoupled, scalar or schedule.
+      gradient: ``"tangent"``, from the factor gradients alone, or ``"full"``, which needs ``kernel_grads``.
+      scale: the LoRA scale: ``scales(adapters, spec)``.
+
+    Raises:
+      InputError: rounds below 1, an unknown ``gradient``; in ``update``, ``kernel_grads`` that are missing or unused.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise InputError(f"rounds must be a whole number of at least 1, not {rounds!r}")
+    if gradient not in ("tangent", "full"):
+        raise InputError(f"gradient must be tangent or full, not {gradient!r}")
+
+    def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
+        if (gradient == "full") != ("kernel_grads" in extra):
+            raise InputError("oplora takes kernel_grads=... in update with gradient='full', and only then")
+        rate, decay = value(learning_rate, count), value(weight_decay, count)
+        seen = [_dense(g) for g in groups] if gradient == "full" else _tangents(groups)
+        state = [g.state for g in groups]
+        if momentum is not None:
+            sums = [[(momentum, *m), *_scaled(1 - momentum, d)] for m, d in zip(state, seen, strict=True)]
+            state = _als(sums, [g.params for g in groups], rounds, 0.0)
+            seen = [[(1.0, *m)] for m in state]
+        targets = [
+            [(1.0, *g.params), *_scaled(-rate / g.scale[:, None, None], d)] for g, d in zip(groups, seen, strict=True)
+        ]
+        solved = _als(targets, [g.params for g in groups], rounds, lam)
+        return [
+            (jax.tree.map(lambda new, old: new - old - rate * decay * old, pair, g.params), after)
+            for pair, g, after in zip(solved, groups, state, strict=True)
+        ]
+
+    def first_state(pair: Pair) -> Pair | None:
+        return None if momentum is None else jax.tree.map(jnp.zeros_like, pair)
+
+    return others_by_adamw(pairwise(first_state, update, scale), learning_rate, weight_decay=weight_decay)
+
+
+def _tangents(groups: Sequence[Group]) -> list[Terms]:
+    """The projections of G on the tangent spaces, as two terms of rank r."""
+    bases = orthonormal([x for g in groups for x in g.params])
+    found: list[Terms] = []
+    for i, g in enumerate(groups):
+        (q_a, t_a), (q_b, t_b), s = bases[2 * i], bases[2 * i + 1], g.scale[:, None, None]
+        along_b = g.grads.a @ t_b / s  # G q_b
+        beyond_a = along_b - q_a @ (transpose(q_a) @ along_b)
+        found.append([(1.0, q_a, g.grads.b @ t_a / s), (1.0, beyond_a, q_b)])
+    return found
+
+
+def _dense(g: Group) -> Terms:
+    return [(1.0, g.kernel_grads, None)]
+
+
+def _scaled(factor: Any, terms: Terms) -> Terms:
+    return [(factor * c, left, right) for c, left, right in terms]
+
+
+def _als(targets: Sequence[Terms], start: Sequence[Pair], rounds: int, lam: Any) -> list[Pair]:
+    """Rank-r factors of each target: B from A, then A from B, ``rounds`` times."""
+    pairs = list(start)
+    for _ in range(rounds):
+        by_a = inverses([gram(p.a) for p in pairs], lam)
+        pairs = [
+            p._replace(b=p.b + (_transposed_times(t, p.a) - p.b @ gram(p.a)) @ inverse)
+            for t, p, inverse in zip(targets, pairs, by_a, strict=True)
+        ]
+        by_b = inverses([gram(p.b) for p in pairs], lam)
+        pairs = [
+            p._replace(a=p.a + (_times(t, p.b) - p.a @ gram(p.b)) @ inverse)
+            for t, p, inverse in zip(targets, pairs, by_b, strict=True)
+        ]
+    return pairs
+
+
+def _times(terms: Terms, x: jax.Array) -> jax.Array:
+    return sum(c * (left @ x if right is None else left @ (transpose(right) @ x)) for c, left, right in terms)
+
+
+def _transposed_times(terms: Terms, x: jax.Array) -> jax.Array:
+    parts = (transpose(left) @ x if right is None else right @ (transpose(left) @ x) for _, left, right in terms)
+    return sum(c * part for (c, _, _), part in zip(terms, parts, strict=True))
