@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optax
 
-from stablelora_jax.optimize import stable_lora
+from stablelora_jax import optimizer_config
 from stablelora_jax.run_config import RunConfig
 
 
-def make_schedule(config: RunConfig) -> optax.Schedule:
-    """Learning rate by the number of updates so far: linear warm-up, then constant, or the named shape down to 0."""
-    peak, warmup = config.optimizer.learning_rate, config.schedule.warmup_steps
+def make_schedule(config: RunConfig, peak: float | None = None) -> optax.Schedule:
+    """Learning rate by the number of updates so far: linear warm-up, then constant, or the named shape down to 0.
+
+    Args:
+      config: gives the shape and, where ``peak`` is not given, the optimizer's ``learning_rate``.
+      peak: the highest rate.
+    """
+    peak = config.optimizer.learning_rate if peak is None else peak
+    warmup = config.schedule.warmup_steps
     rest = max(1, config.steps - warmup)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -20,8 +28,9 @@ def make_schedule(config: RunConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
 
 
-def make_optimizer(config: RunConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then Stable-LoRA around AdamW."""
-    o = config.optimizer
-    stable = stable_lora(schedule, o.shrink_ratio, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-    return stable if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), stable)
+def make_optimizer(config: RunConfig, adapters: Any) -> optax.GradientTransformation:
+    """Clipping, then the optimizer of the configuration, all its learning rates on the schedule."""
+    tx = optimizer_config.make_optimizer(
+        config.optimizer, lambda peak: make_schedule(config, peak), adapters, config.lora
+    )
+    return tx if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)

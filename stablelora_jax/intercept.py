@@ -13,7 +13,7 @@ Dropout (on x, before A) acts iff ``rngs={"dropout": key}`` is passed. With one 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,21 @@ from stablelora_jax.sites import as_dict, fitted_sites, kernel_axes
 from stablelora_jax.tree import Path
 
 LINEAR = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Einsum)
+Observer = Callable[[jax.Array, Mapping[str, jax.Array], Callable[[jax.Array], jax.Array]], jax.Array]
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A Linen model seen through a :class:`LoraSpec`; made by :func:`adapted`."""
+    """A Linen model seen through a :class:`LoraSpec`; made by :func:`adapted`.
+
+    ``observe(y, own, down)``, where there is one, gives what an adapted module returns instead of its output ``y``. It
+    is called inside every scan, vmap and remat; ``own`` are the module's parameters with all that lies in its adapter,
+    and ``down(a)`` contracts another ``a`` (in, any rank) with the module's input, as ``lora_a`` is contracted.
+    """
 
     model: nn.Module
     spec: LoraSpec
+    observe: Observer | None = None
 
     def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         """``model.apply`` with the low-rank path; without ``"lora"`` in ``variables`` it is the base model's.
@@ -64,7 +71,7 @@ class Adapted:
         laid = _lay(params, variables["lora"], variables.get("lora_hp"), sites, None if off else keys, self.spec)
         reads = dict.fromkeys(sites, 0)
         axes = {path: kernel_axes(path, tree.get_in(params, path), self.spec)[1] for path in sites}
-        with nn.intercept_methods(_interceptor(self.spec, axes, reads, keys)):
+        with nn.intercept_methods(_interceptor(self, axes, reads, keys)):
             out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
         unread = [path for path, count in reads.items() if not count]
         if unread and kwargs.get("method") is None:
@@ -97,8 +104,8 @@ def _lay(
     return params
 
 
-def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], reads: dict[Path, int], keys: Any) -> Any:
-    change = PARAMETRIZATIONS[spec.parametrization].delta
+def _interceptor(model: Adapted, axes: Mapping[Path, tuple[int, ...]], reads: dict[Path, int], keys: Any) -> Any:
+    change = PARAMETRIZATIONS[model.spec.parametrization].delta
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
@@ -118,7 +125,10 @@ def _interceptor(spec: LoraSpec, axes: Mapping[Path, tuple[int, ...]], reads: di
         z, place = contract(module, x, own["kernel"], own["lora_a"], axes[path], args[1:], kwargs)
         reads[path] += 1
         delta = place(change(z, own, own["lora_scale"]))
-        return _add(y, delta, isinstance(module, nn.Conv | nn.Einsum))
+        y = _add(y, delta, isinstance(module, nn.Conv | nn.Einsum))
+        if model.observe is None:
+            return y
+        return model.observe(y, own, lambda a: contract(module, x, own["kernel"], a, axes[path], args[1:], kwargs)[0])
 
     return intercept
 

@@ -1,7 +1,9 @@
-"""Pictures of a run, drawn from its ``metrics.jsonl`` alone: the loss, and the norms that Stable-LoRA balances."""
+"""Pictures of a run, drawn from its ``metrics.jsonl`` alone: the loss, the norms that Stable-LoRA balances, and, where
+they were measured, the terms of its stability analysis."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ from stablelora_jax.metrics import read_records
 
 
 def draw(directory: str | Path) -> list[Path]:
-    """Draw ``loss.png`` and ``norms.png`` into the run directory; gives the paths, or none without records."""
+    """Draw ``loss.png``, ``norms.png`` and, where a record has the terms, ``stability.png`` into the run directory.
+
+    Gives the paths, or none without records.
+    """
     directory = Path(directory)
     records = [record for record in read_records(directory / "metrics.jsonl") if "loss" in record]
     if not records:
         return []
-    return [_loss(records, directory / "loss.png"), _norms(records, directory / "norms.png")]
+    paths = [_loss(records, directory / "loss.png"), _norms(records, directory / "norms.png")]
+    measured = [record for record in records if "stability" in record]
+    return paths + ([_stability(measured, directory / "stability.png")] if measured else [])
 
 
 def _figure(title: str) -> tuple[Any, Any]:
@@ -62,6 +69,40 @@ def _norms(records: Sequence[dict[str, Any]], path: Path) -> Path:
     figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
     return path
+
+
+def _stability(records: Sequence[dict[str, Any]], path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 7), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    for field, label, color in (
+        ("delta1", "delta1 = s z A' dB", "tab:orange"),
+        ("delta2", "delta2 = s z dA B", "tab:green"),
+        ("delta3", "delta3 = s z dA dB", "tab:purple"),
+        ("shrink", "shrink = s z (A' - A) B", "tab:gray"),
+    ):
+        _band(upper, records, field, label, color)
+    for field, label, color in (("a", "||A|| / in", "tab:orange"), ("b", "||B|| / out", "tab:green")):
+        _band(lower, records, field, label, color)
+    upper.set(title="What a step changes: geometric mean over the pairs, bands to the least and greatest", ylabel="RMS")
+    lower.set(xlabel="step", ylabel="norm over width")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _band(axes: Any, records: Sequence[dict[str, Any]], field: str, label: str, color: str) -> None:
+    """One term over the pairs against the step, on a log axis; where it is zero at every pair there is no point."""
+    rows = [(r["step"], [t[field] for t in r["stability"].values() if t[field] > 0]) for r in records]
+    steps, values = [step for step, row in rows if row], [row for _, row in rows if row]
+    if not steps:
+        return
+    means = [math.exp(sum(map(math.log, row)) / len(row)) for row in values]
+    axes.plot(steps, means, color=color, label=label, marker="." if len(steps) < 60 else None)
+    axes.fill_between(steps, [min(row) for row in values], [max(row) for row in values], color=color, alpha=0.15, lw=0)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _short(name: str) -> str:

@@ -5,7 +5,7 @@
     RUN/config.yaml      every key, as resolved         RUN/adapter/           the result, in PEFT's layout
     RUN/metrics.jsonl    one line a step                RUN/checkpoints/       Orbax: adapters, optimizer, step, key
     RUN/loss.png         RUN/norms.png                  RUN/tensorboard/       the same numbers
-    RUN/summary.json     accuracies, losses, minutes
+    RUN/stability.png    where stability_every asks     RUN/summary.json       accuracies, losses, minutes
 
 The same command again goes on from the newest checkpoint, bit for bit; another configuration never writes into it.
 """
@@ -35,12 +35,13 @@ from stablelora_jax.intercept import Adapted, adapted
 from stablelora_jax.interop import save_peft
 from stablelora_jax.log import RunLog
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
+from stablelora_jax.optimizer_config import trained_part
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.run_directory import SUMMARY, create, locate, read_summary
 from stablelora_jax.summary import story, summarize
 from stablelora_jax.tasks import load_questions
 from stablelora_jax.tasks.question import Question
-from stablelora_jax.train import TrainState, init_state, make_train_step
+from stablelora_jax.train import TrainState, init_state, make_stability_view, make_train_step
 from stablelora_jax.transform import init_adapters
 
 
@@ -75,7 +76,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
     create(directory, config)
     manager = checkpoint.open_manager(directory / "checkpoints", keep=config.keep_checkpoints)
     state = job.start if manager.latest_step() is None else TrainState(*checkpoint.restore(manager, job.start))
-    log = RunLog(directory, int(state.step), config.steps, job.schedule)
+    log = RunLog(directory, int(state.step), config.steps, job.schedule, config.lora)
     say(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {directory}")
     if config.evaluate and log.evaluation(0) is None:
         log.write_evaluation(0, _evaluate(job, job.start.adapters))
@@ -112,7 +113,7 @@ def _prepare(config: RunConfig, directory: Path, say: Callable[[str], None]) -> 
     adapters = init_adapters(key, params, config.lora)
     say(describe(params, adapters, config.lora))
     schedule = make_schedule(config)
-    tx = make_optimizer(config, schedule)
+    tx = make_optimizer(config, adapters)
     start = jax.tree.map(np.asarray, init_state(adapters, tx, jax.random.fold_in(key, 1)))
     questions = load_questions(config.task, "validation") if config.evaluate else []
     low_rank, placed = adapted(model, config.lora), parallel.replicate(params)
@@ -123,12 +124,17 @@ def _prepare(config: RunConfig, directory: Path, say: Callable[[str], None]) -> 
 
 def _train(job: Job, state: TrainState, manager: Any, log: RunLog) -> TrainState:
     """Step to the end; metrics are read one step late, so that the device never waits for them."""
-    config, step = job.config, make_train_step(job.model, job.tx)
+    config, step = job.config, make_train_step(job.model, job.tx, trained_part(job.config.optimizer))
+    view = make_stability_view(job.model, config.optimizer.shrink_ratio)
     copies, last = parallel.stack_copies(state), None
     for number in range(int(state.step), config.steps):
         rows = rows_of_step(number, config.batch_size, len(job.examples), config.seed)
         batch = parallel.split_rows(make_batch([job.examples[row] for row in rows]))
+        due = config.stability_every is not None and (number + 1) % config.stability_every == 0
+        before = jax.tree.map(jnp.copy, copies.adapters) if due else None  # the step donates its own
         copies, metrics = step(copies, job.params, batch)
+        if due:
+            metrics["stability"] = view(before, copies.adapters, metrics["latches"], job.params, batch)
         if last is not None:
             log.write_step(number, parallel.first_copy(last))
         last = metrics

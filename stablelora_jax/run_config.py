@@ -8,6 +8,7 @@ from typing import Literal
 from stablelora_jax.adapter import LoraSpec
 from stablelora_jax.config import option, section
 from stablelora_jax.errors import InputError
+from stablelora_jax.optimizer_config import CONFIGS, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,8 @@ class ArcTask:
 
 
 @dataclass(frozen=True)
-class StableLoraConfig:
-    """Stable-LoRA around AdamW."""
-
-    name: Literal["stable_lora"] = option("stable_lora", "AdamW with shrink-until-stable on A")
-    learning_rate: float = option(1e-4, "peak learning rate")
-    shrink_ratio: float = option(
-        5e-4, "lambda: the share of A that a step removes until the pair is stable; 0 is AdamW"
-    )
-    b1: float = option(0.9, "decay of the first moment")
-    b2: float = option(0.999, "decay of the second moment")
-    eps: float = option(1e-8, "added to the root of the second moment")
-    weight_decay: float = option(0.01, "decoupled weight decay, on A as shrunk and on B")
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("shrink_ratio", "b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in ("learning_rate", "eps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run."""
+    """The learning rate over the run, as a share of its peak."""
 
     name: Literal["constant", "linear", "cosine"] = option(
         "cosine", "shape after the warm-up; linear and cosine end at 0"
@@ -78,7 +55,7 @@ class RunConfig:
     model: ModelConfig = section(ModelConfig, "the frozen base")
     task: CompareSizesTask | ArcTask = section(CompareSizesTask, "what is learnt")
     lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's words")
-    optimizer: StableLoraConfig = section(StableLoraConfig, "how the adapters are trained")
+    optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over the run")
     steps: int = option(300, "optimizer steps")
     batch_size: int = option(32, "rows of a step, over all devices")
@@ -89,6 +66,7 @@ class RunConfig:
     checkpoint_every: int = option(100, "steps between checkpoints; one is always made at the end")
     keep_checkpoints: int = option(2, "newest checkpoints that stay on disk")
     evaluate: bool = option(True, "measure validation accuracy before and after training")
+    stability_every: int | None = option(None, "steps between measurements of the stability terms; null for none")
     show: int = option(4, "validation questions to print with the answers before and after")
 
     def __post_init__(self) -> None:
@@ -101,6 +79,8 @@ class RunConfig:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"clip_norm must be positive, not {self.clip_norm}; null for no clipping")
+        if self.stability_every is not None and self.stability_every < 1:
+            raise InputError(f"stability_every must be at least 1, not {self.stability_every}; null for none")
         if not 0 <= self.schedule.warmup_steps <= self.steps:
             raise InputError(f"schedule.warmup_steps must be in [0, {self.steps}], not {self.schedule.warmup_steps}")
         for name in ("train_limit", "validation_limit"):

@@ -20,6 +20,8 @@ from stablelora_jax.losses import masked_cross_entropy
 from stablelora_jax.metrics import norm_summary
 from stablelora_jax.optimize import latches
 from stablelora_jax.parallel import AXIS
+from stablelora_jax.stability import Stability, shrunk_adapters, stability
+from stablelora_jax.tree import Path
 
 
 class TrainState(NamedTuple):
@@ -37,17 +39,18 @@ def init_state(adapters: Any, tx: optax.GradientTransformation, key: jax.Array) 
 
 
 def make_train_step(
-    model: Adapted, tx: optax.GradientTransformation
+    model: Adapted, tx: optax.GradientTransformation, trained: Callable[[Any], Any] = lambda adapters: adapters
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
     """``(state, params, batch) -> (state, metrics)``, jit-compiled over all local devices by ``pmap``.
 
     ``state`` has one copy per device (``parallel.stack_copies``), ``params`` is replicated (``parallel.replicate``),
     ``batch`` is split (``parallel.split_rows``). Loss and gradients are means over the loss tokens of the whole batch,
     and dropout depends on the step and the row's number in it: the result does not depend on the number of devices.
+    ``trained`` may hold parts of the adapters constant (``optimize.freeze_a``); their gradients are zero.
     """
 
     def loss_of(adapters: Any, params: Any, batch: Batch, rngs: Any, total: jax.Array) -> jax.Array:
-        variables = {"params": params, "lora": adapters}
+        variables = {"params": params, "lora": trained(adapters)}
         logits = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
         return masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0] / total
 
@@ -65,6 +68,26 @@ def make_train_step(
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
     return jax.pmap(step, axis_name=AXIS, in_axes=(0, None, 0), donate_argnums=(0,))
+
+
+def make_stability_view(
+    model: Adapted, shrink_ratio: float | None
+) -> Callable[[Any, Any, Any, Any, Batch], dict[Path, Stability]]:
+    """``(before, after, latches, params, batch) -> terms``, jit-compiled over all local devices by ``pmap``.
+
+    ``before`` and ``after`` are the adapters around the step, one copy per device (the step donates its state: copy
+    the adapters before it), ``latches`` are the step's metric, ``shrink_ratio`` is lambda where the optimizer is
+    Stable-LoRA and else None; ``params`` and ``batch`` are as in :func:`make_train_step`. Pads do not count, and z is
+    as without dropout. Nothing is compiled until the first call.
+    """
+
+    def view(before: Any, after: Any, latches: Any, params: Any, batch: Batch) -> dict[Path, Stability]:
+        shrunk = shrunk_adapters(before, latches, shrink_ratio)
+        inputs = (batch.tokens, batch.positions, batch.segment_ids)
+        variables = {"params": params, "lora": before}
+        return stability(model, variables, shrunk, after, *inputs, token_mask=batch.segment_ids, axis_name=AXIS)
+
+    return jax.pmap(view, axis_name=AXIS, in_axes=(0, 0, 0, None, 0))
 
 
 def _row_keys(state: TrainState, rows: int) -> jax.Array:

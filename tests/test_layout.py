@@ -10,8 +10,8 @@ FLOORS = [
     {"errors", "files", "tree", "config"},
     {"adapter"},
     {"parametrize", "initialize", "optimize"},
-    {"sites", "contraction", "transform", "intercept", "describe", "models"},
-    {"run_config", "tasks", "data", "losses", "metrics", "checkpoint", "interop"},
+    {"sites", "contraction", "transform", "intercept", "stability", "describe", "models"},
+    {"optimizer_config", "run_config", "tasks", "data", "losses", "metrics", "checkpoint", "interop"},
     {"parallel", "run_directory", "log", "build", "train", "evaluate", "report", "summary"},
     {"run"},
 ]

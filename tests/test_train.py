@@ -7,12 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora
+from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora, tree
+from stablelora_jax.adapter import pairs
 from stablelora_jax.data import Example, make_batch
 from stablelora_jax.losses import masked_cross_entropy
 from stablelora_jax.parallel import first_copy, replicate, split_rows, stack_copies
-from stablelora_jax.train import init_state, make_train_step
-from tests.helpers import largest_difference, tiny_decoder
+from stablelora_jax.stability import stability
+from stablelora_jax.train import init_state, make_stability_view, make_train_step
+from tests.helpers import largest_difference, tiny_decoder, trained
 
 SPEC = LoraSpec(
     target="all-linear", rank=2, rank_pattern={"layers.1.self_attn.q_proj": 1}, exclude=["layers.0.mlp.up_proj"]
@@ -113,6 +115,34 @@ def test_latches_and_norms_are_reported():
     assert len(latches) == 3 * 7 - 1 and "model.layers.0.mlp.up_proj" not in latches and all(latches.values())
     assert metrics[0]["norm_a_min"] > 0 and metrics[0]["norm_b"] > 0
     assert train(SPEC, optax.sgd(0.1))[5][0]["latches"] == []
+
+
+@pytest.mark.parametrize("tx,ratio", [(STABLE, 1e-2), (optax.adamw(1e-2), None)], ids=["stable_lora", "adamw"])
+def test_the_stability_view_is_of_the_step_and_its_batch(tx, ratio):
+    model, params = tiny_decoder()
+    before = trained(init_adapters(jax.random.key(0), params, SPEC), SPEC)
+    for path, pair in pairs(before).items():  # the second layer is stable at once
+        sizes = np.array([0.1, 3, 0.1], np.float32)[:, None, None]
+        before = tree.set_in(before, path, {**pair, "lora_b": sizes * pair["lora_b"]})
+    placed, state, batch = replicate(params), stack_copies(init_state(before, tx, jax.random.key(1))), batches(1)[0]
+    copy = jax.tree.map(jnp.copy, state.adapters)
+    state, metrics = make_train_step(adapted(model, SPEC), tx)(state, placed, split_rows(batch))
+    view = make_stability_view(adapted(model, SPEC), ratio)
+    found = first_copy(view(copy, state.adapters, metrics["latches"], placed, split_rows(batch)))
+    after, shrunk = first_copy(state).adapters, jax.tree.map(lambda x: x, before)
+    for path, pair in pairs(before).items() if ratio else ():
+        latch = np.asarray(tree.get_in(first_copy(metrics["latches"])[0].shrinking, path))
+        assert set(latch.tolist()) >= {0, 1}
+        kept = np.where(latch == 1, np.float32(1 - ratio), np.float32(1))[..., None, None]
+        shrunk = tree.set_in(shrunk, path, {**pair, "lora_a": kept * pair["lora_a"]})
+    variables, mask = {"params": params, "lora": before}, batch.segment_ids
+    inputs = (batch.tokens, batch.positions, mask)
+    expected = stability(adapted(model, SPEC), variables, shrunk, after, *inputs, token_mask=mask)
+    assert found.keys() == expected.keys() and mask.min() == 0
+    for path, terms in expected.items():
+        for field, value in terms._asdict().items():
+            np.testing.assert_allclose(getattr(found[path], field), value, rtol=1e-3, err_msg=f"{path} {field}")
+    assert any(terms.shrink.any() for terms in expected.values()) == (ratio is not None)
 
 
 def test_a_batch_without_loss_tokens_changes_nothing():

@@ -1,0 +1,138 @@
+"""One typed configuration for each optimizer, read off the optimizer itself: signature, defaults and docstring.
+
+``optimizer: {name: lora_rite, learning_rate: 2e-3}`` in a YAML is checked against ``lora_rite``'s own arguments. Left
+out are those that no file can give: ``scale``, which comes from the adapters, and ``gradient`` of OPLoRA, whose full
+form needs gradients that the trainer does not compute. Every optimizer has ``shrink_ratio``: Stable-LoRA around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Union, get_type_hints
+
+import optax
+
+from stablelora_jax import optimize
+from stablelora_jax.adapter import LoraSpec
+from stablelora_jax.config import option
+from stablelora_jax.errors import InputError
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW, the baseline.
+
+    Args:
+      learning_rate: scalar or schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled, scalar or schedule.
+    """
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "stable_lora": optimize.stable_lora,
+    "adamw": adamw,
+    "lora_plus": optimize.lora_plus,
+    "scaled_gd": optimize.scaled_gd,
+    "scaled_adamw": optimize.scaled_adamw,
+    "lora_rite": optimize.lora_rite,
+    "lora_pro": optimize.lora_pro,
+    "altlora": optimize.altlora,
+    "altlora_plus": optimize.altlora_plus,
+    "allora": optimize.allora,
+    "oplora": optimize.oplora,
+    "lora_pre": optimize.lora_pre,
+    "stiefel_lora": optimize.stiefel_lora,
+    "lora_fa": optimize.lora_fa,
+}
+NOT_IN_A_FILE = ("scale", "gradient")
+FREEZES_A = ("lora_fa",)  # the loss sees freeze_a(adapters)
+PEAK = 1e-4
+
+
+def make_optimizer(
+    config: Any, schedule: Callable[[float], optax.Schedule], adapters: Any, spec: LoraSpec
+) -> optax.GradientTransformation:
+    """The optimizer that ``config``, one of :data:`CONFIGS`, describes; ``schedule`` makes one from a peak."""
+    function, given = OPTIMIZERS[config.name], _arguments(config)
+    given = {key: schedule(value) if key.endswith("learning_rate") else value for key, value in given.items()}
+    if "scale" in inspect.signature(function).parameters:
+        given["scale"] = optimize.scales(adapters, spec)
+    tx = function(**given)
+    return optimize.shrink_until_stable(tx, config.shrink_ratio) if _shrinks_outside(config) else tx
+
+
+def trained_part(config: Any) -> Callable[[Any], Any]:
+    """What the loss differentiates of the adapters: all, or with A as a constant."""
+    return optimize.freeze_a if config.name in FREEZES_A else lambda adapters: adapters
+
+
+def _shrinks_outside(config: Any) -> bool:
+    return config.shrink_ratio > 0 and config.name != "stable_lora"
+
+
+def _arguments(config: Any) -> dict[str, Any]:
+    own = inspect.signature(OPTIMIZERS[config.name]).parameters
+    return {key: value for key, value in dataclasses.asdict(config).items() if key in own}
+
+
+def _make(name: str, function: Callable[..., Any]) -> type:
+    """The dataclass of one optimizer."""
+    text = inspect.getdoc(function) or ""
+    title = text.split("\n")[0].replace("``", "").rstrip(".")
+    fields: list[Any] = [("name", Literal[name], option(name, title))]  # type: ignore[valid-type]
+    hints = get_type_hints(function)
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key not in NOT_IN_A_FILE:
+            default = PEAK if parameter.default is inspect.Parameter.empty else parameter.default
+            fields.append((key, _kind(hints[key], default), option(default, _meaning(text, key))))
+    if "shrink_ratio" not in hints:
+        meaning = "lambda of Stable-LoRA's shrink around this optimizer; 0 for none"
+        fields.append(("shrink_ratio", float, option(0.0, meaning)))
+    return dataclasses.make_dataclass(
+        "".join(part.title() for part in name.split("_")) + "Config",
+        fields,
+        frozen=True,
+        namespace={"__post_init__": _check, "__doc__": title, "__module__": __name__},
+    )
+
+
+def _kind(hint: Any, default: Any) -> Any:
+    """The type of a key: what may be a scalar or a schedule is a number in a file."""
+    return float if isinstance(default, float) else hint
+
+
+def _meaning(text: str, key: str) -> str:
+    """The argument's entry in the docstring, as one line."""
+    found = re.search(rf"^  {key}: (.*(?:\n    .*)*)", text, re.MULTILINE)
+    line = " ".join((found[1] if found else "").split()).replace("``", "").rstrip(".")
+    line = re.sub(r",? ?(a )?scalar or (optax )?schedule", "", re.sub(r":\w+:`~?([\w.]+)`", r"\1", line))
+    return f"peak learning rate{': ' * bool(line)}{line}" if key == "learning_rate" else line
+
+
+def _check(config: Any) -> None:
+    for key in ("b1", "b2", "shrink_ratio"):
+        if not 0 <= getattr(config, key, 0) < 1:
+            raise InputError(f"{key} must be in [0, 1), not {getattr(config, key)}")
+    for key, value in dataclasses.asdict(config).items():
+        if isinstance(value, float) and value < 0:
+            raise InputError(f"{key} must not be negative, not {value}")
+    OPTIMIZERS[config.name](**_arguments(config))  # what the optimizer itself refuses
+
+
+CONFIGS = {name: _make(name, function) for name, function in OPTIMIZERS.items()}
+if TYPE_CHECKING:
+    OptimizerConfig = Any
+else:
+    OptimizerConfig = Union[tuple(CONFIGS.values())]  # noqa: UP007
