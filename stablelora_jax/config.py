@@ -263,7 +263,7 @@ def _hint(cls: Any, key: str, path: str) -> str:
     near = [k for k in every if k.split(".")[-1] == key] or difflib.get_close_matches(key, every, n=1)
     if near:
         return f" (did you mean {f'{path}.{near[0]}'.lstrip('.')}?)"
-    return f" ({cls.__name__} has {keys})" if len(keys) <= 100 else " (see the help)"
+    return f" ({cls.__name__} has {keys})" if len(keys) <= 240 else " (see the help)"
 
 
 def _value(kind: Any, layers: list[_Layer], path: str, default: Any = MISSING) -> Any:

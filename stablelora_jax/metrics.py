@@ -17,10 +17,14 @@ from stablelora_jax.files import write_whole
 def norm_summary(adapters: Any) -> dict[str, jax.Array]:
     """Mean, least and greatest Frobenius norm of A and of B over all pairs (padding left out), float32 scalars."""
     summary = {}
+    real = [
+        ((p["lora_a"] != 0).any(axis=(-2, -1)) | (p["lora_b"] != 0).any(axis=(-2, -1))).ravel()
+        for p in pairs(adapters).values()
+    ]
+    used = jnp.concatenate(real)
     for letter in "ab":
         norms = [jnp.linalg.norm(pair[f"lora_{letter}"], axis=(-2, -1)).ravel() for pair in pairs(adapters).values()]
-        real = [jnp.any(pair["lora_a"] != 0, axis=(-2, -1)).ravel() for pair in pairs(adapters).values()]
-        values, used = jnp.concatenate(norms), jnp.concatenate(real)
+        values = jnp.concatenate(norms)
         summary[f"norm_{letter}"] = jnp.where(used, values, 0).sum() / jnp.maximum(used.sum(), 1)
         summary[f"norm_{letter}_min"] = jnp.where(used, values, jnp.inf).min()
         summary[f"norm_{letter}_max"] = jnp.where(used, values, 0).max()

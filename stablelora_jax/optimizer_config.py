@@ -2,7 +2,7 @@
 
 ``optimizer: {name: lora_rite, learning_rate: 2e-3}`` in a YAML is checked against ``lora_rite``'s own arguments. Left
 out are those that no file can give: ``scale``, which comes from the adapters, and ``gradient`` of OPLoRA, whose full
-form needs gradients that the trainer does not compute. Every optimizer has ``shrink_ratio``: Stable-LoRA around it.
+form XX
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Union, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_type_hints
 
 import optax
 
@@ -56,21 +57,33 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "stiefel_lora": optimize.stiefel_lora,
     "lora_fa": optimize.lora_fa,
 }
+ALIASES = {"riemannian": "scaled_adamw"}
 NOT_IN_A_FILE = ("scale", "gradient")
 FREEZES_A = ("lora_fa",)  # the loss sees freeze_a(adapters)
-PEAK = 1e-4
+PEAKS = {"scaled_gd": 1e-2, "lora_rite": 2e-3, "altlora": 1e-3, "oplora": 1e-2, "lora_fa": 1e-3}  # others 1e-4
 
 
 def make_optimizer(
     config: Any, schedule: Callable[[float], optax.Schedule], adapters: Any, spec: LoraSpec
 ) -> optax.GradientTransformation:
     """The optimizer that ``config``, one of :data:`CONFIGS`, describes; ``schedule`` makes one from a peak."""
-    function, given = OPTIMIZERS[config.name], _arguments(config)
+    function, given = function_of(config), _arguments(config)
     given = {key: schedule(value) if key.endswith("learning_rate") else value for key, value in given.items()}
     if "scale" in inspect.signature(function).parameters:
         given["scale"] = optimize.scales(adapters, spec)
     tx = function(**given)
-    return optimize.shrink_until_stable(tx, config.shrink_ratio) if _shrinks_outside(config) else tx
+    ratio = getattr(config, "shrink_until_stable", 0)
+    return optimize.shrink_until_stable(tx, ratio) if ratio else tx
+
+
+def function_of(config: Any) -> Callable[..., optax.GradientTransformation]:
+    """The optimizer that ``config`` names."""
+    return OPTIMIZERS[ALIASES.get(config.name, config.name)]
+
+
+def shrink_ratio(config: Any) -> float | None:
+    """The ratio by which this optimizer shrinks A until pairs are stable; None where it does not."""
+    return getattr(config, "shrink_ratio", 0) or getattr(config, "shrink_until_stable", 0) or None
 
 
 def trained_part(config: Any) -> Callable[[Any], Any]:
@@ -78,12 +91,8 @@ def trained_part(config: Any) -> Callable[[Any], Any]:
     return optimize.freeze_a if config.name in FREEZES_A else lambda adapters: adapters
 
 
-def _shrinks_outside(config: Any) -> bool:
-    return config.shrink_ratio > 0 and config.name != "stable_lora"
-
-
 def _arguments(config: Any) -> dict[str, Any]:
-    own = inspect.signature(OPTIMIZERS[config.name]).parameters
+    own = inspect.signature(function_of(config)).parameters
     return {key: value for key, value in dataclasses.asdict(config).items() if key in own}
 
 
@@ -91,15 +100,16 @@ def _make(name: str, function: Callable[..., Any]) -> type:
     """The dataclass of one optimizer."""
     text = inspect.getdoc(function) or ""
     title = text.split("\n")[0].replace("``", "").rstrip(".")
-    fields: list[Any] = [("name", Literal[name], option(name, title))]  # type: ignore[valid-type]
+    names = (name, *(alias for alias, meant in ALIASES.items() if meant == name))
+    fields: list[Any] = [("name", Literal[names], option(name, title))]  # type: ignore[valid-type]
     hints = get_type_hints(function)
     for key, parameter in inspect.signature(function).parameters.items():
         if key not in NOT_IN_A_FILE:
-            default = PEAK if parameter.default is inspect.Parameter.empty else parameter.default
+            default = PEAKS.get(name, 1e-4) if parameter.default is inspect.Parameter.empty else parameter.default
             fields.append((key, _kind(hints[key], default), option(default, _meaning(text, key))))
     if "shrink_ratio" not in hints:
-        meaning = "lambda of Stable-LoRA's shrink around this optimizer; 0 for none"
-        fields.append(("shrink_ratio", float, option(0.0, meaning)))
+        meaning = "shrink ratio of Stable-LoRA around this optimizer; 0 for none"
+        fields.append(("shrink_until_stable", float, option(0.0, meaning)))
     return dataclasses.make_dataclass(
         "".join(part.title() for part in name.split("_")) + "Config",
         fields,
@@ -110,25 +120,26 @@ def _make(name: str, function: Callable[..., Any]) -> type:
 
 def _kind(hint: Any, default: Any) -> Any:
     """The type of a key: what may be a scalar or a schedule is a number in a file."""
-    return float if isinstance(default, float) else hint
+    may_be_none = NoneType in get_args(hint)
+    return hint if may_be_none or not isinstance(default, float) else float
 
 
 def _meaning(text: str, key: str) -> str:
     """The argument's entry in the docstring, as one line."""
     found = re.search(rf"^  {key}: (.*(?:\n    .*)*)", text, re.MULTILINE)
-    line = " ".join((found[1] if found else "").split()).replace("``", "").rstrip(".")
+    line = " ".join((found[1] if found else "").split()).replace("``", "").replace("None", "null").rstrip(".")
     line = re.sub(r",? ?(a )?scalar or (optax )?schedule", "", re.sub(r":\w+:`~?([\w.]+)`", r"\1", line))
     return f"peak learning rate{': ' * bool(line)}{line}" if key == "learning_rate" else line
 
 
 def _check(config: Any) -> None:
-    for key in ("b1", "b2", "shrink_ratio"):
+    for key in ("b1", "b2", "shrink_ratio", "shrink_until_stable"):
         if not 0 <= getattr(config, key, 0) < 1:
             raise InputError(f"{key} must be in [0, 1), not {getattr(config, key)}")
     for key, value in dataclasses.asdict(config).items():
         if isinstance(value, float) and value < 0:
             raise InputError(f"{key} must not be negative, not {value}")
-    OPTIMIZERS[config.name](**_arguments(config))  # what the optimizer itself refuses
+    function_of(config)(**_arguments(config))  # what the optimizer itself refuses
 
 
 CONFIGS = {name: _make(name, function) for name, function in OPTIMIZERS.items()}

@@ -35,7 +35,7 @@ from stablelora_jax.intercept import Adapted, adapted
 from stablelora_jax.interop import save_peft
 from stablelora_jax.log import RunLog
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
-from stablelora_jax.optimizer_config import trained_part
+from stablelora_jax.optimizer_config import shrink_ratio, trained_part
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.run_directory import SUMMARY, create, locate, read_summary
 from stablelora_jax.summary import story, summarize
@@ -125,7 +125,7 @@ def _prepare(config: RunConfig, directory: Path, say: Callable[[str], None]) -> 
 def _train(job: Job, state: TrainState, manager: Any, log: RunLog) -> TrainState:
     """Step to the end; metrics are read one step late, so that the device never waits for them."""
     config, step = job.config, make_train_step(job.model, job.tx, trained_part(job.config.optimizer))
-    view = make_stability_view(job.model, config.optimizer.shrink_ratio)
+    view = make_stability_view(job.model, shrink_ratio(config.optimizer))
     copies, last = parallel.stack_copies(state), None
     for number in range(int(state.step), config.steps):
         rows = rows_of_step(number, config.batch_size, len(job.examples), config.seed)

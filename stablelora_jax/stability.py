@@ -95,20 +95,27 @@ def stability(
     return {path: _finish(sums[path], pair) for path, pair in pairs(after).items()}
 
 
-def shrunk_adapters(adapters: Any, opt_state: Any, shrink_ratio: float | None) -> Any:
+def shrunk_adapters(adapters: Any, opt_state: Any, shrink_ratio: Any) -> Any:
     """``adapters`` with A' for A, as a step that began with them and ended with ``opt_state`` has shrunk them.
 
-    A latch that is still on after a step has shrunk its pair in it. Without a ratio, or without latches in
-    ``opt_state``, nothing has shrunk. (Under ``optax.MultiSteps`` this holds for the steps that update, not between.)
+    A latch that is still on after a step has shrunk its pair in it. (Under ``optax.MultiSteps`` this holds for the
+    steps that update, not between.)
+
+    Args:
+      adapters: before the step.
+      opt_state: after the step; any state, or :func:`stablelora_jax.optimize.latches` of it.
+      shrink_ratio: lambda as given to ``stable_lora``: a number, a traced scalar or a schedule; None or a state without
+        latches: nothing has shrunk.
     """
-    if not shrink_ratio:
+    if shrink_ratio is None:
         return adapters
     for state in latches(opt_state):
+        ratio = shrink_ratio(state.count - 1) if callable(shrink_ratio) else shrink_ratio  # type: ignore[operator]
         for path, pair in pairs(adapters).items():
             latch = tree.get_in(state.shrinking, path)
             if latch is not None:
                 a = pair["lora_a"]
-                small = jnp.asarray(1 - shrink_ratio, a.dtype) * a
+                small = jnp.asarray(1 - ratio, a.dtype) * a
                 a = jnp.where((jnp.asarray(latch) == ON)[..., None, None], small, a)
                 adapters = tree.set_in(adapters, path, {**pair, "lora_a": a})
     return adapters

@@ -1,22 +1,24 @@
 """Every optimizer from a file: typed keys from its own signature, and a trainer that needs nothing else to run it."""
 
 import inspect
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from stablelora_jax import InputError, LoraSpec, config, init_adapters, load_pretrained, optimize
 from stablelora_jax.build import make_optimizer
 from stablelora_jax.metrics import read_records
 from stablelora_jax.models.pretrained import base_directory
-from stablelora_jax.optimizer_config import CONFIGS, NOT_IN_A_FILE, OPTIMIZERS, trained_part
+from stablelora_jax.optimizer_config import CONFIGS, NOT_IN_A_FILE, OPTIMIZERS, shrink_ratio, trained_part
 from stablelora_jax.run import run
 from stablelora_jax.run_config import RunConfig
+from tests.conftest import ROOT
 from tests.test_run import SHORT
 
 
@@ -53,7 +55,8 @@ def test_every_key_has_a_meaning():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_built_with_its_scale_and_schedule(name):
-    loaded = load(f"optimizer.name={name}", "optimizer.shrink_ratio=1e-3", "lora.alpha=32", "steps=5")
+    around = [] if name == "stable_lora" else ["optimizer.shrink_until_stable=1e-3"]
+    loaded = load(f"optimizer.name={name}", "lora.alpha=32", "steps=5", *around)
     _, params = load_pretrained(base_directory())
     adapters = init_adapters(jax.random.key(0), params, loaded.lora)
     tx = make_optimizer(loaded, adapters)
@@ -66,7 +69,7 @@ def test_the_scale_reaches_the_rule():
     pair = {"p": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}}
     spec = LoraSpec(target=["p"], rank=2, alpha=8)
     chosen = replace(load("optimizer.name=altlora", "schedule.name=constant", "clip_norm=null"), lora=spec)
-    tx, direct = make_optimizer(chosen, pair), optimize.altlora(1e-4, scale=4.0)
+    tx, direct = make_optimizer(chosen, pair), optimize.altlora(1e-3, scale=4.0)
     ours, expected = (t.update(pair, t.init(pair), pair)[0] for t in (tx, direct))
     chex.assert_trees_all_close(ours, expected)
 
@@ -79,7 +82,7 @@ def test_an_unknown_option_is_one_line(options):
 
 @pytest.mark.parametrize("name", ["lora_fa", "lora_rite"])
 def test_a_run_with_another_optimizer(tmp_path, name):
-    chosen = replace(SHORT, optimizer=CONFIGS[name](learning_rate=1e-3, shrink_ratio=0.0), output=str(tmp_path / "r"))
+    chosen = replace(SHORT, optimizer=CONFIGS[name](learning_rate=1e-3), output=str(tmp_path / "r"))
     run(chosen, lambda _: None)
     _, params = load_pretrained(base_directory())
     start = init_adapters(jax.random.key(chosen.seed), params, chosen.lora)
@@ -89,6 +92,32 @@ def test_a_run_with_another_optimizer(tmp_path, name):
     assert np.array_equal(saved[name_of], drawn) == (name == "lora_fa")
     records = read_records(tmp_path / "r" / "metrics.jsonl")
     assert all(record["shrinking"] == 0 for record in records if "loss" in record)
+
+
+def test_every_key_can_be_written_in_a_file(tmp_path):
+    for name, cls in CONFIGS.items():
+        path = tmp_path / f"{name}.yaml"
+        lines = [f"  {key}: {yaml.safe_dump(value).splitlines()[0]}" for key, value in asdict(cls()).items()]
+        path.write_text("optimizer:\n" + "\n".join(lines) + "\n")
+        assert config.load(RunConfig, path).optimizer == cls()
+
+
+def test_names_ratios_and_nulls():
+    assert load("optimizer.name=riemannian", "optimizer.delta=0.1").optimizer.delta == 0.1
+    assert load("optimizer.name=oplora", "optimizer.momentum=null").optimizer.momentum is None
+    with pytest.raises(InputError, match="momentum must be in"):
+        load("optimizer.name=oplora", "optimizer.momentum=1.5")
+    assert shrink_ratio(load().optimizer) == 5e-4 and shrink_ratio(load("optimizer.shrink_ratio=0").optimizer) is None
+    assert shrink_ratio(load("optimizer.name=adamw").optimizer) is None
+    assert shrink_ratio(load("optimizer.name=adamw", "optimizer.shrink_until_stable=1e-3").optimizer) == 1e-3
+    with pytest.raises(InputError, match="shrink_ratio is not a key"):  # a baseline never goes on shrinking unseen
+        load("optimizer.name=adamw", "optimizer.shrink_ratio=5e-4")
+
+
+def test_readme_has_a_row_for_every_optimizer():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    for name in OPTIMIZERS:
+        assert name == "adamw" or any(row.startswith(f"| `{name}`") for row in rows), name
 
 
 def test_only_lora_fa_holds_a_constant():

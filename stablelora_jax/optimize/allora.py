@@ -4,8 +4,9 @@
 
 AdamW, with c_i multiplying output i's part of B. ALLoRA is meant to do without dropout and without alpha / r: use
 ``LoraSpec(dropout=0, alpha=rank)``. There is no code of the authors. Under Adam a factor that stays constant cancels,
-so ``on="gradient"``, the paper's words, acts through the changes of c_i alone; ``on="update"`` multiplies Adam's step.
-The abstract may also be read as c_i on each output's gradient, which would reach gA too; that needs the activations.
+so ``applies_to="gradient"``, the paper's words, acts through the changes of c_i alone; ``applies_to="update"``
+multiplies Adam's step. The abstract may also be read as c_i on each output's gradient, which would reach gA too;
+that needs the activations.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def allora(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    on: Literal["gradient", "update"] = "gradient",
+    applies_to: Literal["gradient", "update"] = "gradient",
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with ALLoRA's row factors on B; leaves outside pairs get AdamW.
 
@@ -39,15 +40,15 @@ def allora(
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled, scalar or schedule.
-      on: what c multiplies: B's gradient, or the step that Adam makes of it.
+      applies_to: what c multiplies: B's gradient, or the step that Adam makes of it.
 
     Raises:
-      InputError: an eta that is not positive, an unknown ``on``.
+      InputError: an eta that is not positive, an unknown ``applies_to``.
     """
-    if on not in ("gradient", "update"):
-        raise InputError(f"on must be gradient or update, not {on!r}")
+    if applies_to not in ("gradient", "update"):
+        raise InputError(f"applies_to must be gradient or update, not {applies_to!r}")
     adam = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
-    adam.insert(0 if on == "gradient" else 1, scale_rows_by_norm(eta))
+    adam.insert(0 if applies_to == "gradient" else 1, scale_rows_by_norm(eta))
     return optax.chain(*adam, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
 
 

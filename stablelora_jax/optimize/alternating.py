@@ -26,8 +26,8 @@ import optax
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimize.gram import gram, inverses, transpose
-from stablelora_jax.optimize.pairing import Scale, others_by_adamw
-from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, value
+from stablelora_jax.optimize.pairing import Scale, others_by_adamw, require_numbers
+from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, settled, value
 
 
 class AltLoraState(NamedTuple):
@@ -78,7 +78,8 @@ def altlora(
       lam: added to the Gram matrices' diagonals.
       first: the factor of the first step.
       variant: the paper's rule or that of the released run.
-      scale: the LoRA scale: ``scales(adapters, spec)``; the code's variant ignores it.
+      scale: the LoRA scale s: ``scales(adapters, spec)``; 1.0 only where alpha equals the rank. The code's variant
+        ignores it.
 
     Raises:
       InputError: an unknown variant or factor, or a scale that is missing for a pair.
@@ -110,7 +111,8 @@ def altlora_plus(
       lam: added to the Gram matrices' diagonals.
       first: the factor of the first step.
       variant: the paper's rule or that of the released run.
-      scale: the LoRA scale: ``scales(adapters, spec)``; the code's variant ignores it.
+      scale: the LoRA scale s: ``scales(adapters, spec)``; 1.0 only where alpha equals the rank. The code's variant
+        ignores it.
     """
     options = Options(learning_rate, b1, b2, eps, weight_decay, lam, variant == "code")
     pairs = _alternate(options, first, variant, scale)
@@ -122,6 +124,7 @@ def _alternate(o: Options, first: str, variant: str, scale: Scale) -> optax.Grad
         raise InputError(f"first must be a or b, not {first!r}")
     if variant not in ("paper", "code"):
         raise InputError(f"variant must be paper or code, not {variant!r}")
+    require_numbers(lam=o.lam)
 
     def start(pair: Pair) -> AltLoraState:
         zeros = jax.tree.map(jnp.zeros_like, pair)
@@ -129,7 +132,7 @@ def _alternate(o: Options, first: str, variant: str, scale: Scale) -> optax.Grad
 
     def one(name: str) -> Any:
         def step(groups: Sequence[Group], count: jax.Array) -> list[tuple[Pair, AltLoraState]]:
-            return _one(groups, count, o, name)
+            return settled(_one(groups, count, o, name), groups)
 
         return step
 

@@ -53,7 +53,7 @@ def lora_fa(
       eps: added to the root of the second moment.
       weight_decay: decoupled, scalar or schedule.
       variant: the paper's rule or PEFT's.
-      scale: the LoRA scale, ``scales(adapters, spec)``, for PEFT's variant.
+      scale: the LoRA scale s, ``scales(adapters, spec)``, for PEFT's variant.
 
     Raises:
       InputError: an unknown variant, or a scale that is missing for a pair.

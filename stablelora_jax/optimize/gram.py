@@ -1,10 +1,14 @@
 """Algebra of r x r Gram matrices, batched, in the factors' dtype (float32 or wider), by ``eigh`` and matmuls alone.
 
 A tall factor x (..., n, r) enters by its Gram matrix ``x^T x``: one batched ``eigh`` of r x r matrices serves every
-layer, and the products with n rows are matmuls, which every backend does well. Directions whose singular value is below
-``sqrt(r eps)`` of the largest (1e-3 in float32, 4e-8 in float64) count as missing, so that a factor that is zero, or of
-lower rank than it has columns, gives finite numbers and no noise. QR and Cholesky are avoided on purpose: two batched
-ones in a program deadlock now and then on jaxlib 0.10's CPU backend, and on GPUs they run matrix by matrix.
+layer, and the products with n rows are matmuls, which every backend does well. Directions that rounding cannot tell
+from zero count as missing, so that a factor that is zero, or of lower rank than it has columns, gives finite numbers
+and no noise: in an inverse, those below ``sqrt(r eps)`` of the largest singular value (1e-3 in float32).
+
+QR and Cholesky are avoided, since on GPUs they run
+matrix by matrix. On CPU eigh does so too: jaxlib 0.10 shares a batch out among threads and waits for them in a thread
+of the same pool, so that two batched calls of any decomposition that run at one time, in one program or on two devices,
+wait for each other for ever (seen with 336 matrices of 16 x 16).
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ def eigh(matrices: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
     found: list[Any] = [None] * len(matrices)
     for size in sorted({matrix.shape[-1] for matrix in matrices}):
         places = [i for i, matrix in enumerate(matrices) if matrix.shape[-1] == size]
-        values, vectors = jnp.linalg.eigh(jnp.concatenate([symmetric(matrices[i]) for i in places]))
+        values, vectors = _eigh(jnp.concatenate([symmetric(matrices[i]) for i in places]))
         start = 0
         for i in places:
             stop = start + len(matrices[i])
@@ -60,18 +64,33 @@ def inverses(matrices: Sequence[jax.Array], damping: Any = 0.0) -> list[jax.Arra
 def orthonormal(factors: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
     """``(q, t)`` of each tall factor x: ``q = x t`` is orthonormal and spans the columns of x; t = pinv(q^T x).
 
-    Where x has lower rank than columns, ``q^T q`` is a projection instead of the identity. The second round repairs
-    what the squared condition number of the first has cost.
+    Where x has lower rank than columns, ``q^T q`` is a projection instead of the identity. Three rounds: the first,
+    with a shift that keeps small directions apart from rounding, leaves a condition number below ``1 / sqrt(eps)``; the
+    second whitens; the third repairs what that has cost (shifted CholeskyQR3, arXiv 1809.11085, with eigh). Directions
+    below about ``10 r eps`` of the largest (1e-5 in float32) are missing.
     """
-    first = [_whiten(*pair) for pair in eigh([gram(x) for x in factors])]
-    rough = [x @ t for x, t in zip(factors, first, strict=True)]
-    second = [power(values, vectors, -0.5) for values, vectors in eigh([gram(q) for q in rough])]
-    return [(q @ u, t @ u) for q, t, u in zip(rough, first, second, strict=True)]
+    t = [_whiten(*found) for found in eigh([gram(x) for x in factors])]
+    rough = [x @ u for x, u in zip(factors, t, strict=True)]
+    for _ in range(2):
+        round_ = [power(values, vectors, -0.5) for values, vectors in eigh([gram(q) for q in rough])]
+        rough = [q @ u for q, u in zip(rough, round_, strict=True)]
+        t = [before @ u for before, u in zip(t, round_, strict=True)]
+    return list(zip(rough, t, strict=True))
+
+
+def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Batched, but one after the other on CPU: see the module's docstring."""
+
+    def one_by_one(x: jax.Array) -> Any:
+        return jax.lax.map(lambda matrix: tuple(jnp.linalg.eigh(matrix)), x)
+
+    return jax.lax.platform_dependent(matrices, cpu=one_by_one, default=lambda x: tuple(jnp.linalg.eigh(x)))
 
 
 def _whiten(values: jax.Array, vectors: jax.Array) -> jax.Array:
-    kept = values > _smallest(values)
-    return vectors * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)[..., None, :]
+    shift = _smallest(values)
+    damped = jnp.maximum(values, 0) + shift
+    return vectors * jnp.where(shift > 0, jax.lax.rsqrt(jnp.where(shift > 0, damped, 1)), 0)[..., None, :]
 
 
 def _smallest(values: jax.Array) -> jax.Array:

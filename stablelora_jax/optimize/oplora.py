@@ -13,11 +13,14 @@ argument ``kernel_grads`` of ``update``: the gradients of the base's kernels (in
     grads, kernel_grads = jax.grad(loss, argnums=(0, 1))(adapters, params)
     updates, state = tx.update(grads, state, adapters, kernel_grads=kernel_grads)
 
+(a kernel of more than two axes must contract its first ones, as Dense and DenseGeneral do over their last inputs).
+
 With momentum b, D is a rank-r estimate of ``b D + (1 - b) G`` held as two factors by the same routine (LoRSum). At
 lam = 0 each half-step is the least-squares solution, nothing depends on how A B^T is factored, and directions that the
-other factor lacks stay. A small B then makes A leap: lam keeps a factor near to where it was. (As a ridge on the
-factors themselves, which a summary of the paper describes, it would take A to 0 at B = 0.) Details of LoRSum and of
-the K-FAC form were not to be had; the start of its alternation from A, the tangent form and the proximal lam are ours.
+other factor lacks stay. A small B then makes A leap: lam keeps a factor near to where it was.
+``regularization="ridge"`` penalises the factors themselves instead, ``B <- T^T A (A^T A + lam I)^-1`` and so on, as a
+summary of the paper has it; it shrinks both at every step and takes A to 0 where B = 0. Details of LoRSum and of the
+K-FAC form were not to be had; the start of its alternation from A, the tangent and the proximal form are ours.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import gram, inverses, orthonormal, transpose
-from stablelora_jax.optimize.pairing import Scale, others_by_adamw
+from stablelora_jax.optimize.gram import eigh, gram, inverses, orthonormal, power, transpose
+from stablelora_jax.optimize.pairing import Scale, others_by_adamw, require_numbers
 from stablelora_jax.optimize.pairwise import Group, Pair, pairwise, value
 
 Terms = list[tuple[Any, Any, Any]]  # sum of c L R^T, or of c L where R is None; c a number or (P, 1, 1)
@@ -43,6 +46,7 @@ def oplora(
     momentum: float | None = 0.9,
     lam: float = 1e-4,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    regularization: Literal["proximal", "ridge"] = "proximal",
     gradient: Literal["tangent", "full"] = "tangent",
     scale: Scale = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,18 +56,24 @@ def oplora(
       learning_rate: eta, scalar or schedule; the step on ``s A B^T`` is that of plain SGD on the kernel.
       rounds: alternations a step, at least 1; static.
       momentum: decay b of the low-rank momentum, of r (in + out) numbers a pair; None for none, and no state.
-      lam: weight of the distance to the old factor in both least-squares problems.
+      lam: weight of the regularisation in both least-squares problems.
+      regularization: of what: the distance to the old factor, or the factor itself.
       weight_decay: decoupled, scalar or schedule.
       gradient: ``"tangent"``, from the factor gradients alone, or ``"full"``, which needs ``kernel_grads``.
-      scale: the LoRA scale: ``scales(adapters, spec)``.
+      scale: the LoRA scale s: ``scales(adapters, spec)``; 1.0 only where alpha equals the rank.
 
     Raises:
       InputError: rounds below 1, an unknown ``gradient``; in ``update``, ``kernel_grads`` that are missing or unused.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise InputError(f"rounds must be a whole number of at least 1, not {rounds!r}")
+        raise InputError(f"rounds must be a whole number of at least 1, not {rounds!r} (static: see static_args)")
     if gradient not in ("tangent", "full"):
         raise InputError(f"gradient must be tangent or full, not {gradient!r}")
+    if regularization not in ("proximal", "ridge"):
+        raise InputError(f"regularization must be proximal or ridge, not {regularization!r}")
+    require_numbers(lam=lam)
+    require_numbers(below=1, momentum=momentum)
+    ridge = lam if regularization == "ridge" else 0.0
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         if (gradient == "full") != ("kernel_grads" in extra):
@@ -71,14 +81,15 @@ def oplora(
         rate, decay = value(learning_rate, count), value(weight_decay, count)
         seen = [_dense(g) for g in groups] if gradient == "full" else _tangents(groups)
         state = [g.state for g in groups]
+        of_a = eigh([gram(g.params.a) for g in groups])
         if momentum is not None:
             sums = [[(momentum, *m), *_scaled(1 - momentum, d)] for m, d in zip(state, seen, strict=True)]
-            state = _als(sums, [g.params for g in groups], rounds, 0.0)
+            state = _als(sums, [g.params for g in groups], of_a, rounds)
             seen = [[(1.0, *m)] for m in state]
         targets = [
             [(1.0, *g.params), *_scaled(-rate / g.scale[:, None, None], d)] for g, d in zip(groups, seen, strict=True)
         ]
-        solved = _als(targets, [g.params for g in groups], rounds, lam)
+        solved = _als(targets, [g.params for g in groups], of_a, rounds, lam, ridge)
         return [
             (jax.tree.map(lambda new, old: new - old - rate * decay * old, pair, g.params), after)
             for pair, g, after in zip(solved, groups, state, strict=True)
@@ -110,21 +121,28 @@ def _scaled(factor: Any, terms: Terms) -> Terms:
     return [(factor * c, left, right) for c, left, right in terms]
 
 
-def _als(targets: Sequence[Terms], start: Sequence[Pair], rounds: int, lam: Any) -> list[Pair]:
-    """Rank-r factors of each target: B from A, then A from B, ``rounds`` times."""
+def _als(
+    targets: Sequence[Terms], start: Sequence[Pair], of_a: Sequence[Any], rounds: int, lam: Any = 0.0, ridge: Any = 0.0
+) -> list[Pair]:
+    """Rank-r factors of each target: B from A, then A from B, ``rounds`` times; ``of_a`` decomposes A's first Gram."""
     pairs = list(start)
-    for _ in range(rounds):
-        by_a = inverses([gram(p.a) for p in pairs], lam)
+    for number in range(rounds):
+        found = of_a if number == 0 else eigh([gram(p.a) for p in pairs])
         pairs = [
-            p._replace(b=p.b + (_transposed_times(t, p.a) - p.b @ gram(p.a)) @ inverse)
-            for t, p, inverse in zip(targets, pairs, by_a, strict=True)
+            p._replace(b=_nearer(p.b, p.a, _transposed_times(t, p.a), power(values, vectors, -1.0, lam), ridge))
+            for t, p, (values, vectors) in zip(targets, pairs, found, strict=True)
         ]
         by_b = inverses([gram(p.b) for p in pairs], lam)
         pairs = [
-            p._replace(a=p.a + (_times(t, p.b) - p.a @ gram(p.b)) @ inverse)
+            p._replace(a=_nearer(p.a, p.b, _times(t, p.b), inverse, ridge))
             for t, p, inverse in zip(targets, pairs, by_b, strict=True)
         ]
     return pairs
+
+
+def _nearer(old: jax.Array, other: jax.Array, product: jax.Array, inverse: jax.Array, ridge: Any) -> jax.Array:
+    """The factor that makes ``factor other^T`` nearest to the target, of which ``product`` is target times other."""
+    return old + (product - old @ gram(other) - ridge * old) @ inverse
 
 
 def _times(terms: Terms, x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -39,7 +40,12 @@ def map_pairs(function: Any, params: Any, *rest: Any, other: Any = lambda *leave
     """
 
     def visit(path: Any, node: Any, *nodes: Any) -> Any:
-        return function(node, *nodes) if whole(path, node) else other(node, *nodes)
+        if not whole(path, node):
+            return other(node, *nodes)
+        try:
+            return function(node, *nodes)
+        except InputError as error:
+            raise InputError(f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {error}") from None
 
     return jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=is_pair)
 
@@ -78,3 +84,11 @@ def whole(path: Any, node: Any) -> bool:
     if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2]:
         raise InputError(f"{name}: lora_a {a} and lora_b {b} do not make a pair (..., in, r) and (..., r, out)")
     return True
+
+
+def require_numbers(low: float = 0.0, below: float = math.inf, **numbers: Any) -> None:
+    """Refuse Python numbers outside [low, below); traced values and schedules are not looked at."""
+    for name, number in numbers.items():
+        if isinstance(number, int | float) and not low <= number < below:
+            limits = f"at least {low:g}" if below == math.inf else f"in [{low:g}, {below:g})"
+            raise InputError(f"{name} must be {limits}, not {number!r}")

@@ -69,7 +69,7 @@ def pairwise(
     """
 
     def init(params: Any) -> PairwiseState:
-        _require_scale(scale)
+        jax.tree_util.tree_map_with_path(lambda *at: _require_scale(scale, *at), params, is_leaf=is_pair)
         return PairwiseState(jnp.zeros((), jnp.int32), map_pairs(lambda pair: first_state(tall(pair)), params))
 
     def update(grads: Any, state: PairwiseState, params: Any = None, **extra: Any) -> tuple[Any, PairwiseState]:
@@ -81,14 +81,14 @@ def pairwise(
             shapes.setdefault((g.params.a.shape[-2:], g.params.b.shape[-2:], g.params.a.dtype), []).append(path)
         groups = [_gather([found[path] for path in paths]) for paths in shapes.values()]
         with jax.default_matmul_precision("float32"):  # GPUs and TPUs would round to fewer bits
-            results = update_groups(groups, state.count, extra)
+            results = settled(update_groups(groups, state.count, extra), groups)
         new: dict[Any, Any] = {}
         for paths, group, (moved, after) in zip(shapes.values(), groups, results, strict=True):
             in_use = used(group.params)[:, None, :]
             moved = Pair(*(jnp.where(in_use, leaf, 0) for leaf in moved))
             stacks = [found[path].scale.shape for path in paths]
             new |= _scatter(paths, stacks, (moved, after))
-        return _put(new, grads, state)
+        return _put(new, grads, params, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -105,6 +105,15 @@ def used(pair: Pair) -> jax.Array:
     return (pair.a != 0).any(-2) | (pair.b != 0).any(-2)
 
 
+def settled(results: Sequence[tuple[Pair, Any]], groups: Sequence[Group]) -> list[tuple[Pair, Any]]:
+    """A rule's results in the dtypes of the factors and of the state: under x64, ``b1**count`` is a float64."""
+
+    def like(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
+
+    return [(like(step, g.params), like(state, g.state)) for (step, state), g in zip(results, groups, strict=True)]
+
+
 def value(number: Any, count: jax.Array) -> Any:
     """A scalar, or a schedule's scalar after ``count`` updates."""
     return number(count) if callable(number) else number
@@ -115,9 +124,16 @@ def over(x: jax.Array, root: jax.Array) -> jax.Array:
     return jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
 
 
-def _require_scale(scale: Scale) -> None:
-    if isinstance(scale, int | float) and not scale > 0:
-        raise InputError(f"scale must be positive, not {scale!r}: the LoRA scale alpha/r, or scales(adapters, spec)")
+def _require_scale(scale: Scale, path: Any, node: Any) -> None:
+    """Refuse a scale that has no positive number, or not one for each layer, for the pair at ``path``."""
+    if not whole(path, node):
+        return
+    given, stack = _at(scale, path, "scale: make it with scales(adapters, spec)"), node["lora_a"].shape[:-2]
+    name, shape = jax.tree_util.keystr(path, simple=True, separator="."), np.shape(given)
+    if not jnp.issubdtype(jnp.result_type(given), jnp.number) or shape not in ((), stack):
+        raise InputError(f"{name}: scale must be a number or an array of shape {stack}, see scales(), not {shape}")
+    if not isinstance(given, jax.core.Tracer) and not (np.asarray(given) >= (0 if shape else 1e-30)).all():
+        raise InputError(f"{name}: scale must be positive, not {given}: alpha/r, or scales(adapters, spec)")
 
 
 def _find(params: Any, grads: Any, states: Any, scale: Scale, kernel_grads: Any) -> dict[Any, Group]:
@@ -143,12 +159,12 @@ def _find(params: Any, grads: Any, states: Any, scale: Scale, kernel_grads: Any)
 
 def _at(given: Any, path: Any, way_out: str) -> Any:
     """What a tree of numbers, or of modules' kernels, holds at ``path``; a number for all pairs as it is."""
-    if not isinstance(given, Mapping):
+    if isinstance(given, int | float | jax.Array | np.ndarray | np.number):
         return given
     keys: Any = tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path)
     at = tree.get_in(given, keys)
     at = at.get("kernel") if isinstance(at, Mapping) else at
-    if at is None:
+    if not isinstance(at, int | float | jax.Array | np.ndarray | np.number):
         raise InputError(f"{'.'.join(map(str, keys))} has no entry in {way_out}")
     return at
 
@@ -174,19 +190,19 @@ def _scatter(paths: Sequence[Any], stacks: Sequence[tuple[int, ...]], batch: Any
     return {path: part(*cut) for path, *cut in zip(paths, starts, ends, stacks, strict=True)}
 
 
-def _put(new: Mapping[Any, Any], grads: Any, state: PairwiseState) -> tuple[Any, PairwiseState]:
-    """Updates laid into the tree of ``grads`` in its dtypes, and the state after them."""
+def _put(new: Mapping[Any, Any], grads: Any, params: Any, state: PairwiseState) -> tuple[Any, PairwiseState]:
+    """Updates laid into the tree of ``grads``, in the dtypes of the parameters, and the state after them."""
 
-    def factors(path: Any, grad: Any) -> Any:
+    def factors(path: Any, node: Any, grad: Any) -> Any:
         if path not in new:
             return grad
         a, b = new[path][0]
         own = {"lora_a": a, "lora_b": jnp.swapaxes(b, -1, -2)}
-        return type(grad)({**grad, **{name: leaf.astype(grad[name].dtype) for name, leaf in own.items()}})
+        return type(grad)({**grad, **{name: leaf.astype(node[name].dtype) for name, leaf in own.items()}})
 
-    def after(path: Any, grad: Any, before: Any) -> Any:
+    def after(path: Any, node: Any, before: Any) -> Any:
         return new[path][1] if path in new else before
 
-    updates = jax.tree_util.tree_map_with_path(factors, grads, is_leaf=is_pair)
-    pairs = jax.tree_util.tree_map_with_path(after, grads, state.pairs, is_leaf=is_pair)
+    updates = jax.tree_util.tree_map_with_path(factors, params, grads, is_leaf=is_pair)
+    pairs = jax.tree_util.tree_map_with_path(after, params, state.pairs, is_leaf=is_pair)
     return updates, PairwiseState(optax.safe_increment(state.count), pairs)

@@ -71,11 +71,12 @@ def lora_pre(
       InputError: a rank below 1; in ``init``, a pair of lower rank than the moments.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(f"rank must be a whole number of at least 1, not {rank!r}")
+        raise InputError(f"rank must be a whole number of at least 1, not {rank!r} (static: see static_args)")
 
     def first_state(pair: Pair) -> LoraPreState:
         if min(pair.a.shape[-2:] + pair.b.shape[-2:]) < rank:
-            raise InputError(f"moments of rank {rank} are no saving for a pair of {pair.a.shape} and {pair.b.shape}")
+            sizes = f"in {pair.a.shape[-2]}, out {pair.b.shape[-2]} and rank {pair.a.shape[-1]}"
+            raise InputError(f"moments of rank {rank} do not fit {sizes}: give lora_pre a lower rank")
         first, second = jax.random.split(jax.random.key(seed))
         return LoraPreState(
             Moments(*(_start(first, x, rank) for x in pair)),

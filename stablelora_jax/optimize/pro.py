@@ -27,7 +27,7 @@ import optax
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimize.gram import eigh, gram, power, transpose
-from stablelora_jax.optimize.pairing import Scale, others_by_adamw
+from stablelora_jax.optimize.pairing import Scale, others_by_adamw, require_numbers
 from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise
 
 
@@ -55,7 +55,7 @@ def lora_pro(
       form: moments of the factors (efficient), or of the kernel's equivalent gradient (full).
       projection: the choice of X.
       variant: the paper's bias correction, or the code's; it matters for ``form="full"`` only.
-      scale: the LoRA scale: ``scales(adapters, spec)``.
+      scale: the LoRA scale s: ``scales(adapters, spec)``; 1.0 only where alpha equals the rank.
 
     Raises:
       InputError: an unknown form, projection or variant, or a scale that is missing for a pair.
@@ -67,6 +67,7 @@ def lora_pro(
     ):
         if given not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, not {given!r}")
+    require_numbers(damping=damping)
     adamw = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if form == "efficient":
         return optax.chain(scale_by_lora_pro(projection, damping, scale), optax.adamw(learning_rate, **adamw))

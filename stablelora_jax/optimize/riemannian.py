@@ -22,7 +22,7 @@ import optax
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimize.gram import gram, inverses
-from stablelora_jax.optimize.pairing import others_by_adamw
+from stablelora_jax.optimize.pairing import others_by_adamw, require_numbers
 from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, value
 
 
@@ -39,9 +39,9 @@ def scale_by_riemannian(delta: Any = 1e-6) -> optax.GradientTransformationExtraA
     Put any optimizer after it (PEFT's ``create_riemannian_optimizer``). Leaves outside pairs pass unchanged.
 
     Args:
-      delta: added to the Gram matrices' diagonals; at 0, directions that are missing get no update.
+      delta: added to the diagonals of the Gram matrices; at 0, directions that are missing get no update.
     """
-    _require_delta(delta)
+    require_numbers(delta=delta)
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del count, extra
@@ -60,7 +60,7 @@ def scaled_gd(
 
     Args:
       learning_rate: scalar or schedule.
-      delta: of :func:`scale_by_riemannian`.
+      delta: added to the diagonals of the Gram matrices.
       weight_decay: decoupled, scalar or schedule.
     """
     return optax.chain(
@@ -86,7 +86,7 @@ def scaled_adamw(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      delta: of :func:`scale_by_riemannian`.
+      delta: added to the diagonals of the Gram matrices.
       weight_decay: decoupled, scalar or schedule.
       variant: the paper's rule, or that of the authors' GPT-2 or Mistral code.
     """
@@ -95,7 +95,7 @@ def scaled_adamw(
         return optax.chain(scale_by_riemannian(delta), optax.adamw(learning_rate, **adamw))
     if variant not in ("gpt2", "mistral"):
         raise InputError(f"variant must be paper, gpt2 or mistral, not {variant!r}")
-    _require_delta(delta)
+    require_numbers(delta=delta)
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del extra
@@ -128,8 +128,3 @@ def scaled_adamw(
 
 
 riemannian = scaled_adamw  # the name under which comparisons know it
-
-
-def _require_delta(delta: Any) -> None:
-    if isinstance(delta, int | float) and not delta >= 0:
-        raise InputError(f"delta must not be negative, not {delta!r}")

@@ -75,7 +75,7 @@ def lora_rite(
       b2: decay of the second moment and of the escaped mass.
       eps: added to the root of the eigenvalues of the second moment.
       weight_decay: decoupled, scalar or schedule.
-      escape: weight of the escaped mass, 1 (or True) or 0; None for the variant's: 1 in the paper, 0 in the code.
+      escape: weight of the escaped mass, 1 or 0; None for the variant's: 1 in the paper, 0 in the code.
       clip_unmagnified_grad: largest norm of all u together, 0 for none; None for the variant's: 0, in the code 1.
       update_skipping: largest RMS of a factor's u, beyond which it counts as 0, 0 for none; None as above.
       update_capping: largest RMS of a factor's M, 0 for none.
@@ -129,37 +129,53 @@ def _first_state(pair: Pair) -> RiteState:
     return RiteState(zeros(), squares(), zeros(), Pair(*(jnp.zeros(x.shape[:-2], x.dtype) for x in pair)))
 
 
-def _update(groups: Sequence[Group], t: jax.Array, o: Options) -> list[tuple[Pair, RiteState]]:
-    """Each pair's two factors as two entries, a's first: u in the basis of the other factor, and so on."""
-    bases = orthonormal([x for g in groups for x in (g.params.b, g.params.a)])  # entry a works in the basis of B
-    grads = [x for g in groups for x in g.grads]
-    widths = [w for g in groups for w in [used(g.params).sum(-1)] * 2]
-    u = [x @ inverse for x, (_, inverse) in zip(grads, bases, strict=True)]
-    u = _clipped([_skipped(x, width, o.skip) for x, width in zip(u, widths, strict=True)], o.clip)
+class Side(NamedTuple):
+    """One factor of every pair of a group, A or B, with the basis of the *other* one, in which its moments are."""
+
+    grad: jax.Array  # (P, n, r)
+    basis: jax.Array  # (P, m, r) of the other factor, now
+    inverse: jax.Array  # (P, r, r) pinv(R) of the other factor
+    change: jax.Array  # (P, r, r) from the coordinates of the last step to those of this one
+    mu: jax.Array
+    nu: jax.Array
+    escaped: jax.Array
+    width: jax.Array  # (P,) columns in use
+
+
+def _sides(groups: Sequence[Group]) -> list[Side]:
+    """A's side, then B's, of each group."""
+    bases = orthonormal([x for g in groups for x in (g.params.b, g.params.a)])
     old = [x for g in groups for x in (g.state.basis.b, g.state.basis.a)]
-    moves = [transpose(q) @ q_old for (q, _), q_old in zip(bases, old, strict=True)]
-    nu = [x for g in groups for x in g.state.nu]
-    carried = [symmetric(p @ v @ transpose(p)) for p, v in zip(moves, nu, strict=True)]
+    changes = [transpose(q) @ q_old for (q, _), q_old in zip(bases, old, strict=True)]
+    widths = [used(g.params).sum(-1) for g in groups for _ in g.params]
+    own = [side for g in groups for side in zip(g.grads, g.state.mu, g.state.nu, g.state.escaped, strict=True)]
+    return [
+        Side(grad, basis, inverse, change, mu, nu, escaped, width)
+        for (grad, mu, nu, escaped), (basis, inverse), change, width in zip(own, bases, changes, widths, strict=True)
+    ]
+
+
+def _update(groups: Sequence[Group], t: jax.Array, o: Options) -> list[tuple[Pair, RiteState]]:
+    sides = _sides(groups)
     decay1, decay2 = (b * (1 - b ** (t - 1.0)) / (1 - b**t) for b in (o.b1, o.b2))
-    lost = _lost(nu, carried, o.escape)
-    rhos = [x for g in groups for x in g.state.escaped]
-    escaped = [decay2 * (rho + more) for rho, more in zip(rhos, lost, strict=True)]
-    nu = [
-        symmetric((1 - decay2) * gram(x) / (x.shape[-2] if o.mean else 1) + decay2 * v)
-        for x, v in zip(u, carried, strict=True)
-    ]
-    whitened = [x @ psi for x, psi in zip(u, _psi(nu, escaped, o), strict=True)]
-    mu = [x for g in groups for x in g.state.mu]
-    mu = [(1 - decay1) * x + decay1 * m @ transpose(p) for x, m, p in zip(whitened, mu, moves, strict=True)]
-    steps = [
-        _capped(m, width, o.cap) @ transpose(inverse) for m, width, (_, inverse) in zip(mu, widths, bases, strict=True)
-    ]
+    u = _clipped([_skipped(s.grad @ s.inverse, s.width, o.skip) for s in sides], o.clip)
+    carried = [symmetric(s.change @ s.nu @ transpose(s.change)) for s in sides]
+    lost = _lost([s.nu for s in sides], carried, o.escape)
+    escaped = [decay2 * (s.escaped + more) for s, more in zip(sides, lost, strict=True)]
+    fresh = [gram(x) / (x.shape[-2] if o.mean else 1) for x in u]
+    nu = [(1 - decay2) * new + decay2 * v for new, v in zip(fresh, carried, strict=True)]
     results = []
-    for i in range(0, len(steps), 2):
-        pair = [Pair(x[i], x[i + 1]) for x in (mu, nu, escaped)]
-        basis = Pair(bases[i + 1][0], bases[i][0])
-        results.append((Pair(steps[i], steps[i + 1]), RiteState(pair[0], pair[1], basis, pair[2])))
-    return results
+    for s, x, v, rho, psi in zip(sides, u, nu, escaped, _psi(nu, escaped, o), strict=True):
+        mu = (1 - decay1) * x @ psi + decay1 * s.mu @ transpose(s.change)
+        results.append((_capped(mu, s.width, o.cap) @ transpose(s.inverse), mu, v, s.basis, rho))
+    return [_join(of_a, of_b) for of_a, of_b in zip(results[::2], results[1::2], strict=True)]
+
+
+def _join(of_a: Any, of_b: Any) -> tuple[Pair, RiteState]:
+    """Step and state of both sides; A's side holds B's basis."""
+    (step_a, mu_a, nu_a, basis_b, escaped_a), (step_b, mu_b, nu_b, basis_a, escaped_b) = of_a, of_b
+    state = RiteState(Pair(mu_a, mu_b), Pair(nu_a, nu_b), Pair(basis_a, basis_b), Pair(escaped_a, escaped_b))
+    return Pair(step_a, step_b), state
 
 
 def _skipped(u: jax.Array, width: jax.Array, skip: Any) -> jax.Array:

@@ -71,6 +71,7 @@ def shrink_until_stable(
 
     def init(params: Any) -> ShrinkUntilStableState:
         count = jnp.zeros((), jnp.int32) if callable(shrink_ratio) else None
+        map_pairs(partial(_require_reach, ratio=shrink_ratio), params)
         return ShrinkUntilStableState(map_pairs(_first_latch, params), count, inner.init(params))
 
     def update(
@@ -104,7 +105,7 @@ def stable_lora(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
 ) -> optax.GradientTransformationExtraArgs:
     """Stable-LoRA with AdamW, the optimizer of the paper.
 
@@ -116,7 +117,7 @@ def stable_lora(
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled; acts on A as shrunk.
+      weight_decay: decoupled, scalar or schedule; acts on A as shrunk.
     """
     inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return shrink_until_stable(inner, shrink_ratio)
@@ -148,7 +149,7 @@ def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dic
 def latches(opt_state: Any) -> list[ShrinkUntilStableState]:
     """Every Stable-LoRA state inside ``opt_state``, without the inner optimizer's: small enough to log each step."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ShrinkUntilStableState))
-    return [n._replace(count=None, inner=()) for n in nodes if isinstance(n, ShrinkUntilStableState)]
+    return [n._replace(inner=()) for n in nodes if isinstance(n, ShrinkUntilStableState)]
 
 
 def _first_latch(pair: Mapping[str, jax.Array]) -> jax.Array:
@@ -157,6 +158,12 @@ def _first_latch(pair: Mapping[str, jax.Array]) -> jax.Array:
         return jnp.full((), ON, jnp.int8)
     real = (a != 0).any(axis=(-2, -1)) | (b != 0).any(axis=(-2, -1))
     return jnp.where(real, ON, PADDING).astype(jnp.int8)
+
+
+def _require_reach(pair: Mapping[str, jax.Array], ratio: Ratio) -> None:
+    dtype = pair["lora_a"].dtype
+    if isinstance(ratio, float) and ratio > 0 and np.asarray(1 - ratio, dtype) == 1:
+        raise InputError(f"in {dtype} a shrink by {ratio} changes nothing: adapters are float32 or wider")
 
 
 def _next_latch(pair: Mapping[str, jax.Array], latch: jax.Array) -> jax.Array:

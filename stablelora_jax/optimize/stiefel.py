@@ -23,7 +23,7 @@ import optax
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimize.gram import symmetric, transpose
 from stablelora_jax.optimize.pairing import others_by_adamw
-from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, value
+from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, settled, used, value
 
 
 class StiefelState(NamedTuple):
@@ -58,7 +58,7 @@ def stiefel_lora(
     def first_state(pair: Pair) -> StiefelState:
         m, r = pair.b.shape[-2:]
         if m < r:
-            raise InputError(f"a module with {m} outputs cannot have {r} orthonormal columns: lower its rank")
+            raise InputError(f"{m} outputs cannot have {r} orthonormal columns: lower the rank of this module")
         return StiefelState(jax.tree.map(jnp.zeros_like, pair), jnp.zeros_like(pair.a))
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, StiefelState]]:
@@ -78,11 +78,12 @@ def stiefel_lora(
         def begin(g: Group) -> tuple[Pair, StiefelState]:
             a, b = g.params
             rows = jnp.arange(b.shape[-2]) % a.shape[-2]
-            q = orthonormal_columns(b, a[..., rows, :])
+            random = jax.random.normal(jax.random.key(0), b.shape[-2:], b.dtype) * used(g.params)[:, None, :]
+            q = orthonormal_columns(b, a[..., rows, :], random)  # A has too few rows where in < r
             return Pair(a @ (transpose(b) @ q) - a, q - b), g.state
 
         def every(rule: Any) -> Any:
-            return lambda given: [rule(g) for g in given]
+            return lambda given: settled([rule(g) for g in given], given)
 
         return jax.lax.cond(count == 0, every(begin), every(move), list(groups))
 
@@ -91,10 +92,11 @@ def stiefel_lora(
     )
 
 
-def orthonormal_columns(x: jax.Array, instead: jax.Array) -> jax.Array:
+def orthonormal_columns(x: jax.Array, *instead: jax.Array) -> jax.Array:
     """qf(x): the orthonormal Q (..., m, r) of ``x = Q R`` with a positive diagonal of R.
 
-    A column of x that depends on those before it is replaced by that of ``instead``; zero where both do.
+    A column of x that depends on those before it is replaced by that of the first of ``instead`` that does not; it is
+    zero where all do.
     """
     smallest = jnp.finfo(x.dtype).eps * x.shape[-1]
 
@@ -103,12 +105,13 @@ def orthonormal_columns(x: jax.Array, instead: jax.Array) -> jax.Array:
         for _ in range(2):
             v = v - q @ (transpose(q) @ v)
         rest = jnp.linalg.norm(v, axis=-2, keepdims=True)
-        new = rest > smallest * size
-        return jnp.where(new, v / jnp.where(new, rest, 1), 0), new
+        return over(v, rest), rest > smallest * size
 
     def column(j: int, q: jax.Array) -> jax.Array:
-        own, found = across(q, jax.lax.dynamic_slice_in_dim(x, j, 1, -1))
-        other, _ = across(q, jax.lax.dynamic_slice_in_dim(instead, j, 1, -1))
-        return jax.lax.dynamic_update_slice_in_dim(q, jnp.where(found, own, other), j, -1)
+        best = jnp.zeros_like(q[..., :1])
+        for candidate in reversed((x, *instead)):
+            own, found = across(q, jax.lax.dynamic_slice_in_dim(candidate, j, 1, -1))
+            best = jnp.where(found, own, best)
+        return jax.lax.dynamic_update_slice_in_dim(q, best, j, -1)
 
     return jax.lax.fori_loop(0, x.shape[-1], column, jnp.zeros_like(x))

@@ -27,6 +27,7 @@ class Member(NamedTuple):
     scaled: bool = False  # takes the LoRA scale
     first_move: bool = False  # zero gradients move the parameters at the first update
     static: tuple[str, ...] = ()  # of inject_hyperparams
+    ridge: bool = False  # zero gradients move the parameters always
     tolerance: float = 1e-10  # of the float64 trajectory
     rate: float = 3e-2  # that fits the problems of test_laws
 
@@ -116,7 +117,7 @@ MEMBERS = {
         scaled=True,
     ),
     "altlora": Member(optimize.altlora, "altlora", GENERAL, adam, {"lam": 0.0, "first": "b"}, scaled=True, rate=0.1),
-    "altlora_a_first": Member(optimize.altlora, "altlora", ORTHOGONAL, adam, {"lam": 1e-3}, scaled=True),
+    "altlora_a_first": Member(optimize.altlora, "altlora", ORTHOGONAL, adam, {"lam": 1e-1}, scaled=True),
     "altlora_code": Member(optimize.altlora, "altlora", GENERAL, adam, {"variant": "code", "lam": 0.0}),
     "altlora_plus": Member(
         optimize.altlora_plus,
@@ -137,7 +138,14 @@ MEMBERS = {
         {"plus": True},
     ),
     "allora": Member(optimize.allora, "allora", PERMUTATION, adam),
-    "allora_update": Member(optimize.allora, "allora", PERMUTATION, adam, {"on": "update"}),
+    "allora_update": Member(
+        optimize.allora,
+        "allora",
+        PERMUTATION,
+        adam,
+        {"applies_to": "update"},
+        {"on": "update", "applies_to": None},
+    ),
     "oplora": Member(
         optimize.oplora,
         "oplora",
@@ -167,6 +175,17 @@ MEMBERS = {
         {"momentum": None, "rounds": 1, "lam": 0.0},
         scaled=True,
         static=("rounds",),
+    ),
+    "oplora_ridge": Member(
+        optimize.oplora,
+        "oplora",
+        ORTHOGONAL,
+        nothing,
+        {"momentum": None, "lam": 1e-2, "regularization": "ridge"},
+        {"rounds": 2, "ridge": True, "regularization": None},
+        scaled=True,
+        static=("rounds",),
+        ridge=True,
     ),
     "lora_pre": Member(
         optimize.lora_pre,

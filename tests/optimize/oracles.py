@@ -437,8 +437,11 @@ def allora(a, b, gradient, rates, scale=1.0, *, eta=2.0, on="gradient", weight_d
 
 # Section 8, alternating least squares from (a, b); lam weighs the distance to the old factor, and directions that the
 # other factor lacks stay.
-def _als(target, a, b, rounds, lam):
-    for _ in range(rounds):
+def _als(target, a, b, rounds, lam, ridge=False):
+    for _ in range(rounds if ridge else 0):
+        b = target @ a.T @ _inverse(a @ a.T, lam)
+        a = _inverse(b.T @ b, lam) @ b.T @ target
+    for _ in range(0 if ridge else rounds):
         b = b + (target - b @ a) @ a.T @ _inverse(a @ a.T, lam)
         a = a + _inverse(b.T @ b, lam) @ b.T @ (target - b @ a)
     return b, a
@@ -457,6 +460,7 @@ def oplora(
     momentum=None,
     gradient_form="tangent",
     weight_decay=0.0,
+    ridge=False,
 ):
     assert gradient_form in ("tangent", "full")
     a, b = _float64(a, b)
@@ -471,7 +475,7 @@ def oplora(
         if momentum is not None:
             mb, ma = _als(momentum * mb @ ma + (1 - momentum) * g, a, b, rounds, 0)
             d = mb @ ma
-        new_b, new_a = _als(b @ a - rates[t] / scale * d, a, b, rounds, lam)
+        new_b, new_a = _als(b @ a - rates[t] / scale * d, a, b, rounds, lam, ridge)
         a, b = new_a - rates[t] * weight_decay * a, new_b - rates[t] * weight_decay * b
         history.append((a, b))
     return history

@@ -34,7 +34,7 @@ def train(tx, params, scale, steps=60, weight=1.0):
 
     def step(carry, _):
         params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        updates, state = jit(tx.update)(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), scale * params["p"]["lora_a"] @ params["p"]["lora_b"]
 
@@ -110,7 +110,7 @@ def test_lora_pro_steps_along_the_projected_gradient(x64, projection, zero_b):
     params, s = start(zero_b=zero_b), 2.0
     g, factors = kernel_gradient(params)
     tx = optimize.scale_by_lora_pro(projection, damping=0.0, scale=s)
-    h, _ = tx.update(factors(s), tx.init(params), params)
+    h, _ = jit(tx.update)(factors(s), tx.init(params), params)
     (a, b), (ha, hb) = params["p"].values(), h["p"].values()
     pa, pb = projections(params)
     equivalent = s * ha @ b + s * a @ hb
@@ -128,7 +128,7 @@ def test_altlora_projects_the_gradient_on_one_factor(x64, factor):
     params, s, rate = start(), 2.0, 0.1
     g, factors = kernel_gradient(params)
     tx = optimize.altlora(rate, b1=0.0, lam=0.0, first=factor, scale=s)
-    u, _ = tx.update(factors(s), tx.init(params), params)
+    u, _ = jit(tx.update)(factors(s), tx.init(params), params)
     (a, b), (da, db) = params["p"].values(), u["p"].values()
     pa, pb = projections(params)
     np.testing.assert_allclose(s * (da @ b + a @ db), -rate * (g @ pb if factor == "a" else pa @ g), atol=1e-12)
@@ -139,7 +139,7 @@ def test_scaled_gd_is_gd_where_factors_are_orthonormal(x64):
     q = lambda n: np.linalg.qr(RNG.normal(size=(n, 3)))[0]
     params = {"p": {"lora_a": jnp.asarray(q(8)), "lora_b": jnp.asarray(q(6).T)}}
     tx = optimize.scale_by_riemannian(0.0)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jit(tx.update)(params, tx.init(params), params)
     chex.assert_trees_all_close(updates, params, atol=1e-13)
     far = optimize.scale_by_riemannian(1e8)
     chex.assert_trees_all_close(
@@ -151,19 +151,19 @@ def test_lora_fa_of_peft_is_the_gradient_where_a_is_orthonormal(x64):
     params = {"p": {"lora_a": jnp.asarray(np.linalg.qr(RNG.normal(size=(8, 3)))[0]), "lora_b": jnp.zeros((3, 6))}}
     grads = {"p": {"lora_a": params["p"]["lora_a"], "lora_b": jnp.asarray(RNG.normal(size=(3, 6)))}}
     tx = optimize.lora_fa(1e-2, variant="peft", eps=0.0)
-    updates, state = tx.update(grads, tx.init(params), params)
+    updates, state = jit(tx.update)(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["p"]["lora_b"], -1e-2 * np.sign(grads["p"]["lora_b"]), rtol=1e-6)
     assert not updates["p"]["lora_a"].any()
 
 
-@pytest.mark.parametrize("rounds,worst", [(1, 1.01), (2, 1 + 1e-4), (40, 1 + 1e-9)])
+@pytest.mark.parametrize("rounds,worst", [(1, 1.01), (2, 1 + 1e-4), (5, 1 + 1e-9)])
 def test_oplora_comes_to_the_truncated_svd(x64, rounds, worst):
     params, s, rate = start(14, 20, 3), 2.0, 0.1
     g, factors = kernel_gradient(params)
     target = np.asarray(s * params["p"]["lora_a"] @ params["p"]["lora_b"] - rate * g)
     best = np.linalg.norm(target - oracles.svd_truncate(target, 3))
     tx = optimize.oplora(rate, rounds=rounds, momentum=None, lam=0.0, gradient="full", scale=s)
-    updates, _ = tx.update(factors(s), tx.init(params), params, kernel_grads={"p": {"kernel": g}})
+    updates, _ = jit(tx.update)(factors(s), tx.init(params), params, kernel_grads={"p": {"kernel": g}})
     new = optax.apply_updates(params, updates)["p"]
     assert np.linalg.norm(target - s * new["lora_a"] @ new["lora_b"]) <= worst * best
     plain = np.linalg.norm(
@@ -187,7 +187,7 @@ def test_oplora_wants_the_gradient_it_was_made_for():
 def test_stiefel_keeps_b_orthonormal_and_its_first_update_the_function(zero_b):
     params = start(40, 30, 8, zero_b, jnp.float32)
     tx = optimize.stiefel_lora(1e-2, stiefel_learning_rate=0.3)
-    updates, state = tx.update(params, tx.init(params), params)
+    updates, state = jit(tx.update)(params, tx.init(params), params)
     first = optax.apply_updates(params, updates)
     b = first["p"]["lora_b"]
     np.testing.assert_allclose(b @ b.T, np.eye(8), atol=1e-6)
@@ -205,8 +205,33 @@ def test_stiefel_keeps_b_orthonormal_and_its_first_update_the_function(zero_b):
     assert np.abs(b @ b.T - np.eye(8)).max() < 1e-6
 
 
+@pytest.mark.parametrize("n,m,r", [(2, 9, 4), (1, 5, 3), (3, 4, 4)])
+def test_stiefel_completes_the_basis_where_a_has_too_few_rows(n, m, r):
+    params = start(n, m, r, True, jnp.float32)
+    tx = optimize.stiefel_lora(1e-2)
+    updates, _ = jit(tx.update)(params, tx.init(params), params)
+    b = updates["p"]["lora_b"]
+    np.testing.assert_allclose(b @ b.T, np.eye(r), atol=1e-6)
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-4])
+def test_rite_in_float32_sees_directions_of_condition_ten_thousand(smallest):
+    """What B has little of, A must move the more."""
+    q = lambda k: np.linalg.qr(RNG.normal(size=(k, 4)))[0]
+    mix = np.linalg.qr(RNG.normal(size=(4, 4)))[0]
+    b = ((q(50) * [1, 0.1, 0.01, smallest]) @ mix).T
+    params = {"p": {"lora_a": jnp.asarray(q(40), jnp.float32), "lora_b": jnp.asarray(b, jnp.float32)}}
+    g = RNG.normal(size=(40, 50))
+    grads = {"p": {"lora_a": jnp.asarray(g @ b.T, jnp.float32), "lora_b": jnp.asarray(q(40).T @ g, jnp.float32)}}
+    tx = optimize.lora_rite(1e-3)
+    updates, _ = jit(tx.update)(grads, tx.init(params), params)
+    moved = np.asarray(updates["p"]["lora_a"], np.float64) @ np.linalg.svd(b)[0]
+    expected = 1e-3 / np.linalg.svd(b, compute_uv=False)  # u (u^T u)^-1/2 is orthonormal, times 1 / sigma
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=0), expected, rtol=2e-2)
+
+
 def test_stiefel_refuses_fewer_outputs_than_ranks():
-    with pytest.raises(InputError, match="2 outputs cannot have 3 orthonormal"):
+    with pytest.raises(InputError, match="p: 2 outputs cannot have 3 orthonormal"):
         optimize.stiefel_lora(1e-2).init(start(5, 2, 3))
 
 
@@ -228,7 +253,7 @@ def test_allora_multiplies_rows_of_b_by_their_norm():
     c = 1 / np.sqrt(np.linalg.norm(params["p"]["lora_b"], axis=0) + 1 / eta**2)
     assert (c > 0).all() and (c <= eta).all()
     tx = optax.chain(scale_rows_by_norm(eta), optax.sgd(1.0))
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(updates["p"]["lora_b"], -c * params["p"]["lora_b"], rtol=1e-5)
     np.testing.assert_array_equal(updates["p"]["lora_a"], -params["p"]["lora_a"])
 
@@ -238,7 +263,7 @@ def test_freezing_a_saves_its_gradient_and_the_inputs_that_it_needs():
         @nn.compact
         def __call__(self, x):
             for i in range(3):
-                x = nn.tanh(nn.Dense(64, name=f"fc_{i}")(x))
+                x = nn.Dense(64, name=f"fc_{i}")(x)
             return x
 
     model, spec, x = Tower(), LoraSpec(target=["fc_0", "fc_1", "fc_2"], rank=2), jnp.ones((32, 64))
@@ -259,20 +284,24 @@ def test_freezing_a_saves_its_gradient_and_the_inputs_that_it_needs():
     for name in grads:
         assert not grads[name]["lora_a"].any() and full[name]["lora_a"].any()
         np.testing.assert_allclose(grads[name]["lora_b"], full[name]["lora_b"], rtol=1e-5)
-    saved = lambda view: sum(
-        leaf.size
-        for leaf in jax.tree.leaves(jax.vjp(lambda a: loss(a, params, x, view), adapters)[1])
-        if getattr(leaf, "shape", ()) == (32, 64)
-    )
-    assert saved(optimize.freeze_a) <= saved(lambda adapters: adapters)
+
+    def saved(view):
+        """How many inputs of modules wait for the backward pass."""
+        _, backward = jax.vjp(lambda a: loss(a, params, x, view), adapters)
+        return sum(leaf.shape == (32, 64) for leaf in jax.tree.leaves(backward))
+
+    assert saved(optimize.freeze_a) == 0 and saved(lambda adapters: adapters) == 3
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), columns=st.integers(1, 6), rank=st.integers(0, 6), power=st.integers(-6, 3))
-def test_orthonormal_bases_of_any_rank(seed, columns, rank, power):
-    rng, rank = np.random.default_rng(seed), min(rank, columns)
-    x = rng.normal(size=(2, 12, rank)) @ rng.normal(size=(2, rank, columns)) * 10.0**power
-    ((q, t),) = gram.orthonormal([jnp.asarray(x, jnp.float32)])
+bases_of = jit(lambda x: gram.orthonormal([x]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), rank=st.integers(0, 5), power=st.integers(-6, 3))
+def test_orthonormal_bases_of_any_rank(seed, rank, power):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(2, 12, rank)) @ rng.normal(size=(2, rank, 5)) * 10.0**power
+    ((q, t),) = bases_of(jnp.asarray(x, jnp.float32))
     found = np.asarray(jnp.swapaxes(q, -1, -2) @ q, np.float64)
     values = np.linalg.eigvalsh(found)
     assert np.minimum(np.abs(values), np.abs(values - 1)).max() < 1e-4  # a projection

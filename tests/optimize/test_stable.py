@@ -8,6 +8,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from stablelora_jax import InputError, shrink_until_stable, stable_lora, still_shrinking
 from stablelora_jax.optimize.stable import OFF, ON, PADDING, ShrinkUntilStableState
@@ -294,3 +295,30 @@ def test_init_works_on_shapes_alone():
     chex.assert_trees_all_equal_shapes_and_dtypes(
         jax.eval_shape(stable_lora(1e-3).init, params), stable_lora(1e-3).init(make_tree(jnp.float32))
     )
+
+
+def equations(jaxpr, into_cond):
+    """Names of all primitives, those inside the branches of a cond only if ``into_cond``."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        if eqn.primitive.name != "cond" or into_cond:
+            for inner in jaxprs_in_params(eqn.params):
+                yield from equations(inner, into_cond)
+
+
+def test_norms_stand_in_a_cond_that_is_skipped_once_all_latches_are_off():
+    params, tx = make_tree(jnp.float32), stable_lora(1e-3)
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    assert "reduce_sum" in equations(jaxpr, True) and "reduce_sum" not in equations(jaxpr, False)
+    (cond,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond")
+    off, on = (list(equations(branch.jaxpr, True)) for branch in cond.params["branches"])
+    assert "reduce_sum" in on and not {"reduce_sum", "sqrt", "mul", "lt"} & set(off)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    assert "conditional(" in text
+
+
+def test_a_shrink_that_rounds_away_is_refused():
+    params = {"p": {"lora_a": jnp.ones((4, 2), jnp.bfloat16), "lora_b": jnp.zeros((2, 4), jnp.bfloat16)}}
+    with pytest.raises(InputError, match="p: in bfloat16 a shrink by 0.0005 changes nothing"):
+        stable_lora(1e-3).init(params)
+    stable_lora(1e-3, shrink_ratio=0.1).init(params)

@@ -10,7 +10,7 @@ from tests.optimize import oracles
 from tests.optimize.members import MEMBERS, jit, pair_of, rule_options
 
 STEPS, SCALE = 40, 2.0
-SHAPES = [(9, 6, 3), (9, 6, 3), (5, 8, 3)]  # in, out, rank: two pairs of one shape, one of another
+SHAPES = [(9, 6, 3), (9, 6, 3), (5, 8, 2)]  # in, out, rank: two pairs of one shape, one of another
 
 
 def starts(zero_b):
@@ -77,7 +77,7 @@ def random_start(a, b):
     return {k: {"m": np.asarray(getattr(found.mu, k).b), "v": np.asarray(getattr(found.nu, k).b)} for k in "ab"}
 
 
-@pytest.mark.parametrize("zero_b,decay", [(True, 0.0), (True, 0.1), (False, 0.1)])
+@pytest.mark.parametrize("zero_b,decay", [(True, 0.1), (False, 0.0)])
 @pytest.mark.parametrize("name", MEMBERS)
 def test_equals_the_transcription(x64, name, zero_b, decay):
     member, tol = MEMBERS[name], MEMBERS[name].tolerance
