@@ -78,7 +78,7 @@ def bucket(length: int) -> int:
     """The padded length for a row of ``length`` tokens: at most half as long again, and one of few."""
     T = SHORTEST
     while T < length:
-        T = T * 3 // 2 if T & (T - 1) == 0 and T > SHORTEST else T // 3 * 4 if T % 3 == 0 else T * 2
+        T = T // 2 * 3 if T & (T - 1) == 0 else T // 3 * 4
     return T
 
 

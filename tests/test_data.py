@@ -63,7 +63,7 @@ def test_a_batch_is_padded_and_masked_by_length():
 @given(st.integers(1, 5000))
 def test_buckets_are_few_and_waste_at_most_half(length):
     assert length <= bucket(length) <= max(32, length * 1.5 + 1)
-    assert bucket(length) in {32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144}
+    assert bucket(length) in {32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144}
 
 
 @settings(max_examples=50)

@@ -25,6 +25,11 @@ def test_norms_leave_padding_out():
         )
 
 
+def test_a_pair_whose_a_is_zero_counts():
+    summary = norm_summary({"x": {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.ones((2, 8))}})
+    assert summary["norm_b"] == summary["norm_b_min"] == 4 and summary["norm_a_min"] == 0
+
+
 def test_records_survive_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_records(path) == [] and keep_records_until(path, 3) == []

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, merge, shrink_until_stable, tree
+from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, merge, shrink_until_stable, stable_lora, tree
 from stablelora_jax.adapter import adapter_sites, pairs
 from stablelora_jax.sites import from_matrix, kernel_axes
 from stablelora_jax.stability import by_name, shrunk_adapters, stability
@@ -275,3 +275,18 @@ def test_adapters_that_are_not_of_one_step_are_refused():
     before, shrunk, after = some_step(params, spec)
     with pytest.raises(InputError, match="not pairs of the same shapes"):
         measured(model, params, spec, before, shrunk, {"split": after["split"]}, x)
+
+
+def test_the_ratio_may_be_a_schedule_or_traced():
+    schedule = optax.linear_schedule(0.1, 0.2, 2)
+    before = {"p": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 4))}}
+    tx = stable_lora(1e-3, shrink_ratio=schedule)
+    state = tx.init(before)
+    for step in range(2):
+        _, state = tx.update(before, state, before)
+        ratio = float(schedule(step))
+        for given in (schedule, ratio):
+            shrunk = jax.jit(lambda s, given=given: shrunk_adapters(before, s, given))(state)
+            np.testing.assert_allclose(shrunk["p"]["lora_a"], 1 - ratio, rtol=1e-6)
+    traced = jax.jit(lambda s, r: shrunk_adapters(before, s, r))(state, 0.3)
+    np.testing.assert_allclose(traced["p"]["lora_a"], 0.7, rtol=1e-6)

@@ -34,7 +34,7 @@ def train(tx, params, scale, steps=60, weight=1.0):
 
     def step(carry, _):
         params, state = carry
-        updates, state = jit(tx.update)(jax.grad(loss)(params), state, params)
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), scale * params["p"]["lora_a"] @ params["p"]["lora_b"]
 
