@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
@@ -64,6 +65,8 @@ class BenchConfig:
         for name in ("repeats", "step_repeats", "steps", "rows", "length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.output and not Path(self.output).parent.is_dir():
+            raise InputError(f"output: there is no folder {Path(self.output).parent}: make it first")
         for name in self.only:
             if name not in ROWS:
                 raise InputError(f"only: {name!r} is none of {', '.join(ROWS)}")

@@ -33,7 +33,7 @@ from stablelora_jax.adapter import LoraSpec, make_site, pairs
 from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import Adapted, Observer
 from stablelora_jax.optimize import latches
-from stablelora_jax.optimize.stable import ON
+from stablelora_jax.optimize.stable import kept_share, shrink
 from stablelora_jax.parametrize import PARAMETRIZATIONS
 from stablelora_jax.tree import Path
 
@@ -114,10 +114,7 @@ def shrunk_adapters(adapters: Any, opt_state: Any, shrink_ratio: Any) -> Any:
         for path, pair in pairs(adapters).items():
             latch = tree.get_in(state.shrinking, path)
             if latch is not None:
-                a = pair["lora_a"]
-                small = jnp.asarray(1 - ratio, a.dtype) * a
-                a = jnp.where((jnp.asarray(latch) == ON)[..., None, None], small, a)
-                adapters = tree.set_in(adapters, path, {**pair, "lora_a": a})
+                adapters = tree.set_in(adapters, path, shrink(pair, kept_share(pair, jnp.asarray(latch), ratio)))
     return adapters
 
 

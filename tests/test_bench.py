@@ -36,3 +36,5 @@ def test_every_optimizer_can_be_measured_and_others_are_refused(bench):
     assert set(OPTIMIZERS) - {"adamw"} <= set(bench.ROWS)
     with pytest.raises(InputError, match="'nope' is none of"):
         bench.BenchConfig(only=("nope",))
+    with pytest.raises(InputError, match="there is no folder no/such"):
+        bench.BenchConfig(output="no/such/table.md")

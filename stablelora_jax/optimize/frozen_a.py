@@ -25,7 +25,7 @@ import optax
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimize.gram import gram, inverses
 from stablelora_jax.optimize.pairing import Scale, label_factors, map_pairs, others_by_adamw
-from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, value
+from stablelora_jax.optimize.pairwise import Group, Pair, hf_adam, pairwise, value
 
 
 class LoraFAState(NamedTuple):
@@ -74,9 +74,8 @@ def lora_fa(
         results = []
         for g, inverse in zip(groups, inverses([gram(g.params.a) for g in groups], 1e-8), strict=True):
             h = g.grads.b @ inverse / g.scale[:, None, None] ** 2
-            mu, nu = b1 * g.state.mu + (1 - b1) * h, b2 * g.state.nu + (1 - b2) * h**2
-            step = rate * jnp.sqrt(1 - b2**t) / (1 - b1**t) * over(mu, jnp.sqrt(nu) + eps)
-            b = (1 - rate * decay) * (g.params.b - step)
+            step = rate * jnp.sqrt(1 - b2**t) / (1 - b1**t)
+            b, mu, nu = hf_adam(g.params.b, h, g.state.mu, g.state.nu, b1, b2, eps, step, rate * decay)
             results.append((Pair(jnp.zeros_like(g.params.a), b - g.params.b), LoraFAState(mu, nu)))
         return results
 

@@ -124,6 +124,14 @@ def over(x: jax.Array, root: jax.Array) -> jax.Array:
     return jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
 
 
+def hf_adam(
+    p: jax.Array, h: jax.Array, mu: jax.Array, nu: jax.Array, b1: Any, b2: Any, eps: Any, step: Any, decay: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adam as transformers had it: eps outside the bias correction, which is in ``step``; decay comes last."""
+    mu, nu = b1 * mu + (1 - b1) * h, b2 * nu + (1 - b2) * h**2
+    return (1 - decay) * (p - step * over(mu, jnp.sqrt(nu) + eps)), mu, nu
+
+
 def _require_scale(scale: Scale, path: Any, node: Any) -> None:
     """Refuse a scale that has no positive number, or not one for each layer, for the pair at ``path``."""
     if not whole(path, node):

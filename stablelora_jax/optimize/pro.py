@@ -30,6 +30,8 @@ from stablelora_jax.optimize.gram import eigh, gram, power, transpose
 from stablelora_jax.optimize.pairing import Scale, others_by_adamw, require_numbers
 from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise
 
+PROJECTIONS = ("sylvester", "zero", "symmetric")
+
 
 def lora_pro(
     learning_rate: optax.ScalarOrSchedule,
@@ -60,13 +62,8 @@ def lora_pro(
     Raises:
       InputError: an unknown form, projection or variant, or a scale that is missing for a pair.
     """
-    for name, given, known in (
-        ("form", form, ("efficient", "full")),
-        ("projection", projection, ("sylvester", "zero", "symmetric")),
-        ("variant", variant, ("paper", "code")),
-    ):
-        if given not in known:
-            raise InputError(f"{name} must be one of {', '.join(known)}, not {given!r}")
+    _require(form=(form, "efficient", "full"), variant=(variant, "paper", "code"))
+    _require(projection=(projection, *PROJECTIONS))
     require_numbers(damping=damping)
     adamw = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if form == "efficient":
@@ -93,12 +90,20 @@ def scale_by_lora_pro(
     projection: Literal["sylvester", "zero", "symmetric"] = "sylvester", damping: float = 1e-8, scale: Scale = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gA, gB by hA, hB; no state but a count; leaves outside pairs pass unchanged."""
+    _require(projection=(projection, *PROJECTIONS))
+    require_numbers(damping=damping)
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del count, extra
         return [(h, None) for h in _adjusted(groups, projection, damping)]
 
     return pairwise(lambda pair: None, update, scale)
+
+
+def _require(**options: tuple[str, ...]) -> None:
+    for name, (given, *known) in options.items():
+        if given not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, not {given!r}")
 
 
 def _adjusted(groups: Sequence[Group], projection: str, damping: Any) -> list[Pair]:

@@ -23,7 +23,7 @@ import optax
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimize.gram import gram, inverses
 from stablelora_jax.optimize.pairing import others_by_adamw, require_numbers
-from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, value
+from stablelora_jax.optimize.pairwise import Group, Pair, hf_adam, pairwise, value
 
 
 class HFAdamState(NamedTuple):
@@ -45,9 +45,8 @@ def scale_by_riemannian(delta: Any = 1e-6) -> optax.GradientTransformationExtraA
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del count, extra
-        by_b = inverses([gram(g.params.b) for g in groups], delta)
-        by_a = inverses([gram(g.params.a) for g in groups], delta)
-        every = zip(groups, by_b, by_a, strict=True)
+        found = inverses([gram(x) for g in groups for x in (g.params.b, g.params.a)], delta)
+        every = zip(groups, found[::2], found[1::2], strict=True)
         return [(Pair(g.grads.a @ for_a, g.grads.b @ for_b), None) for g, for_a, for_b in every]
 
     return pairwise(lambda pair: None, update)
@@ -103,8 +102,7 @@ def scaled_adamw(
         step = rate * (jnp.sqrt(1 - b2**t) / (1 - b1**t) if variant == "gpt2" else 1.0)
 
         def move(p: jax.Array, h: jax.Array, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            mu, nu = b1 * mu + (1 - b1) * h, b2 * nu + (1 - b2) * h**2
-            return (1 - rate * decay) * (p - step * over(mu, jnp.sqrt(nu) + eps)), mu, nu
+            return hf_adam(p, h, mu, nu, b1, b2, eps, step, rate * decay)
 
         by_b = inverses([gram(g.params.b) for g in groups], delta)
         new_a = [

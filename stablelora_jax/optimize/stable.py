@@ -83,14 +83,14 @@ def shrink_until_stable(
 
         def look(latches: Any) -> tuple[Any, Any]:
             latches = map_pairs(_next_latch, params, latches)
-            return latches, map_pairs(partial(_kept_share, ratio=ratio), params, latches)
+            return latches, map_pairs(partial(kept_share, ratio=ratio), params, latches)
 
         def rest(latches: Any) -> tuple[Any, Any]:
-            return latches, map_pairs(partial(_kept_share, ratio=0), params, latches)
+            return latches, map_pairs(partial(kept_share, ratio=0), params, latches)
 
         any_on = jnp.array([(latch == ON).any() for latch in jax.tree.leaves(state.shrinking)]).any()
         shrinking, kept = jax.lax.cond(any_on, look, rest, state.shrinking)
-        shrunk = map_pairs(_shrink, params, kept, other=lambda leaf, _: leaf)
+        shrunk = map_pairs(shrink, params, kept, other=lambda leaf, _: leaf)
         updates, inner_state = inner.update(updates, state.inner, shrunk, **extra)
         updates = map_pairs(_add_shrink, params, shrunk, updates, other=lambda *leaves: leaves[-1])
         count = None if state.count is None else optax.safe_increment(state.count)
@@ -173,14 +173,15 @@ def _next_latch(pair: Mapping[str, jax.Array], latch: jax.Array) -> jax.Array:
     return jnp.where((latch == ON) & stable, OFF, latch).astype(latch.dtype)
 
 
-def _kept_share(pair: Mapping[str, jax.Array], latch: jax.Array, ratio: Ratio) -> jax.Array:
+def kept_share(pair: Mapping[str, jax.Array], latch: jax.Array, ratio: Ratio) -> jax.Array:
     """What a step leaves of A: 1 - lambda where the latch is on, else 1; shape of the stack axes, dtype of A."""
     dtype = pair["lora_a"].dtype
     share = jnp.asarray(1 - ratio, dtype) if isinstance(ratio, int | float) else 1 - jnp.asarray(ratio, dtype)
     return jnp.where(latch == ON, share, jnp.ones((), dtype))
 
 
-def _shrink(pair: Any, kept: jax.Array) -> Any:
+def shrink(pair: Any, kept: jax.Array) -> Any:
+    """``pair`` with A times ``kept``, as :func:`kept_share` gives it."""
     return type(pair)({**pair, "lora_a": kept[..., None, None] * pair["lora_a"]})
 
 

@@ -123,6 +123,12 @@ def test_lora_pro_steps_along_the_projected_gradient(x64, projection, zero_b):
         np.testing.assert_allclose(b @ b.T @ x + x @ a.T @ a, right, atol=1e-10)
 
 
+def test_lora_pro_refuses_a_projection_that_it_does_not_know():
+    for make in (optimize.scale_by_lora_pro, lambda name: optimize.lora_pro(1e-3, projection=name)):
+        with pytest.raises(InputError, match="projection must be one of sylvester, zero, symmetric, not 'left'"):
+            make("left")
+
+
 @pytest.mark.parametrize("factor", ["a", "b"])
 def test_altlora_projects_the_gradient_on_one_factor(x64, factor):
     params, s, rate = start(), 2.0, 0.1
