@@ -6,8 +6,9 @@ from zero count as missing, so that a factor that is zero, or of lower rank than
 and no noise: in an inverse, those below ``sqrt(r eps)`` of the largest singular value (1e-3 in float32).
 
 QR and Cholesky are avoided, since on GPUs they run matrix by matrix. On CPU eigh does so too: jaxlib 0.10 shares a
-batch out among threads and waits for them in a thread of the same pool, so that two batched calls of any decomposition that
-run at one time, in one program or on two devices, wait for each other for ever (seen with 336 matrices of 16 x 16).
+batch out among threads and waits for them in a thread of the same pool, so that two batched calls of any
+decomposition that run at one time, in one program or on two devices, wait for each other for ever (seen with 336
+matrices of 16 x 16).
 """
 
 from __future__ import annotations
