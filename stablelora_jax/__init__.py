@@ -3,7 +3,6 @@
 See README.md for the quick start; every public name is documented where it is defined.
 """
 
-from stablelora_jax.adapter import LoraSpec
 from stablelora_jax.describe import describe
 from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import adapted
@@ -29,6 +28,7 @@ from stablelora_jax.optimize import (
     stiefel_lora,
     still_shrinking,
 )
+from stablelora_jax.spec import LoraSpec
 from stablelora_jax.transform import hyper, init_adapters, merge, unmerge
 
 __all__ = [

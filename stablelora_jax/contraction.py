@@ -25,6 +25,9 @@ def contract(
     Raises:
       InputError: the module contracts other axes than the adapters were made for, or in a way no pair can follow.
     """
+    if isinstance(module, nn.Embed):
+        a = a.astype(module.dtype or kernel.dtype)
+        return jnp.take(a, x, axis=0), lambda change: change
     dtype = module.dtype or jnp.promote_types(jnp.result_type(x), kernel.dtype)
     x, a = jnp.asarray(x, dtype), a.astype(dtype)
     if isinstance(module, nn.Einsum):

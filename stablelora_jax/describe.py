@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from stablelora_jax.adapter import LoraSpec, Site
-from stablelora_jax.sites import as_dict, fitted_sites
+from stablelora_jax.adapter import Site
+from stablelora_jax.full import FullLeaf, full_leaves
+from stablelora_jax.sites import as_dict, extra_leaves, fitted_sites
+from stablelora_jax.spec import LoraSpec
 
 
 def describe(params: Any, adapters: Any, spec: LoraSpec) -> str:
@@ -17,22 +19,37 @@ def describe(params: Any, adapters: Any, spec: LoraSpec) -> str:
     A stack of layers is one row; ranks and scales that differ between its layers are shown as ranges, and padding is
     not counted. ``all params`` includes the adapters, as in PEFT.
     """
-    sites = fitted_sites(params, adapters, spec).values()
-    rows = [("module", "layers", "in", "out", "rank", "scale", "parameters"), *map(_row, sites)]
+    sites, leaves = fitted_sites(params, adapters, spec).values(), full_leaves(params, spec).values()
+    counts = [_count(site, spec) for site in sites]
+    rows: list[tuple[str, ...]] = [("module", "layers", "in", "out", "rank", "scale", "parameters")]
+    rows += [*map(_row, sites, counts), *map(_full_row, leaves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    trained = sum(site.parameters for site in sites)
+    trained = sum(counts) + sum(int(np.prod(leaf.shape)) for leaf in leaves)
     total = trained + sum(int(np.prod(leaf.shape)) for leaf in flatten_dict(as_dict(params)).values())
     count = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
     return "\n".join([*lines, count])
 
 
-def _row(site: Site) -> tuple[str, ...]:
+def _count(site: Site, spec: LoraSpec) -> int:
+    """Trained numbers at ``site``, padding not counted."""
+    layers = sum(rank > 0 for rank in site.ranks)
+    extra = sum(int(np.prod(shape[len(site.stack) :])) for shape in extra_leaves(site, spec).values())
+    return site.parameters + layers * extra
+
+
+def _full_row(leaf: FullLeaf) -> tuple[str, ...]:
+    layers = f"{len(leaf.chosen)} of {int(np.prod(leaf.stack))}" if leaf.stack else "-"
+    sizes = [str(size) for size in leaf.own] if len(leaf.own) == 2 else ["", str(int(np.prod(leaf.own)))]
+    return (".".join(leaf.path), layers, *sizes, "full", "", f"{int(np.prod(leaf.shape)):,}")
+
+
+def _row(site: Site, count: int) -> tuple[str, ...]:
     used = [i for i, rank in enumerate(site.ranks) if rank]
     layers = f"{len(used)} of {len(site.ranks)}" if site.stack else "-"
     ranks = _range([site.ranks[i] for i in used])
     scales = _range([round(site.scales[i], 4) for i in used])
-    return (".".join(site.path), layers, *map(str, site.size), ranks, scales, f"{site.parameters:,}")
+    return (".".join(site.path), layers, *map(str, site.size), ranks, scales, f"{count:,}")
 
 
 def _range(values: list[Any]) -> str:

@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, Site
+from stablelora_jax.adapter import Site
 from stablelora_jax.contraction import contract
 from stablelora_jax.errors import InputError
+from stablelora_jax.full import full_leaves, lay_full, unknown_full
 from stablelora_jax.parametrize import PARAMETRIZATIONS
-from stablelora_jax.sites import as_dict, fitted_sites, kernel_axes
+from stablelora_jax.sites import as_dict, fitted_sites, kernel_axes, require_leaves, to_matrix
+from stablelora_jax.spec import LoraSpec
 from stablelora_jax.tree import Path
 
 LINEAR = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Einsum)
@@ -67,6 +69,7 @@ class Adapted:
             return self.model.apply(own, *args, rngs=rngs, **kwargs)
         params = as_dict(own["params"])
         sites = fitted_sites(params, variables["lora"], self.spec)
+        params = self._checked_full(params, variables["lora"], sites)
         off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
         laid = _lay(params, variables["lora"], variables.get("lora_hp"), sites, None if off else keys, self.spec)
         reads = dict.fromkeys(sites, 0)
@@ -76,10 +79,19 @@ class Adapted:
         unread = [path for path, count in reads.items() if not count]
         if unread and kwargs.get("method") is None:
             raise InputError(
-                f"no Dense, DenseGeneral, Conv or Einsum of the model read the adapters at "
+                f"no Dense, DenseGeneral, Conv, Einsum or Embed of the model read the adapters at "
                 f"{', '.join('.'.join(path) for path in sorted(unread))}: exclude them from the spec"
             )
         return out
+
+    def _checked_full(self, params: dict[str, Any], adapters: Any, sites: Mapping[Path, Site]) -> dict[str, Any]:
+        """``params`` with what is trained in full; an observer may have laid more beside the pairs."""
+        leaves = full_leaves(params, self.spec)
+        if strange := unknown_full(adapters, leaves):
+            raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
+        if self.observe is None:
+            require_leaves(sites, adapters, self.spec)
+        return lay_full(params, adapters, leaves, cast=False)
 
 
 def adapted(model: nn.Module, spec: LoraSpec) -> Adapted:
@@ -93,7 +105,8 @@ def _lay(
     """``params`` with each site's pair, scale and, where dropout acts, its rate and keys as further leaves."""
     for path, site in sites.items():
         given = tree.get_in(numbers, path) or {}
-        extra = {**tree.get_in(adapters, path), "lora_scale": given.get("lora_scale", site.scale())}
+        own = {name: leaf for name, leaf in tree.get_in(adapters, path).items() if name != "full"}
+        extra = {**own, "lora_scale": given.get("lora_scale", site.scale())}
         if keys is not None:
             rate = jnp.asarray(given.get("lora_dropout", spec.dropout))
             extra |= {"lora_dropout": jnp.broadcast_to(rate, site.stack), "lora_key": _site_keys(keys, site)}
@@ -105,32 +118,71 @@ def _lay(
 
 
 def _interceptor(model: Adapted, axes: Mapping[Path, tuple[int, ...]], reads: dict[Path, int], keys: Any) -> Any:
-    change = PARAMETRIZATIONS[model.spec.parametrization].delta
+    member = PARAMETRIZATIONS[model.spec.parametrization]
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
+        module, method = context.module, context.method_name
         path: Any = module.path if module.scope is not None else None
-        if context.method_name != "__call__" or path not in axes or not isinstance(module, LINEAR):
+        mine = isinstance(module, LINEAR) if method == "__call__" else False
+        mine = mine or (isinstance(module, nn.Embed) and method in ("__call__", "attend"))
+        if path not in axes or not mine:
             return next_fun(*args, **kwargs)
         before = reads[path]
+        own = module.variables["params"]
+        if method == "attend":
+            reads[path] += 1
+            return _attend(member, next_fun, args[0] if args else kwargs["query"], own)
         y = next_fun(*args, **kwargs)
         if reads[path] > before:  # a subclass that calls its parent: the innermost call has added the change
             return y
-        own = module.variables["params"]
+        reads[path] += 1
         x = args[0] if args else kwargs["inputs"]
-        if "lora_key" in own:
+        if dropped := "lora_key" in own and not isinstance(module, nn.Embed):
             x = _dropout(
                 x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
             )
-        z, place = contract(module, x, own["kernel"], own["lora_a"], axes[path], args[1:], kwargs)
-        reads[path] += 1
-        delta = place(change(z, own, own["lora_scale"]))
-        y = _add(y, delta, isinstance(module, nn.Conv | nn.Einsum))
-        if model.observe is None:
-            return y
-        return model.observe(y, own, lambda a: contract(module, x, own["kernel"], a, axes[path], args[1:], kwargs)[0])
+        down = lambda a: contract(module, x, _kernel(own), a, axes[path], args[1:], kwargs)  # noqa: E731
+        y = _changed(member, module, y, own, axes[path], down, dropped)
+        return y if model.observe is None else model.observe(y, own, lambda a: down(a)[0])
 
     return intercept
+
+
+def _changed(
+    member: Any, module: nn.Module, y: jax.Array, own: Any, in_axes: tuple[int, ...], down: Any, dropped: bool
+) -> jax.Array:
+    """The output ``y`` of ``module`` with the change of its adapter.
+
+    Where the parametrisation has a gain c, what it multiplies is the module's own product, without the bias, and of the
+    input after dropout, as in PEFT.
+    """
+    z, place = down(own["lora_a"])
+    change = member.delta(z, own, own["lora_scale"])
+    apart = isinstance(module, nn.Conv | nn.Einsum)
+    kernel = to_matrix(_kernel(own), 0, in_axes)
+    gain = member.gain(kernel, own, own["lora_scale"])
+    if gain is None:
+        return _add(y, place(change), apart)
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    gain = jnp.broadcast_to(gain.astype(wide), change.shape)
+    if dropped or (apart and "bias" in own):
+        product = place(down(kernel)[0]).astype(wide)
+    else:
+        product = y.astype(wide) - own.get("bias", jnp.zeros((), wide)).astype(wide)
+    return _add(y, place(gain - 1) * product + place(gain * change), apart)
+
+
+def _attend(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
+    """``x W'^T`` of an embedding W (vocabulary, features): the same change of W as in a look-up, transposed."""
+    gain = member.gain(own["embedding"], own, own["lora_scale"])
+    x = x if gain is None else (x * gain).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=wide).astype(x.dtype)
+    return _add(next_fun(x), member.delta(z, {**own, "lora_b": own["lora_a"].T}, own["lora_scale"]), False)
+
+
+def _kernel(own: Mapping[str, jax.Array]) -> jax.Array:
+    return own["kernel"] if "kernel" in own else own["embedding"]
 
 
 def _add(y: jax.Array, delta: jax.Array, apart: bool) -> jax.Array:

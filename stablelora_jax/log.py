@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stablelora_jax.adapter import LoraSpec
 from stablelora_jax.metrics import append_record, keep_records_until
 from stablelora_jax.optimize import still_shrinking
 from stablelora_jax.run_directory import METRICS
+from stablelora_jax.spec import LoraSpec
 from stablelora_jax.stability import Stability, by_name
 from stablelora_jax.tree import Path as ModulePath
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_type_hints
 import optax
 
 from stablelora_jax import optimize
-from stablelora_jax.adapter import LoraSpec
 from stablelora_jax.config import option
 from stablelora_jax.errors import InputError
+from stablelora_jax.spec import LoraSpec
 
 
 def adamw(

@@ -1,7 +1,8 @@
 """Where a spec puts adapters in a tree of parameters, and how a kernel there is read as a matrix.
 
 A kernel may have any number of axes: first those of the stacks that ``LoraSpec.stacked`` names, then some that the
-module contracts with its input and some that it adds to its output. Pairs see it as a matrix (in, out).
+module contracts with its input and some that it adds to its output. Pairs see it as a matrix (in, out). An embedding
+(vocabulary, features) is the kernel of a product with one-hot rows.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import numpy as np
 from flax.core import FrozenDict, unfreeze
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, Site, adapter_sites, items, make_site
+from stablelora_jax.adapter import Site, adapter_sites, make_site
 from stablelora_jax.errors import InputError
+from stablelora_jax.parametrize import PARAMETRIZATIONS
+from stablelora_jax.spec import LoraSpec, items
 from stablelora_jax.tree import Path
+
+LEAVES = ("kernel", "embedding")
 
 
 def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
@@ -27,8 +32,8 @@ def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
       InputError: naming the pattern that matches nothing, with near misses.
     """
     params = as_dict(params)
-    modules = tree.find_dicts(params, _has_kernel)
-    sites = {path: _kernel_site(path, module, spec) for path, module in modules.items()}
+    modules = tree.find_dicts(params, lambda node: kernel_leaf(node) is not None)
+    sites = {path: _site(path, module, spec) for path, module in modules.items()}
     _check_patterns([name for site in sites.values() for name in site.names], spec)
     _check_axes(list(modules), spec)
     return {path: site for path, site in sites.items() if site.rank}
@@ -57,14 +62,41 @@ def fitted_sites(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, Site]
     return wanted
 
 
+def extra_leaves(site: Site, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """What the parametrisation of ``spec`` trains at ``site`` beside the pair: shapes by name."""
+    shapes = {"lora_a": (*site.stack, site.size[0], site.rank), "lora_b": (*site.stack, site.rank, site.size[1])}
+    number = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    kernel, scale = (jax.ShapeDtypeStruct((*site.stack, *rest), np.float32) for rest in (site.size, ()))
+    made = jax.eval_shape(PARAMETRIZATIONS[spec.parametrization].leaves, kernel, number, scale)
+    return {name: leaf.shape for name, leaf in made.items()}
+
+
+def require_leaves(sites: Mapping[Path, Site], adapters: Any, spec: LoraSpec) -> None:
+    """Check that each pair has beside it what the parametrisation of ``spec`` trains, and nothing else.
+
+    Raises:
+      InputError: naming a leaf that is missing, unknown or of another shape.
+    """
+    for path, site in sites.items():
+        node, wanted, name = tree.get_in(adapters, path), extra_leaves(site, spec), ".".join(path)
+        if unknown := sorted(set(node) - {"lora_a", "lora_b", "full", *wanted}):
+            raise InputError(f"{name}: {unknown[0]} has no meaning for parametrization {spec.parametrization!r}")
+        for leaf, shape in wanted.items():
+            if leaf not in node or jnp.shape(node[leaf]) != shape:
+                found = jnp.shape(node[leaf]) if leaf in node else "missing"
+                raise InputError(
+                    f"{name}: parametrization {spec.parametrization!r} needs {leaf} of shape {shape}; it is {found}"
+                )
+
+
 def kernel_axes(site_path: Path, module: Mapping[str, Any], spec: LoraSpec) -> tuple[int, tuple[int, ...]]:
     """``(number of stack axes, contracted axes)`` of a module's kernel; contracted axes count from after the stack.
 
     They come from ``spec.in_axes``, else from the bias, whose shape is the shape of the outputs, else the first axis.
     """
-    depth = tree.stack_depth(site_path, spec.stacked)
-    depth = depth if len(module["kernel"].shape) >= depth + 2 else 0
-    shape, bias = module["kernel"].shape[depth:], module.get("bias")
+    depth, leaf = tree.stack_depth(site_path, spec.stacked), module[kernel_leaf(module) or "kernel"]
+    depth = depth if len(leaf.shape) >= depth + 2 else 0
+    shape, bias = leaf.shape[depth:], module.get("bias")
     name = ".".join(site_path)
     declared = next((axes for key, axes in items(spec.in_axes) if tree.pattern_matches(key, name)), None)
     if declared is not None:
@@ -94,16 +126,18 @@ def as_dict(params: Any) -> dict[str, Any]:
     return unfreeze(params) if isinstance(params, FrozenDict) else params
 
 
-def _has_kernel(node: Mapping[str, Any]) -> bool:
-    return len(getattr(node.get("kernel"), "shape", ())) >= 2
+def kernel_leaf(module: Mapping[str, Any]) -> str | None:
+    """Which of a module's parameters a pair can change: ``kernel``, ``embedding`` or none."""
+    return next((leaf for leaf in LEAVES if len(getattr(module.get(leaf), "shape", ())) >= 2), None)
 
 
-def _kernel_site(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> Site:
+def _site(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> Site:
     depth, in_axes = kernel_axes(path, module, spec)
-    shape = module["kernel"].shape
+    leaf = kernel_leaf(module) or "kernel"
+    shape = module[leaf].shape
     rows = int(np.prod([shape[depth + axis] for axis in in_axes]))
     columns = int(np.prod(shape[depth:])) // rows
-    return make_site(path, shape[:depth], (rows, columns), spec)
+    return make_site(path, shape[:depth], (rows, columns), spec, leaf)
 
 
 def _check_axes(paths: list[Path], spec: LoraSpec) -> None:

@@ -29,12 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, make_site, pairs
+from stablelora_jax.adapter import make_site, pairs
 from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import Adapted, Observer
 from stablelora_jax.optimize import latches
 from stablelora_jax.optimize.stable import kept_share, shrink
 from stablelora_jax.parametrize import PARAMETRIZATIONS
+from stablelora_jax.spec import LoraSpec
 from stablelora_jax.tree import Path
 
 

@@ -15,11 +15,22 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, Site, adapter_sites
+from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.errors import InputError
-from stablelora_jax.initialize import INITIALIZERS
+from stablelora_jax.full import full_leaves, init_full, lay_full, unknown_full
+from stablelora_jax.initialize import INITIALIZERS, embedding
 from stablelora_jax.parametrize import PARAMETRIZATIONS
-from stablelora_jax.sites import as_dict, fitted_sites, from_matrix, kernel_axes, param_sites, to_matrix
+from stablelora_jax.sites import (
+    as_dict,
+    extra_leaves,
+    fitted_sites,
+    from_matrix,
+    kernel_axes,
+    param_sites,
+    require_leaves,
+    to_matrix,
+)
+from stablelora_jax.spec import LoraSpec
 
 
 def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
@@ -30,13 +41,15 @@ def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLi
 
     Args:
       key: a PRNG key.
-      params: parameters of any Linen model (arrays or ``jax.ShapeDtypeStruct``); only kernels' shapes are read.
+      params: parameters of any Linen model. Of adapted kernels only shapes are read (``jax.ShapeDtypeStruct`` will
+        do), but DoRA's magnitudes and parameters trained in full start from the values.
       spec: what to adapt.
       dtype: of the adapters, float32 or float64, whatever the dtype of the base: in bfloat16 a shrink by 5e-4 is
         less than half a unit in the last place, and Stable-LoRA would silently do nothing.
 
     Returns:
-      A nested dict that mirrors ``params``: ``lora_a`` (..., in, r) and ``lora_b`` (..., r, out) at adapted modules.
+      A nested dict that mirrors ``params``: ``lora_a`` (..., in, r) and ``lora_b`` (..., r, out) at adapted modules,
+      beside them what the parametrisation adds, and under ``full`` what ``modules_to_save`` and ``bias`` train.
 
     Raises:
       InputError: a pattern matches nothing, or the dtype is narrower than float32.
@@ -45,14 +58,21 @@ def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLi
         raise InputError(f"adapters are float32 or wider, not {jnp.dtype(dtype).name}")
     if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
         raise InputError("float64 adapters need jax.config.update('jax_enable_x64', True)")
+    params = as_dict(params)
     adapters: dict[str, Any] = {}
     for path, site in param_sites(params, spec).items():
-        adapters = tree.set_in(adapters, path, _init_site(key, site, spec, dtype))
+        pair = _init_site(key, site, spec, dtype)
+        adapters = tree.set_in(adapters, path, pair | _init_extra(params, pair, site, spec))
+    for leaf in full_leaves(params, spec).values():
+        adapters = tree.set_in(adapters, leaf.place, init_full(params, leaf, dtype))
     return adapters
 
 
 def merge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> dict[str, Any]:
     """Parameters with the adapters folded in: ``W0 + s A B``, computed at least in float32, in the base's dtype.
+
+    This is the definition of what adapters mean. A parameter that two modules share (an embedding that is the head,
+    too) is changed for both.
 
     Args:
       params: the base; not changed.
@@ -64,11 +84,21 @@ def merge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> d
     Raises:
       InputError: adapters that do not fit the parameters or the spec; a kernel that is not finite (``safe``).
     """
-    return _fold(params, adapters, spec, +1.0, safe)
+    params = as_dict(params)
+    leaves = full_leaves(params, spec)
+    if strange := unknown_full(adapters, leaves):
+        raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
+    return lay_full(_fold(params, adapters, spec, +1.0, safe), adapters, leaves, cast=True)
 
 
 def unmerge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> dict[str, Any]:
-    """The inverse of :func:`merge` up to rounding: keep the base itself where bits matter."""
+    """The inverse of :func:`merge` up to rounding: keep the base itself where bits matter.
+
+    Raises:
+      InputError: as :func:`merge`; or the base cannot be had back (DoRA, parameters trained in full).
+    """
+    if spec.parametrization != "lora" or spec.modules_to_save or spec.bias != "none":
+        raise InputError("only plain pairs can be taken out of merged parameters: keep the base itself")
     return _fold(params, adapters, spec, -1.0, safe)
 
 
@@ -88,23 +118,43 @@ def hyper(spec: LoraSpec, adapters: Any) -> dict[str, Any]:
 def _init_site(key: jax.Array, site: Site, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
     keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names])
     kernel = jax.ShapeDtypeStruct(site.size, dtype)
-    make = jax.vmap(lambda k: INITIALIZERS[spec.init](k, kernel, site.rank, dtype)[0])
+    start = INITIALIZERS[spec.init] if site.leaf == "kernel" else embedding
+    make = jax.vmap(lambda k: start(k, kernel, site.rank, dtype)[0])
     pair = {name: leaf.reshape(*site.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
     mask = jnp.asarray(site.mask(), dtype)
     return {"lora_a": pair["lora_a"] * mask[..., None, :], "lora_b": pair["lora_b"] * mask[..., :, None]}
 
 
+def _init_extra(params: Any, pair: dict[str, jax.Array], site: Site, spec: LoraSpec) -> dict[str, jax.Array]:
+    """What the parametrisation adds to ``pair``; zero in layers that are not adapted."""
+    wanted = extra_leaves(site, spec)
+    if not wanted:
+        return {}
+    module = tree.get_in(params, site.path)
+    if isinstance(module[site.leaf], jax.ShapeDtypeStruct):
+        raise InputError(f"{spec.parametrization} starts from the values of {'.'.join(site.path)}, not only its shape")
+    matrix = to_matrix(module[site.leaf], *kernel_axes(site.path, module, spec))
+    made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, site.scale())
+    used = np.array(site.ranks).reshape(site.stack) > 0
+    return {
+        name: jnp.where(used.reshape(*site.stack, *(1,) * (leaf.ndim - used.ndim)), leaf, 0)
+        for name, leaf in made.items()
+    }
+
+
 def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> dict[str, Any]:
     params = as_dict(params)
-    for path, site in fitted_sites(params, adapters, spec).items():
+    sites = fitted_sites(params, adapters, spec)
+    require_leaves(sites, adapters, spec)
+    for path, site in sites.items():
         module, pair = tree.get_in(params, path), tree.get_in(adapters, path)
         depth, in_axes = kernel_axes(path, module, spec)
-        matrix = to_matrix(module["kernel"], depth, in_axes)
+        matrix = to_matrix(module[site.leaf], depth, in_axes)
         merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * site.scale())
         if safe:
             _require_finite(merged, site)
-        kernel = from_matrix(merged, module["kernel"].shape, depth, in_axes)
-        params = tree.set_in(params, path, {**module, "kernel": kernel})
+        kernel = from_matrix(merged, module[site.leaf].shape, depth, in_axes)
+        params = tree.set_in(params, path, {**module, site.leaf: kernel})
     return params
 
 

@@ -52,10 +52,11 @@ def trained(adapters, spec, seed=5, size=0.3):
         a = size * rng.normal(size=pair["lora_a"].shape) * mask[..., None, :]
         b = size * rng.normal(size=pair["lora_b"].shape) * mask[..., :, None]
         dtype = pair["lora_a"].dtype
-        adapters = tree.set_in(
-            adapters, path, {**pair, "lora_a": jnp.asarray(a, dtype), "lora_b": jnp.asarray(b, dtype)}
-        )
-    return adapters
+        trained_pair = {"lora_a": jnp.asarray(a, dtype), "lora_b": jnp.asarray(b, dtype)}
+        adapters = tree.set_in(adapters, path, {**pair, **trained_pair})
+    factors = ("lora_a", "lora_b")
+    moved = lambda leaf: leaf * jnp.asarray(1 + size * rng.normal(size=leaf.shape), leaf.dtype)  # keeps zeros zero
+    return jax.tree_util.tree_map_with_path(lambda at, x: x if at[-1].key in factors else moved(x), adapters)
 
 
 def largest_difference(a, b):
@@ -114,6 +115,16 @@ class ForeignConv(nn.Module):
     def __call__(self, x):
         h = nn.tanh(nn.Conv(6, (3,), strides=2, name="conv")(x))
         return nn.Einsum((6, 2, 4), "btd,dnh->bthn", name="mix")(h)
+
+
+class ForeignTied(nn.Module):
+    """An embedding that is the head, too."""
+
+    @nn.compact
+    def __call__(self, x):
+        embed = nn.Embed(9, 6, name="embed")
+        h = embed(x)
+        return embed.attend(h + nn.Dense(6, name="fc")(nn.tanh(h)))
 
 
 class ForeignExperts(nn.Module):

@@ -88,7 +88,7 @@ def test_selects(spec, name, expected):
         (dict(target=()), "target is empty"),
         (dict(target=""), "target is empty"),
         (dict(scaling="rs"), "scaling must be one of lora, rslora"),
-        (dict(parametrization="dora"), "parametrization"),
+        (dict(parametrization="loha"), "parametrization"),
         (dict(init="pissa"), "init"),
         (dict(dropout="x"), "dropout"),
         (dict(target=[1]), "target"),

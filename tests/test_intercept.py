@@ -1,5 +1,6 @@
 """The low-rank path equals merging: values and gradients, any Linen model, under jit, remat, scan and many devices."""
 
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -16,6 +17,7 @@ from tests.helpers import (
     ForeignConv,
     ForeignMLP,
     ForeignScan,
+    ForeignTied,
     largest_difference,
     random_params,
     tiny_decoder,
@@ -49,8 +51,37 @@ def foreign_case(name):
     return model, random_params(model, x), x, spec
 
 
+def foreign_dora(name):
+    model, params, x, spec = foreign_case(name)
+    return model, params, x, replace(spec, parametrization="dora")
+
+
+def foreign_tied(parametrization):
+    x = tokens(8, vocab=9)
+    return (
+        ForeignTied(),
+        random_params(ForeignTied(), x),
+        x,
+        LoraSpec(target=["embed", "fc"], rank=2, parametrization=parametrization),
+    )
+
+
+DECODER |= {
+    "dora": replace(DECODER["layers_differ"], parametrization="dora"),
+    "embedding": LoraSpec(target=["embed_tokens", "lm_head", "v_proj"], rank=2),
+    "dora_embedding": LoraSpec(target=["embed_tokens", "q_proj"], rank=2, parametrization="dora"),
+    "full": LoraSpec(
+        rank=2,
+        target=["q_proj", "k_proj"],
+        modules_to_save=["lm_head", "embed_tokens", "layers.1.mlp", "norm", "input_layernorm", "k_proj"],
+        bias="lora_only",
+    ),
+    "bias": LoraSpec(rank=2, bias="all"),
+}
 CASES = {f"decoder-{name}": partial(decoder_case, name) for name in DECODER}
 CASES |= {name: partial(foreign_case, name) for name in FOREIGN}
+CASES |= {f"dora-{name}": partial(foreign_dora, name) for name in FOREIGN if name not in ("scan", "dense")}
+CASES |= {f"tied-{name}": partial(foreign_tied, name) for name in ("lora", "dora")}
 
 
 def both(case):
@@ -74,7 +105,7 @@ def test_path_equals_merging_in_values_and_gradients(case):
     assert largest_difference(gradient, expected_gradient) < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if "dora" not in name])
 def test_step_zero_is_the_base_to_the_last_bit(case):
     model, params, x, spec = CASES[case]()
     low_rank = {"params": params, "lora": init_adapters(jax.random.key(0), params, spec)}
@@ -314,3 +345,40 @@ def test_a_module_at_the_root():
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     merged = model.apply({"params": merge(params, adapters, spec)}, x)
     assert largest_difference(adapted(model, spec).apply({"params": params, "lora": adapters}, x), merged) < 1e-5
+
+
+def test_dora_scales_the_product_of_the_dropped_input():
+    """PEFT's rule: with W = 1, B = 0 and twice the norm, y = x + (2 - 1) dropout(x) + bias."""
+
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="fc")(x)
+
+    params = {"fc": {"kernel": jnp.eye(4), "bias": jnp.arange(4.0)}}
+    spec = LoraSpec(target=["fc"], rank=2, parametrization="dora", dropout=0.25)
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    adapters["fc"]["lora_magnitude_vector"] *= 2
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)
+    lora, variables = adapted(One(), spec), {"params": params, "lora": adapters}
+    np.testing.assert_allclose(lora.apply(variables, x), 2 * x + jnp.arange(4.0), rtol=1e-5)
+    part = lora.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - jnp.arange(4.0) - x
+    dropped = np.abs(part) < 1e-5
+    np.testing.assert_allclose(np.where(dropped, 0, part), np.where(dropped, 0, x / 0.75), atol=1e-5)
+    assert 0.1 < dropped.mean() < 0.4
+
+
+def test_a_missing_or_strange_leaf_is_named():
+    model, params = tiny_decoder()
+    plain, dora = LoraSpec(rank=2), LoraSpec(rank=2, parametrization="dora")
+    adapters = {spec: init_adapters(jax.random.key(0), params, spec) for spec in (plain, dora)}
+    apply = lambda spec, a: adapted(model, spec).apply({"params": params, "lora": a}, tokens())
+    with pytest.raises(InputError, match="needs lora_magnitude_vector of shape .* it is missing"):
+        apply(dora, adapters[plain])
+    with pytest.raises(InputError, match="lora_magnitude_vector has no meaning for parametrization 'lora'"):
+        apply(plain, adapters[dora])
+    full = LoraSpec(rank=2, modules_to_save=["norm"])
+    with pytest.raises(InputError, match="model.norm.full.scale of the adapters must have the shape"):
+        apply(full, adapters[plain])
+    with pytest.raises(InputError, match="model.norm.full.scale is trained in full, but the spec does not say so"):
+        apply(plain, init_adapters(jax.random.key(0), params, full))

@@ -8,11 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stablelora_jax"
 FLOORS = [
     {"errors", "files", "tree", "config"},
-    {"adapter"},
+    {"spec", "adapter"},
     {"parametrize", "initialize", "optimize"},
-    {"sites", "contraction", "transform", "intercept", "stability", "describe", "models"},
+    {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"},
     {"optimizer_config", "run_config", "tasks", "data", "losses", "metrics", "checkpoint", "interop"},
-    {"parallel", "run_directory", "log", "build", "train", "evaluate", "report", "summary"},
+    {"parallel", "run_directory", "log", "build", "train", "evaluate", "generate", "report", "summary"},
     {"run"},
 ]
 AXES = FLOORS[2]

@@ -4,7 +4,10 @@ A member is a function ``(key, w, rank, dtype) -> (pair, w0)`` for one kernel ``
 key, ``w0`` is the base to train on, and ``w0 + s A B == w`` where the method promises it.
 """
 
+from stablelora_jax.initialize.embedding import embedding
 from stablelora_jax.initialize.kaiming import kaiming
+
+__all__ = ["INITIALIZERS", "embedding"]
 
 INITIALIZERS = {
     "kaiming": kaiming,

@@ -9,8 +9,9 @@ import jax
 import optax
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, adapter_sites, is_pair
+from stablelora_jax.adapter import adapter_sites, is_pair
 from stablelora_jax.errors import InputError
+from stablelora_jax.spec import LoraSpec
 
 Scale = Any  # a number for all pairs, or a tree with an array of the stack's shape at every pair: see scales()
 

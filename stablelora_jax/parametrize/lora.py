@@ -10,17 +10,34 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+Adapter = Mapping[str, jax.Array]
 
-def delta(z: jax.Array, adapter: Mapping[str, jax.Array], scale: jax.Array) -> jax.Array:
+
+def leaves(w: jax.Array, pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
+    """Nothing but the pair is trained."""
+    return {}
+
+
+def gain(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array | None:
+    """The module's own product stays as it is."""
+    return None
+
+
+def delta(z: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
     """``s z B``: z = x A (..., r) in the module's compute dtype; B (r, out); gives (..., out), at least float32."""
     wide = jnp.promote_types(z.dtype, jnp.float32)
     product = jnp.matmul(z, adapter["lora_b"].astype(z.dtype), preferred_element_type=wide)
     return product * jnp.asarray(scale, wide)
 
 
-def merge(w: jax.Array, adapter: Mapping[str, jax.Array], scale: jax.Array) -> jax.Array:
+def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
     """``W0 + s A B`` for w (..., in, out) and scale (...), added at least in float32, in the dtype of ``w``."""
+    return merged(w, adapter, scale).astype(w.dtype)
+
+
+def merged(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+    """:func:`merge` before it is rounded to the dtype of ``w``."""
     a, b = adapter["lora_a"], adapter["lora_b"]
     wide = jnp.promote_types(jnp.promote_types(w.dtype, a.dtype), jnp.float32)
     product = jnp.matmul(a.astype(wide), b.astype(wide)) * jnp.asarray(scale, wide)[..., None, None]
-    return (w.astype(wide) + product).astype(w.dtype)
+    return w.astype(wide) + product
