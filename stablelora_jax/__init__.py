@@ -3,11 +3,15 @@
 See README.md for the quick start; every public name is documented where it is defined.
 """
 
+from stablelora_jax.bank import banked, make_bank
+from stablelora_jax.combine import combine
 from stablelora_jax.describe import describe
 from stablelora_jax.errors import InputError
+from stablelora_jax.generate import generate
 from stablelora_jax.intercept import adapted
 from stablelora_jax.interop import load_peft, save_peft
 from stablelora_jax.models.pretrained import base_directory, load_pretrained, save_pretrained
+from stablelora_jax.models.untie import untie
 from stablelora_jax.optimize import (
     allora,
     altlora,
@@ -38,9 +42,12 @@ __all__ = [
     "allora",
     "altlora",
     "altlora_plus",
+    "banked",
     "base_directory",
+    "combine",
     "describe",
     "freeze_a",
+    "generate",
     "hyper",
     "init_adapters",
     "load_peft",
@@ -50,6 +57,7 @@ __all__ = [
     "lora_pre",
     "lora_pro",
     "lora_rite",
+    "make_bank",
     "merge",
     "oplora",
     "riemannian",
@@ -63,4 +71,5 @@ __all__ = [
     "stiefel_lora",
     "still_shrinking",
     "unmerge",
+    "untie",
 ]

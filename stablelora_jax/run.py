@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from stablelora_jax.intercept import Adapted, adapted
 from stablelora_jax.interop import save_peft
 from stablelora_jax.log import RunLog
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
+from stablelora_jax.models.untie import untie
 from stablelora_jax.optimizer_config import shrink_ratio, trained_part
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.run_directory import SUMMARY, create, locate, read_summary
@@ -83,7 +85,10 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
     state = _train(job, state, manager, log)
     if config.evaluate and log.evaluation(config.steps) is None:
         log.write_evaluation(config.steps, _evaluate(job, state.adapters))
-    save_peft(directory / "adapter", state.adapters, config.lora, base_model=job.base)
+    metadata = {"optimizer": asdict(config.optimizer), "steps": config.steps, "task": config.task.name}
+    save_peft(
+        directory / "adapter", state.adapters, config.lora, base_model=job.base, params=job.params, metadata=metadata
+    )
     manager.close()
     log.close()
     report.draw(directory)
@@ -100,6 +105,8 @@ def _prepare(config: RunConfig, directory: Path, say: Callable[[str], None]) -> 
     if config.batch_size % jax.local_device_count():
         raise InputError(f"batch_size {config.batch_size} does not divide over {jax.local_device_count()} devices")
     model, params = load_pretrained(base, dtype=jnp.dtype(config.model.dtype))
+    if config.model.untie:
+        model, params = untie(model, params)
     if model.tokenizer is None:
         raise InputError(f"{base} has no tokenizer")
     if config.length > model.config.max_position_embeddings:

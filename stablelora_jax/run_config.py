@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stablelora_jax.adapter import LoraSpec
 from stablelora_jax.config import option, section
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimizer_config import CONFIGS, OptimizerConfig
+from stablelora_jax.spec import LoraSpec
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class ModelConfig:
 
     path: str | None = option(None, "model directory, .gguf file or hub id; null for the small base of this package")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the base and of matrix products")
+    untie: bool = option(False, "give a head tied to the embedding its own weights, so that either may change alone")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ FLOORS = [
     {"spec", "adapter"},
     {"parametrize", "initialize", "optimize"},
     {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"},
-    {"optimizer_config", "run_config", "tasks", "data", "losses", "metrics", "checkpoint", "interop"},
-    {"parallel", "run_directory", "log", "build", "train", "evaluate", "generate", "report", "summary"},
-    {"run"},
+    {"optimizer_config", "run_config", "tasks", "data", "losses", "metrics", "sampling", "checkpoint", "interop"},
+    {"parallel", "run_directory", "log", "build", "train", "evaluate", "decode", "generate", "report", "summary"},
+    {"run", "export"},
 ]
 AXES = FLOORS[2]
 HEAVY = {

@@ -1,26 +1,49 @@
-"""What a decoder looks like: ``config.json`` of the Llama and Qwen2 families as one frozen dataclass.
+"""What a decoder looks like: ``config.json`` of the Llama, Mistral, Qwen2 and Qwen3 families as one frozen dataclass.
 
-Reads the old style (``rope_theta``, ``rope_scaling``) and the style of transformers 5 (``rope_parameters``). A key that
-changes the forward pass and is neither handled here nor at its neutral value is refused by name: a model that differs
-silently from the one its authors trained is worse than none. Sources of the meanings and defaults:
-``transformers/models/{llama,qwen2}/configuration_*.py`` and ``transformers/modeling_rope_utils.py``.
+Reads the old style (``rope_theta``, ``rope_scaling``, ``max_window_layers``) and the style of transformers 5
+(``rope_parameters``, ``layer_types``). A key that changes the forward pass and is neither handled here nor at its
+neutral value is refused by name: a model that differs silently from the one its authors trained is worse than none.
+Sources of the meanings and defaults: ``transformers/models/{llama,mistral,qwen2,qwen3}/configuration_*.py`` and
+``transformers/modeling_rope_utils.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.models.fields import flag, number, size, token_ids
+from stablelora_jax.models.windows import KEYS as WINDOW_KEYS
+from stablelora_jax.models.windows import read_windows, window_keys
 
-MODEL_TYPES = ("llama", "qwen2")
+
+class Family(NamedTuple):
+    """What an *absent* key means in one ``model_type``, and which bias keys it reads; None: follows from the sizes."""
+
+    architecture: str
+    num_key_value_heads: int | None
+    head_dim: int | None
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    biases: tuple[str, ...] = ()
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("LlamaForCausalLM", None, None, 2048, 1, 2, ("attention_bias", "mlp_bias")),
+    "mistral": Family("MistralForCausalLM", 8, None, 131072, 1, 2),
+    "qwen2": Family("Qwen2ForCausalLM", 32, None, 32768, None, None),
+    "qwen3": Family("Qwen3ForCausalLM", 32, 128, 32768, None, None, ("attention_bias",)),
+}
+MOST_LAYERS, WIDEST_HEAD = 10_000, 2**16
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # Keys that leave the logits alone: names, training-time settings, token ids, file bookkeeping.
 INERT = frozenset(
     """architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache
-    initializer_range max_position_embeddings max_window_layers bos_token_id eos_token_id pad_token_id sep_token_id
+    initializer_range max_position_embeddings bos_token_id eos_token_id pad_token_id sep_token_id
     decoder_start_token_id attn_implementation _attn_implementation tokenizer_class task_specific_params id2label
     label2id problem_type chunk_size_feed_forward output_attentions output_hidden_states return_dict torchscript
     is_decoder is_encoder_decoder base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference unsloth_version
@@ -73,6 +96,8 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int, ...] = ()  # of each layer: how many keys, itself included, a token sees; 0 and () are all
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -85,34 +110,30 @@ def decoder_config(raw: Mapping[str, Any], source: str = "config.json") -> Decod
       InputError: an unknown model type, a missing or absurd size, or a feature that this decoder does not have.
     """
     model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise InputError(f"{source}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    sizes = {name: _size(raw, name, source) for name in SIZES}
-    heads = sizes["num_attention_heads"]
-    kv_heads = _size(raw, "num_key_value_heads", source, default=heads)
-    if heads % kv_heads:
-        raise InputError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-        raise InputError(f"{source}: hidden_size {sizes['hidden_size']} is not a multiple of {heads} attention heads")
-    head_dim = _size(raw, "head_dim", source, default=sizes["hidden_size"] // heads)
-    if head_dim % 2:
-        raise InputError(f"{source}: head_dim {head_dim} is odd, but rotary positions turn pairs of dimensions")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; supported: {', '.join(FAMILIES)}")
     _refuse_unknown(raw, source)
-    qkv_bias = model_type == "qwen2" or _flag(raw, "attention_bias", source)
+    sizes = {name: size(raw, name, source) for name in SIZES}
+    layers = size(raw, "num_hidden_layers", source, most=MOST_LAYERS)
+    biased = flag(raw, "attention_bias", source)
     return DecoderConfig(
-        model_type=model_type,
+        model_type=str(model_type),
         **sizes,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=_number(raw, "rms_norm_eps", source, default=1e-6),
+        **_heads(raw, source, family, sizes["hidden_size"], sizes["num_attention_heads"]),
+        rms_norm_eps=number(raw, "rms_norm_eps", source, default=1e-6),
         rope=_rope(raw, source),
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings", source),
-        qkv_bias=qkv_bias,
-        o_bias=qkv_bias and model_type == "llama",
-        mlp_bias=model_type == "llama" and _flag(raw, "mlp_bias", source),
-        max_position_embeddings=_size(raw, "max_position_embeddings", source, default=2048),
-        bos_token_id=next(iter(_ids(raw, "bos_token_id", source)), None),
-        eos_token_id=_ids(raw, "eos_token_id", source),
+        tie_word_embeddings=flag(raw, "tie_word_embeddings", source),
+        qkv_bias=model_type == "qwen2" or biased,
+        o_bias=biased,
+        mlp_bias=flag(raw, "mlp_bias", source),
+        qk_norm=model_type == "qwen3",
+        windows=read_windows(raw, source, layers),
+        max_position_embeddings=size(
+            raw, "max_position_embeddings", source, default=family.max_position_embeddings, most=2**31 - 1
+        ),
+        bos_token_id=next(iter(token_ids(raw, "bos_token_id", source, family.bos_token_id)), None),
+        eos_token_id=token_ids(raw, "eos_token_id", source, family.eos_token_id),
     )
 
 
@@ -120,13 +141,15 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The content of a ``config.json`` (transformers 5 style) that describes ``config``."""
     rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
     rope |= {key: getattr(config.rope, key) for key in ROPE_KEYS[config.rope.kind]}
-    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias} if config.model_type == "llama" else {}
+    family = FAMILIES[config.model_type]
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     same = SIZES + ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
     return {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]],
+        "architectures": [family.architecture],
         "model_type": config.model_type,
         **{name: getattr(config, name) for name in same},
-        **biases,
+        **{name: biases[name] for name in family.biases},
+        **window_keys(config.model_type, config.windows),
         "hidden_act": "silu",
         "rope_parameters": rope,
         "bos_token_id": config.bos_token_id,
@@ -134,47 +157,29 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _size(raw: Mapping[str, Any], name: str, source: str, default: int | None = None) -> int:
-    value = default if raw.get(name) is None else raw[name]
-    if value is None:
-        raise InputError(f"{source}: the key {name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{source}: {name} must be a positive whole number, not {value!r}")
-    return value
-
-
-def _number(raw: Mapping[str, Any], name: str, source: str, default: float) -> float:
-    value = raw.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise InputError(f"{source}: {name} must be a positive number, not {value!r}")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], name: str, source: str) -> bool:
-    value = raw.get(name, False)
-    if value not in (None, True, False):
-        raise InputError(f"{source}: {name} must be true or false, not {value!r}")
-    return bool(value)
-
-
-def _ids(raw: Mapping[str, Any], name: str, source: str) -> tuple[int, ...]:
-    value = raw.get(name)
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise InputError(f"{source}: {name} must be token ids, not {value!r}")
-    return ids
+def _heads(raw: Mapping[str, Any], source: str, family: Family, hidden: int, heads: int) -> dict[str, int]:
+    kv_heads = size(
+        {"num_key_value_heads": family.num_key_value_heads, **raw}, "num_key_value_heads", source, default=heads
+    )
+    if heads % kv_heads:
+        raise InputError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    given = {"head_dim": family.head_dim, **raw}
+    if given["head_dim"] is None and hidden % heads:
+        raise InputError(f"{source}: hidden_size {hidden} is not a multiple of {heads} attention heads")
+    usual = hidden // heads if family.head_dim is None else None
+    head_dim = size(given, "head_dim", source, default=usual, most=WIDEST_HEAD)
+    if head_dim % 2:
+        raise InputError(f"{source}: head_dim {head_dim} is odd, but rotary positions turn pairs of dimensions")
+    return {"num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
 def _refuse_unknown(raw: Mapping[str, Any], source: str) -> None:
-    known = INERT | ({"attention_bias", "mlp_bias"} if raw["model_type"] == "llama" else set())
+    known = INERT | set(FAMILIES[raw["model_type"]].biases) | {"layer_types", "max_window_layers"}
+    known |= set(WINDOW_KEYS) if raw["model_type"] != "llama" else set()
     for key, value in raw.items():
-        if key == "layer_types" and (value is None or (isinstance(value, list) and set(value) <= {"full_attention"})):
-            continue
-        if key == "sliding_window" and raw["model_type"] == "qwen2" and not raw.get("use_sliding_window"):
-            continue
         if key in known or (key in NEUTRAL and value in NEUTRAL[key]) or (key not in NEUTRAL and not value):
             continue
-        raise InputError(f"{source}: {key} = {value!r} is a feature that this decoder does not have")
+        raise InputError(f"{source}: {key} = {value!r:.60} is a feature that this decoder does not have")
 
 
 def _rope(raw: Mapping[str, Any], source: str) -> Rope:
@@ -194,9 +199,9 @@ def _rope(raw: Mapping[str, Any], source: str) -> Rope:
     missing = [key for key in ROPE_KEYS[kind] if key not in rope]
     if missing:
         raise InputError(f"{source}: rope type {kind!r} needs {', '.join(missing)}")
-    values = {key: _number(rope, key, source, default=1.0) for key in ROPE_KEYS[kind]}
+    values = {key: number(rope, key, source, default=1.0) for key in ROPE_KEYS[kind]}
     if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
         raise InputError(f"{source}: low_freq_factor must be less than high_freq_factor")
     owner = rope if rope.get("rope_theta") is not None else raw
-    theta = 10000.0 if owner.get("rope_theta") is None else _number(owner, "rope_theta", source, default=10000.0)
+    theta = 10000.0 if owner.get("rope_theta") is None else number(owner, "rope_theta", source, default=10000.0)
     return Rope(theta=theta, kind=kind, **values)

@@ -1,6 +1,6 @@
 """A GGUF file as if it were a Hugging Face checkpoint: configuration, tensors on demand, tokenizer. No PyTorch.
 
-Meaning and defaults of the metadata are those of llama.cpp,
+Llama (which Mistral is in GGUF), Qwen2 and Qwen3. Meaning and defaults of the metadata are those of llama.cpp,
 ``src/llama-model.cpp``; names of tensors and the permutation of q and k are those of its ``convert_hf_to_gguf.py``.
 A key or a tensor that would change the model and is not handled is refused by name.
 """
@@ -17,8 +17,10 @@ import numpy as np
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.models.gguf_container import ELSE, Stored, check_data, decode, read_header
+from stablelora_jax.models.gguf_rope import ROPE_FREQS, llama3_scaling
 from stablelora_jax.models.gguf_tokenizer import build_tokenizer, special_ids
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SIZES = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length"}
 SIZES |= {"num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count"}
 SIZES |= {"max_position_embeddings": "context_length"}
@@ -35,6 +37,7 @@ MLP = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 BLOCK = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 BLOCK |= {name: f"self_attn.{module}" for name, module in ATTENTION.items()}
 BLOCK |= {name: f"mlp.{module}" for name, module in MLP.items()}
+QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}  # of Qwen3 alone
 
 
 class GgufCheckpoint(NamedTuple):
@@ -47,10 +50,10 @@ class GgufCheckpoint(NamedTuple):
 
 
 def read_gguf(path: str | Path) -> GgufCheckpoint:
-    """Open a GGUF file of a Llama or Qwen2 model.
+    """Open a GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model.
 
     Raises:
-      InputError: no such file, not a whole GGUF file, or a model that is neither; one line names file and cause.
+      InputError: no such file, not a whole GGUF file, or another model; one line names file and cause.
     """
     try:
         return _open(Path(path))
@@ -70,8 +73,11 @@ def _open(path: Path) -> GgufCheckpoint:
     except (EOFError, UnicodeDecodeError):
         raise InputError("the header ends early or is damaged; download the file again") from None
     config = _config(metadata, table)
-    stored = {_hf_name(name, config["num_hidden_layers"]): tensor for name, tensor in table.items()}
-    check_data(table, len(file))
+    factors = table.pop(ROPE_FREQS, None) if config["model_type"] == "llama" else None
+    stored = {_hf_name(name, config): tensor for name, tensor in table.items()}
+    check_data(table | ({ROPE_FREQS: factors} if factors else {}), len(file))
+    if factors:
+        config["rope_scaling"] = llama3_scaling(decode(file, factors), config)
 
     def read(name: str) -> np.ndarray:
         if name not in stored:
@@ -86,8 +92,9 @@ def _open(path: Path) -> GgufCheckpoint:
 
 def _config(metadata: Mapping[str, Any], table: Mapping[str, Stored]) -> dict[str, Any]:
     arch = metadata.get("general.architecture")
-    if arch not in ("llama", "qwen2"):
-        raise InputError(f"general.architecture {arch!r:.60} is not supported (llama and qwen2 are); {ELSE}")
+    if arch not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"general.architecture {arch!r:.60} is not supported ({known} are); {ELSE}")
     _refuse_unknown(metadata, arch)
     if "token_embd.weight" not in table:
         raise InputError("the tensor 'token_embd.weight' is missing; convert the model again")
@@ -95,12 +102,14 @@ def _config(metadata: Mapping[str, Any], table: Mapping[str, Stored]) -> dict[st
     config |= {name: _number(metadata, f"{arch}.{key}", int) for name, key in SIZES.items()}
     kv_heads = _number(metadata, f"{arch}.attention.head_count_kv", int, config["num_attention_heads"])
     epsilon = _number(metadata, f"{arch}.attention.layer_norm_rms_epsilon")
+    biased = {name.split(".")[-2] for name in table if name.endswith(".bias")}
+    if arch != "qwen2":  # which always has biases, of q, k and v
+        config["attention_bias"] = not biased.isdisjoint(ATTENTION)
     if arch == "llama":
-        biased = {name.split(".")[-2] for name in table if name.endswith(".bias")}
-        config |= {"attention_bias": not biased.isdisjoint(ATTENTION), "mlp_bias": not biased.isdisjoint(MLP)}
+        config["mlp_bias"] = not biased.isdisjoint(MLP)
     return config | {
         "num_key_value_heads": kv_heads,
-        **_head_dim(metadata, arch, config),
+        "head_dim": _head_dim(metadata, arch, config),
         "rms_norm_eps": float(str(np.float32(epsilon))),  # 1e-05, not the float32 nearest to it
         "rope_theta": _number(metadata, f"{arch}.rope.freq_base", default=10000.0),
         "rope_scaling": _rope_scaling(metadata, arch),
@@ -130,15 +139,15 @@ def _refuse_unknown(metadata: Mapping[str, Any], arch: str) -> None:
             raise InputError(f"{key!r} = {value!r:.60} is a feature that is not handled; {ELSE}")
 
 
-def _head_dim(metadata: Mapping[str, Any], arch: str, config: Mapping[str, Any]) -> dict[str, int]:
-    """``head_dim`` where the file gives it, after checking that the whole head is rotated."""
+def _head_dim(metadata: Mapping[str, Any], arch: str, config: Mapping[str, Any]) -> int:
+    """The size of a head, after checking that keys and values have the same and that the whole of it is rotated."""
     usual = config["hidden_size"] // config["num_attention_heads"]
     head_dim = _number(metadata, f"{arch}.attention.key_length", int, usual)
     for name in ("attention.value_length", "rope.dimension_count"):
         value = metadata.get(f"{arch}.{name}", head_dim)
         if value != head_dim:
             raise InputError(f"'{arch}.{name}' = {value!r:.60} is not the head dimension {head_dim}; {ELSE}")
-    return {"head_dim": head_dim} if f"{arch}.attention.key_length" in metadata else {}
+    return head_dim
 
 
 def _rope_scaling(metadata: Mapping[str, Any], arch: str) -> dict[str, Any] | None:
@@ -158,15 +167,33 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"bos_token_id": ids["bos"], "eos_token_id": eos, "pad_token_id": ids["pad"]}
 
 
-def _hf_name(name: str, layers: int) -> str:
+def _hf_name(name: str, config: Mapping[str, Any]) -> str:
+    layers, block = config["num_hidden_layers"], BLOCK | (QK_NORM if config["model_type"] == "qwen3" else {})
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    module = match and (BLOCK if match[1] else TOP).get(match[2])
+    module = match and (block if match[1] else TOP).get(match[2])
     if not match or not module or int(match[1] or 0) >= layers:
         raise InputError(f"the tensor {name!r} is not part of a model of {layers} layers that is read here; {ELSE}")
     return f"model.layers.{match[1]}.{module}.{match[3]}" if match[1] else f"{module}.{match[3]}"
 
 
+def gguf_name(module: str) -> str | None:
+    """llama.cpp's name for the weight of a module that Hugging Face calls ``module``; None where it has none.
+
+    ``gguf_name("model.layers.3.self_attn.q_proj") == "blk.3.attn_q.weight"``.
+    """
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    table, own = (BLOCK | QK_NORM, match[2]) if match else (TOP, module)
+    found = next((name for name, hf in table.items() if hf == own), None)
+    return found and (f"blk.{match[1]}.{found}.weight" if match else f"{found}.weight")
+
+
+def permute(array: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of q or k (heads * head_dim, ...) in the order of llama.cpp's ``llama``: halves of a head alternate."""
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
+
+
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's order of the rows of q and k, where the two halves of a head alternate."""
+    """The inverse of :func:`permute`."""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

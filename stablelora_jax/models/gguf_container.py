@@ -18,6 +18,7 @@ from stablelora_jax.errors import InputError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+MOST = 2**24  # bytes or values of one entry of the header; ten times those of the largest vocabularies
 ELSE = "use the model's safetensors instead"
 
 
@@ -30,7 +31,7 @@ class Stored(NamedTuple):
 
 
 def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Metadata and tensor table. A count is never believed further than the file reaches."""
+    """Metadata and tensor table. A count is never believed further than the file reaches, nor beyond ``MOST``."""
     if _take(file, 4) != b"GGUF":
         raise InputError("not a GGUF file: it does not begin with the letters GGUF")
     version, tensor_count, key_count = struct.unpack("<IQQ", _take(file, 20))
@@ -56,7 +57,7 @@ def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 
 def _take(file: mmap.mmap, size: int) -> bytes:
-    chunk = file.read(min(size, len(file)))
+    chunk = file.read(min(size, MOST))
     if len(chunk) < size:
         raise EOFError
     return chunk
@@ -68,6 +69,8 @@ def _string(file: mmap.mmap) -> str:
 
 def _value(file: mmap.mmap, kind: int) -> Any:
     item, count = struct.unpack("<IQ", _take(file, 12)) if kind == ARRAY else (kind, 1)
+    if count > MOST:
+        raise EOFError
     if item == STRING:
         values: Any = [_string(file) for _ in range(count)]
     elif item in SCALARS:

@@ -9,6 +9,7 @@ Whatever changes ids and is not rebuilt here is refused by name. Errors do not n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int) -> Any | None:
     if len(tokens) > vocab_size:
         raise InputError(f"{len(tokens)} tokens are more than the {vocab_size} rows of token_embd.weight: {ELSE}")
     named = special_ids(metadata).values()  # a filler that was given a role is a token like any other
-    types = _per_token(metadata, "token_type", len(tokens))
+    types = _per_token(metadata, "token_type", len(tokens), int)
     types = [CONTROL if kind == UNUSED and i in named else kind for i, kind in enumerate(types)]
     tokenizer = (_byte_level if model == "gpt2" else _sentencepiece)(metadata, tokens, types)
     whole = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in WHOLE]
@@ -96,7 +97,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Seque
     if steps is None:
         known = ", ".join((*PRE, *LLAMA3[1:]))
         raise InputError(f"tokenizer.ggml.pre {pre!r:.60} is not supported ({known} are): {ELSE}")
-    if metadata.get("tokenizer.ggml.add_space_prefix"):
+    if _flag(metadata, "add_space_prefix", False):
         raise InputError(f"tokenizer.ggml.add_space_prefix has no agreed meaning for byte-level BPE: {ELSE}")
     vocab = _ids(tokens, types)
     merges = _merges(_strings(metadata, "merges"), vocab)
@@ -116,11 +117,11 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
     if "tokenizer.ggml.merges" in metadata:
         merges = _merges(_strings(metadata, "merges"), vocab)
     else:
-        scores = _per_token(metadata, "scores", len(tokens))
+        scores = _per_token(metadata, "scores", len(tokens), float)
         merges = _merges_by_score({t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind == NORMAL})
     unk = _token(tokens, special_ids(metadata)["unk"], "unk")
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = _flag(metadata, "add_space_prefix", True)
     blanks = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), blanks]) if prefix else blanks
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -132,21 +133,31 @@ def _finish(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: Sequence[
     from transformers import PreTrainedTokenizerFast
 
     adds_bos = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3
-    adds = {"bos": metadata.get("tokenizer.ggml.add_bos_token", adds_bos)}
-    adds["eos"] = metadata.get("tokenizer.ggml.add_eos_token", False)
+    adds = {"bos": _flag(metadata, "add_bos_token", adds_bos), "eos": _flag(metadata, "add_eos_token", False)}
     ids = special_ids(metadata)
     special = {name: _token(tokens, ids[name], name) for name in ("bos", "eos", "unk", "pad")}
     for name, wanted in adds.items():
         if wanted and special[name] is None:
             raise InputError(f"tokenizer.ggml.{name}_token_id is missing, but texts are to get this token: {ELSE}")
-    template = metadata.get("tokenizer.chat_template")
-    named = {n: metadata.get(f"tokenizer.chat_template.{n}") for n in metadata.get("tokenizer.chat_templates", ())}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **{f"{name}_token": token for name, token in special.items()},
-        **{f"add_{name}_token": bool(wanted) for name, wanted in adds.items()},
-        chat_template={"default": template} | named if named else template,
+        **{f"add_{name}_token": wanted for name, wanted in adds.items()},
+        chat_template=_chat_template(metadata),
     )
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> Any:
+    """The chat template, or a map of them by name, as ``transformers`` takes it; None where there is none."""
+    names = metadata.get("tokenizer.chat_templates", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"tokenizer.chat_templates = {names!r:.60} is not a list of names: {ELSE}")
+    found = {name: metadata.get(f"tokenizer.chat_template.{name}") for name in names}
+    found |= {"default": metadata["tokenizer.chat_template"]} if "tokenizer.chat_template" in metadata else {}
+    for name, template in found.items():
+        if not isinstance(template, str):
+            raise InputError(f"the chat template {name!r:.60} is {template!r:.60}, not a text: {ELSE}")
+    return found if names else found.get("default")
 
 
 def _ids(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
@@ -196,11 +207,21 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     return values
 
 
-def _per_token(metadata: Mapping[str, Any], name: str, count: int) -> list[Any]:
+def _per_token(metadata: Mapping[str, Any], name: str, count: int, kind: type[int] | type[float]) -> list[Any]:
     values = _need(metadata, name)
     if not isinstance(values, list) or len(values) != count:
         raise InputError(f"tokenizer.ggml.{name} does not have one value for each of the {count} tokens: {ELSE}")
+    wrong = [value for value in values if not isinstance(value, kind) or not math.isfinite(value)]
+    if wrong:
+        raise InputError(f"tokenizer.ggml.{name} holds {wrong[0]!r:.60}, which is no {kind.__name__}: {ELSE}")
     return values
+
+
+def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise InputError(f"tokenizer.ggml.{name} = {value!r:.60} is neither true nor false: {ELSE}")
+    return value
 
 
 def _token(tokens: Sequence[str], index: int | None, name: str) -> str | None:

@@ -10,30 +10,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.files import write_whole
 from stablelora_jax.models.architecture import decoder_config, to_hf
 from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.shards import write_safetensors
 from stablelora_jax.models.tokenizer import load_tokenizer
-from stablelora_jax.models.weights import TensorSource, hf_arrays, load_params, safetensors_source
+from stablelora_jax.models.weights import ShardingRule, TensorSource, load_params, safetensors_source
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+GENERATION = "generation_config.json"
 HUB_SKIP = ["original/*", "consolidated*", "onnx/*"]
 
 
-def load_pretrained(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[Decoder, Any]:
-    """Load a decoder of the Llama or Qwen2 family.
+def load_pretrained(
+    path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32, sharding: Sharding | ShardingRule | None = None
+) -> tuple[Decoder, Any]:
+    """Load a decoder of the Llama, Mistral, Qwen2 or Qwen3 family.
 
     Args:
       path_or_id: a Hugging Face directory (``config.json`` and safetensors), a ``.gguf`` file, or a hub id such as
         ``"Qwen/Qwen2-0.5B"``, which the hub's cache answers when there is no network.
       dtype: of the parameters and of matrix products; norms, attention and logits use at least float32.
+      sharding: where the parameters go: one ``jax.sharding.Sharding`` for all, or a function of a leaf's path (a tuple
+        of names) and shape; None is the default device. Tensors are read one by one, straight into ``dtype``.
 
     Returns:
       ``(model, params)``: ``model.apply({"params": params}, tokens)`` gives logits (B, T, V); ``model.config`` is a
-      ``DecoderConfig`` and ``model.tokenizer`` the tokenizer that came with the weights, or None.
+      ``DecoderConfig``, with the end ids of ``generation_config.json`` where there are some, and ``model.tokenizer``
+      the tokenizer that came with the weights, or None.
 
     Raises:
       InputError: the files are missing, damaged, inconsistent, or describe a model that this decoder is not.
@@ -43,7 +51,7 @@ def load_pretrained(path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32) -
         raise InputError(f"dtype {dtype} cannot be used here; float64 needs jax.config.update('jax_enable_x64', True)")
     raw, source, tokenizer, origin = _open(path_or_id)
     model = Decoder(decoder_config(raw, origin), dtype=dtype, tokenizer=tokenizer)
-    return model, load_params(abstract_params(model), source, dtype)
+    return model, load_params(abstract_params(model), source, dtype, sharding)
 
 
 def base_directory() -> Path:
@@ -57,15 +65,31 @@ def abstract_params(model: Decoder) -> Any:
     return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens)["params"]
 
 
-def save_pretrained(directory: str | Path, model: Decoder, params: Any) -> None:
-    """Write ``model`` and ``params`` as a Hugging Face directory that ``transformers`` and this package load."""
-    from safetensors.numpy import save_file
+def save_pretrained(
+    directory: str | Path,
+    model: Decoder,
+    params: Any,
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write ``model`` and ``params`` as a Hugging Face directory that ``transformers`` and this package load.
 
+    Args:
+      directory: made if need be; weights that it held before are replaced.
+      model: whose configuration and tokenizer, if any, go with the weights.
+      params: the parameters.
+      dtype: of the tensors; default: that of each parameter.
+      max_shard_size: bytes of one safetensors file; weights beyond it become several, with an index.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(dict(hf_arrays(params)), directory / "model.safetensors", metadata={"format": "pt"})
-    config = to_hf(model.config) | {"dtype": np.dtype(model.dtype).name}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_safetensors(directory, params, dtype, max_shard_size)
+    written = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*jax.tree.leaves(params))
+    config = to_hf(model.config)
+    write_whole(directory / "config.json", json.dumps(config | {"dtype": written.name}, indent=2) + "\n")
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+    write_whole(directory / GENERATION, json.dumps(ends, indent=2) + "\n")
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
 
@@ -81,16 +105,23 @@ def _open(path_or_id: str | Path) -> tuple[dict[str, Any], TensorSource, Any, st
         source = TensorSource(str(path), checkpoint.shapes, checkpoint.read)
         return checkpoint.config, source, checkpoint.tokenizer, str(path)
     directory = path if path.is_dir() else _download(str(path_or_id))
-    config = directory / "config.json"
+    config, generation = directory / "config.json", directory / GENERATION
     if not config.is_file():
         raise InputError(f"{directory} has no config.json; give a Hugging Face model directory or a .gguf file")
-    try:
-        raw = json.loads(config.read_text())
-    except ValueError as error:
-        raise InputError(f"{config} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{config} must hold a JSON object, not {type(raw).__name__}")
+    raw = _read_json(config)
+    ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    raw |= {"eos_token_id": ends} if ends is not None else {}
     return raw, safetensors_source(directory), load_tokenizer(directory), str(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    return raw
 
 
 def _download(name: str) -> Path:

@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError
 
 LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 STACK = "layers"
+PART = 2**22  # numbers that are looked at together
+ShardingRule = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
 
 
 class TensorSource(NamedTuple):
@@ -32,6 +35,7 @@ class TensorSource(NamedTuple):
     origin: str  # file or directory, for errors
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    rows: Callable[[str, slice], np.ndarray] | None = None  # a part of one, without reading the rest
 
 
 def safetensors_source(directory: Path) -> TensorSource:
@@ -54,23 +58,38 @@ def safetensors_source(directory: Path) -> TensorSource:
     def read(name: str) -> np.ndarray:
         try:
             return where[name].get_tensor(name)
-        except (SafetensorError, TypeError, ValueError) as error:
+        except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # numpy has no floats of eight bits
             raise InputError(f"{directory}: tensor {name} cannot be read: {_one_line(error)}") from None
 
-    return TensorSource(str(directory), shapes, read)
+    def read_rows(name: str, rows: slice) -> np.ndarray:
+        try:
+            return where[name].get_slice(name)[rows]
+        except (SafetensorError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{directory}: tensor {name} cannot be read: {_one_line(error)}") from None
+
+    return TensorSource(str(directory), shapes, read, read_rows)
 
 
-def load_params(abstract: Any, source: TensorSource, dtype: DTypeLike) -> Any:
+def load_params(
+    abstract: Any, source: TensorSource, dtype: DTypeLike, sharding: Sharding | ShardingRule | None = None
+) -> Any:
     """Fill the tree ``abstract`` (of ``jax.ShapeDtypeStruct``) from ``source``, every leaf in ``dtype``.
 
+    ``sharding`` is that of every leaf, or gives that of a leaf from its path and shape; None: the default device. The
+    host holds one leaf, and one tensor of the file, beside those that are placed.
+
     Raises:
-      InputError: naming tensors that are missing, left over or of another shape.
+      InputError: naming tensors that are missing, left over, of another shape, not floating-point, or not finite.
     """
     leaves = traverse_util.flatten_dict(abstract)
     wanted = {name: shape for path, leaf in leaves.items() for name, shape in hf_tensors(path, leaf.shape)}
     _check_names(wanted, source, tied="lm_head.weight" not in wanted)
+    rule = sharding if callable(sharding) else lambda path, shape: sharding
+    params = {
+        path: _place(path, _read_leaf(path, leaf.shape, source, dtype), rule(path, leaf.shape))
+        for path, leaf in leaves.items()
+    }
     _check_tied_head(wanted, source)
-    params = {path: _read_leaf(path, leaf.shape, source, dtype) for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(params)
 
 
@@ -94,18 +113,54 @@ def hf_arrays(params: Any) -> Iterator[tuple[str, np.ndarray]]:
             yield name, np.ascontiguousarray(part.T if path[-1] == "kernel" else part)
 
 
-def _read_leaf(path: tuple[str, ...], shape: tuple[int, ...], source: TensorSource, dtype: DTypeLike) -> jax.Array:
-    out = np.empty(shape, jnp.dtype(dtype))
+def _read_leaf(path: tuple[str, ...], shape: tuple[int, ...], source: TensorSource, dtype: DTypeLike) -> np.ndarray:
+    out = _aligned(shape, jnp.dtype(dtype))
     slots = out if STACK in path else out[None]
     for (name, _), slot in zip(hf_tensors(path, shape), slots, strict=True):
         tensor = source.read(name)
-        slot[...] = tensor.T if path[-1] == "kernel" else tensor
-    return jnp.asarray(out)
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise InputError(f"{source.origin}: tensor {name} holds {tensor.dtype}, not floating-point numbers")
+        with np.errstate(over="ignore"):  # which the check below finds
+            slot[...] = tensor.T if path[-1] == "kernel" else tensor
+        if not _finite(slot):
+            raise InputError(f"{source.origin}: tensor {name} holds NaN or infinite numbers in {out.dtype}")
+    return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes over as it is, without a copy: it asks for multiples of 64 bytes."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _place(path: tuple[str, ...], array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    try:
+        if sharding is None:
+            return jax.device_put(array).block_until_ready()
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]).block_until_ready()
+    except ValueError as error:
+        raise InputError(f"{'.'.join(path)} of shape {array.shape} cannot be laid out: {_one_line(error)}") from None
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether all numbers of the contiguous ``array`` are finite, a few million at a time (about 1 GB a second)."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[i : i + PART]).all() for i in range(0, flat.size, PART))
 
 
 def _check_tied_head(wanted: Mapping[str, Any], source: TensorSource) -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if head in source.shapes and head not in wanted and not np.array_equal(source.read(head), source.read(embedding)):
+    if head not in source.shapes or head in wanted:
+        return
+    read = source.rows or (lambda name, rows: source.read(name)[rows])
+    count, width = source.shapes[embedding]
+    step = max(1, PART // width) if source.rows else count
+    parts = (slice(i, min(i + step, count)) for i in range(0, count, step))
+    if source.shapes[head] != (count, width) or not all(
+        np.array_equal(read(head, p), read(embedding, p)) for p in parts
+    ):
         raise InputError(
             f"{source.origin}: {head} differs from {embedding}, but tie_word_embeddings is true: set it false"
         )
@@ -135,12 +190,18 @@ def _safetensors_files(directory: Path) -> list[Path]:
         hint = f" (pickled weights such as {pickled[0]} are never read: convert them)" if pickled else ""
         raise InputError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json{hint}")
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InputError(f"{index} has no readable weight_map: {_one_line(error)}") from None
-    absent = [shard for shard in shards if not (directory / shard).is_file()]
+    odd = next(
+        (shard for shard in shards if not (isinstance(shard, str) and shard and Path(shard).name == shard)), None
+    )
+    if odd is not None:
+        raise InputError(f"{index} names the shard {odd!r:.60}, which is not the name of a file beside it")
+    there = {file.name for file in directory.iterdir() if file.is_file()}
+    absent = [shard for shard in shards if shard not in there]
     if absent:
-        raise InputError(f"{directory} lacks the shard {absent[0]} that {index.name} lists")
+        raise InputError(f"{directory} lacks the shard {absent[0]:.100} that {index.name} lists")
     return [directory / shard for shard in shards]
 
 

@@ -11,6 +11,10 @@ LLAMA = dict(
     model_type="llama", vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
 )
 QWEN2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2}
+QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 6}
+MISTRAL = {**QWEN2, "model_type": "mistral"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+ON = {"use_sliding_window": True, "sliding_window": 7}
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
@@ -106,13 +110,93 @@ def test_features_that_are_off_are_fine(change):
     assert decoder_config({**QWEN2, **change}) == decoder_config(QWEN2)
 
 
-def test_a_sliding_window_in_use_is_refused():
-    with pytest.raises(InputError, match="sliding_window"):
-        decoder_config({**QWEN2, "use_sliding_window": True, "sliding_window": 16})
+@pytest.mark.parametrize(
+    "raw,windows",
+    [
+        (MISTRAL, (4096, 4096)),
+        ({**MISTRAL, "sliding_window": None}, ()),
+        ({**MISTRAL, "sliding_window": 7, "layer_types": [SLIDING] * 2}, (7, 7)),
+        ({**MISTRAL, "sliding_window": None, "layer_types": [FULL] * 2, "use_sliding_window": False}, ()),
+        (QWEN2, ()),
+        ({**QWEN3, "sliding_window": 7}, ()),
+        ({**QWEN2, **ON}, ()),  # from layer 28 on
+        ({**QWEN2, **ON, "max_window_layers": 0}, (7, 7)),
+        ({**QWEN3, **ON, "max_window_layers": 1}, (0, 7)),
+        ({**QWEN3, **ON, "max_window_layers": 2}, ()),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 1}, (0, 4096)),
+        ({**QWEN2, **ON, "sliding_window": None, "max_window_layers": 0}, ()),
+        ({**QWEN2, **ON, "max_window_layers": 0, "layer_types": [SLIDING, FULL]}, (7, 0)),
+        ({**QWEN2, **ON, "layer_types": None, "max_window_layers": 1}, (0, 7)),
+        ({**QWEN2, **ON, "layer_types": [FULL, FULL], "max_window_layers": 0}, ()),
+    ],
+)
+def test_windows(raw, windows):
+    config = decoder_config(raw)
+    assert config.windows == windows
+    assert decoder_config(json.loads(json.dumps(to_hf(config)))) == config
 
 
 @pytest.mark.parametrize(
-    "raw", [LLAMA, QWEN2, {**LLAMA, "attention_bias": True, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}]
+    "raw,message",
+    [
+        ({**MISTRAL, "sliding_window": 0}, "sliding_window must be a positive whole number"),
+        ({**MISTRAL, "sliding_window": "x"}, "sliding_window must be a positive whole number"),
+        ({**MISTRAL, "layer_types": [SLIDING, FULL]}, "layer_types contradict sliding_window 4096"),
+        ({**MISTRAL, "use_sliding_window": False}, "use_sliding_window False contradicts"),
+        ({**MISTRAL, "sliding_window": None, "use_sliding_window": True}, "use_sliding_window True contradicts"),
+        ({**QWEN2, "layer_types": [SLIDING, FULL]}, "no sliding_window in use"),
+        ({**QWEN2, **ON, "layer_types": [SLIDING]}, "layer_types has 1 entries for num_hidden_layers 2"),
+        ({**QWEN2, **ON, "layer_types": [SLIDING, "chunked_attention"]}, "layer_types must be a list"),
+        ({**QWEN3, **ON, "max_window_layers": -1}, "max_window_layers"),
+        ({**QWEN3, "use_sliding_window": 1}, "use_sliding_window must be true or false"),
+        ({**LLAMA, "use_sliding_window": True}, "use_sliding_window"),
+        ({**MISTRAL, "attention_bias": True}, "attention_bias"),
+        ({**QWEN3, "mlp_bias": True}, "mlp_bias"),
+        ({**QWEN3, "head_dim": None}, "head_dim is missing"),
+        ({**LLAMA, "num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is absurd"),
+        ({**LLAMA, "head_dim": 10**7}, "head_dim 10000000 is absurd"),
+        ({**LLAMA, "vocab_size": 10**12}, "vocab_size 1000000000000 is absurd"),
+    ],
+)
+def test_refused_in_some_families(raw, message):
+    with pytest.raises(InputError, match=message) as error:
+        decoder_config(raw)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_absent_keys_mean_what_they_mean_to_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=31, hidden_size=256, intermediate_size=24, num_hidden_layers=40, num_attention_heads=32)
+    ours, theirs = decoder_config({"model_type": family, **sizes}), transformers.AutoConfig.for_model(family, **sizes)
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8)
+    for name in ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.eos_token_id == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.windows == (() if getattr(theirs, "sliding_window", None) is None else (theirs.sliding_window,) * 40)
+    assert (ours.qkv_bias, ours.o_bias, ours.mlp_bias) == (family == "qwen2", False, False)
+
+
+def test_families_differ_in_their_parts():
+    assert decoder_config(QWEN3).qk_norm and decoder_config(QWEN3).head_dim == 6
+    assert not any(decoder_config(raw).qk_norm for raw in (LLAMA, QWEN2, MISTRAL))
+    biased = decoder_config({**QWEN3, "attention_bias": True})
+    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, False)
+    assert decoder_config({**MISTRAL, "num_key_value_heads": None}).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        MISTRAL,
+        {**QWEN3, "attention_bias": True},
+        {**LLAMA, "attention_bias": True, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    ],
 )
 def test_written_configs_read_back(raw):
     config = decoder_config({**raw, "eos_token_id": 2, "tie_word_embeddings": True})

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from stablelora_jax import load_pretrained
+from stablelora_jax.errors import InputError
 from stablelora_jax.models.architecture import Rope
+from stablelora_jax.models.cache import Cache, empty_cache, positions_of
 from stablelora_jax.models.rope import frequencies, rotate
 from tests.helpers import ROPE_LLAMA3, largest_difference, tiny_decoder, tokens
 
@@ -67,6 +69,98 @@ def test_bfloat16_is_near_float32():
     half, _ = tiny_decoder(dtype=jnp.bfloat16)
     low = logits(half, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), tokens())
     assert largest_difference(low, logits(model, params, tokens())) < 0.1
+
+
+VARIANTS = {
+    "full": {},
+    "grouped": dict(num_key_value_heads=1, rope=ROPE_LLAMA3, tie_word_embeddings=True),
+    "window": dict(model_type="mistral", windows=(3, 3, 3)),
+    "windows": dict(model_type="qwen2", windows=(0, 3, 2), qkv_bias=True),
+    "norms": dict(model_type="qwen3", qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reading_in_parts_equals_reading_whole(variant):
+    """A prompt, some tokens and single ones through a cache, beside rows that are padded left, right and within."""
+    model, params = tiny_decoder(**VARIANTS[variant])
+    x = tokens(3, 9)
+    whole = logits(model, params, x)
+    prompt = jnp.zeros((3, 6), jnp.int32)
+    mask = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 1]])
+    prompt = prompt.at[jnp.nonzero(mask)].set(x[:, :4].reshape(-1)) + 5 * (1 - mask)
+    cache = empty_cache(model.config, 3, 12, jnp.float32)
+    apply = jax.jit(model.apply)
+    y, cache = apply({"params": params}, prompt, positions_of(mask), cache=cache)
+    assert largest_difference(y[jnp.nonzero(mask)].reshape(3, 4, -1), whole[:, :4]) < 1e-5
+    for start, end in ((4, 7), (7, 8), (8, 9)):
+        positions = jnp.broadcast_to(jnp.arange(start, end), (3, end - start))
+        y, cache = apply({"params": params}, x[:, start:end], positions, cache=cache)
+        assert largest_difference(y, whole[:, start:end]) < 1e-5
+    assert int(cache.used) == 11 and cache.positions[:, -1].tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("variant", ["window", "windows"])
+def test_a_window_hides_what_lies_before_it(variant):
+    """Closed form of the reach: a change at position 2 is felt up to 2 + sum of (window - 1), and no further."""
+    model, params = tiny_decoder(**VARIANTS[variant])
+    changes = VARIANTS[variant]["windows"]
+    x = tokens(1, 12)
+    felt = jnp.abs(logits(model, params, x.at[0, 2].set((x[0, 2] + 1) % 31)) - logits(model, params, x)).max(-1)[0] > 0
+    reach = 11 if 0 in changes else 2 + sum(window - 1 for window in changes)
+    assert felt.tolist() == [2 <= p <= reach for p in range(12)]
+
+
+def test_windows_count_positions_inside_a_segment():
+    model, params = tiny_decoder(windows=(3, 3, 3))
+    a, b = tokens(1, 5, seed=1), tokens(1, 6, seed=2)
+    segments, positions = jnp.array([[1] * 5 + [2] * 6]), jnp.array([[*range(5), *range(6)]])
+    y = logits(model, params, jnp.concatenate([a, b], axis=1), positions, segments)
+    assert largest_difference(y[:, 5:], logits(model, params, b)) < 1e-5
+
+
+def test_rows_of_a_cache_can_be_mapped():
+    """Each row alone under ``vmap``, with the axes that ``Cache`` names, is each row in the batch."""
+    model, params = tiny_decoder()
+    axes = Cache(1, 1, 0, None)
+    cache = empty_cache(model.config, 3, 8, jnp.float32)
+    x, positions = tokens(3, 4), positions_of(jnp.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]]))
+    at = jnp.array([[3], [3], [2]])
+    run = lambda x, positions, cache, at: model.apply({"params": params}, x, positions, cache=cache, at=at)
+
+    def one(x, positions, cache, at):
+        alone = Cache(cache.k[:, None], cache.v[:, None], cache.positions[None], cache.used)
+        y, new = run(x[None], positions[None], alone, at[None])
+        return y[0], Cache(new.k[:, 0], new.v[:, 0], new.positions[0], new.used)
+
+    mapped, filled = jax.vmap(one, in_axes=(0, 0, axes, 0), out_axes=(0, axes))(x, positions, cache, at)
+    whole, expected = run(x, positions, cache, at)
+    assert mapped.shape == (3, 1, 31) and largest_difference(mapped, whole) < 1e-5
+    assert largest_difference(filled, expected) < 1e-5
+
+
+def test_logits_where_they_are_asked_for():
+    model, params = tiny_decoder()
+    x, at = tokens(2, 6), jnp.array([[5, 0], [2, 2]])
+    some = logits(model, params, x, at=at)
+    assert largest_difference(some, jnp.take_along_axis(logits(model, params, x), at[..., None], axis=1)) < 1e-6
+
+
+def test_a_cache_needs_positions_and_takes_no_segments():
+    model, params = tiny_decoder()
+    cache = empty_cache(model.config, 2, 8, jnp.float32)
+    for more in ({}, {"positions": jnp.zeros((2, 7), jnp.int32), "segment_ids": jnp.ones((2, 7), jnp.int32)}):
+        with pytest.raises(InputError, match="give positions"):
+            logits(model, params, tokens(), cache=cache, **more)
+
+
+def test_a_tied_head_computes_in_the_model_s_dtype():
+    """An embedding that is kept wider than the model, as a trained copy is, changes nothing but its own precision."""
+    model, params = tiny_decoder(dtype=jnp.bfloat16, tie_word_embeddings=True)
+    wider = jax.tree.map(lambda p: p.astype(jnp.float32), params["model"]["embed_tokens"])
+    assert np.array_equal(
+        logits(model, {"model": {**params["model"], "embed_tokens": wider}}, tokens()), logits(model, params, tokens())
+    )
 
 
 def test_layers_are_scanned():

@@ -12,26 +12,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stablelora_jax import load_pretrained
 from stablelora_jax.errors import InputError
 from stablelora_jax.models.gguf import read_gguf
+from stablelora_jax.models.gguf_rope import llama3_scaling
 from stablelora_jax.models.gguf_tokenizer import build_tokenizer
 
 gguf = pytest.importorskip("gguf")
 quants = pytest.importorskip("gguf.quants")
 
+from tests.models.gguf_files import (  # noqa: E402
+    BF16,
+    F16,
+    F32,
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    Q8_0,
+    SIZES,
+    VOCAB,
+    hf_tensors,
+    matrices,
+    write,
+)
+
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 96, 32, 64, 2, 4, 2, 8
-F32, F16, BF16, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
-SIZES = {
-    "block_count": LAYERS,
-    "context_length": 128,
-    "embedding_length": HIDDEN,
-    "feed_forward_length": FFN,
-    "attention.head_count": HEADS,
-    "attention.head_count_kv": KV_HEADS,
-    "attention.layer_norm_rms_epsilon": 1e-5,
-    "rope.freq_base": 5e5,
-}
 TEXTS = [
     "",
     " ",
@@ -49,71 +57,6 @@ TEXTS = [
 ]
 
 
-def matrices(head_dim=HEAD_DIM):
-    q, kv = HEADS * head_dim, KV_HEADS * head_dim
-    attention = {"q": (q, HIDDEN), "k": (kv, HIDDEN), "v": (kv, HIDDEN), "o": (HIDDEN, q)}
-    mlp = {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
-    return {f"self_attn.{n}_proj": s for n, s in attention.items()} | {f"mlp.{n}_proj": s for n, s in mlp.items()}
-
-
-def hf_tensors(tied=True, biases=(), head_dim=HEAD_DIM):
-    """A random model under Hugging Face's names; ``biases`` are the modules that have one."""
-    rng = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    shapes |= {} if tied else {"lm_head.weight": (VOCAB, HIDDEN)}
-    for n in range(LAYERS):
-        layer = f"model.layers.{n}."
-        shapes |= {f"{layer}{norm}.weight": (HIDDEN,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for name, shape in matrices(head_dim).items():
-            shapes[f"{layer}{name}.weight"] = shape
-            if name in biases:
-                shapes[f"{layer}{name}.bias"] = shape[:1]
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def gguf_name(name):
-    table = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    table |= {"model.layers": "blk", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    table |= {f"self_attn.{hf}_proj": f"attn_{own}" for hf, own in zip("qkvo", ("q", "k", "v", "output"), strict=True)}
-    table |= {f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
-    for hf, own in table.items():
-        name = name.replace(hf, own)
-    return name
-
-
-def llama_cpp_order(array, heads):
-    """Row ``half * d/2 + i`` of a head goes to row ``2 i + half``: llama.cpp rotates neighbours, not halves."""
-    out, dim = np.empty_like(array), array.shape[0] // heads
-    for row in range(array.shape[0]):
-        head, half, i = row // dim, row % dim // (dim // 2), row % (dim // 2)
-        out[head * dim + 2 * i + half] = array[row]
-    return out
-
-
-def write(path, tensors, arch="llama", kind=F32, keys=None, raw=None):
-    """Write ``tensors`` as llama.cpp's converter does; ``keys`` adds metadata (None removes), ``raw`` adds tensors."""
-    writer = gguf.GGUFWriter(path, arch)
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    metadata = {f"{arch}.{name}": value for name, value in SIZES.items()} | (keys or {})
-    for key, value in metadata.items():
-        if value is not None:
-            adders.get(type(value), writer.add_array)(key, value)
-    for name, array in tensors.items():
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            array = llama_cpp_order(array, HEADS if "q_proj" in name else KV_HEADS)
-        if array.ndim == 2 and kind not in (F32, F16):
-            writer.add_tensor(gguf_name(name), quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name(name), array.astype(np.float16) if (array.ndim, kind) == (2, F16) else array)
-    for name, array in (raw or {}).items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def refused(path, *fragments):
     with pytest.raises(InputError) as caught:
         read_gguf(path)
@@ -127,9 +70,11 @@ QWEN2_BIASES = tuple(f"self_attn.{n}_proj" for n in "qkv")
 
 @pytest.mark.parametrize("kind", [F32, F16, BF16, Q8_0])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("arch, biases", [("llama", ()), ("llama", tuple(matrices())), ("qwen2", QWEN2_BIASES)])
+@pytest.mark.parametrize("arch, biases", [
+    ("llama", ()), ("llama", tuple(matrices())), ("qwen2", QWEN2_BIASES), ("qwen3", ()),
+])  # fmt: skip
 def test_tensors_come_back(tmp_path, arch, tied, biases, kind):
-    tensors = hf_tensors(tied, biases)
+    tensors = hf_tensors(tied, biases, qk_norm=arch == "qwen3")
     checkpoint = read_gguf(write(tmp_path / "m.gguf", tensors, arch, kind))
     assert checkpoint.shapes == {name: array.shape for name, array in tensors.items()}
     assert checkpoint.config["tie_word_embeddings"] is tied
@@ -154,6 +99,7 @@ def test_config_is_what_config_json_would_say(tmp_path):
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
         "rope_theta": 5e5,
@@ -177,6 +123,8 @@ def test_config_of_other_files(tmp_path):
     mlp = hf_tensors(biases=[name for name in matrices() if "mlp" in name])
     assert (config(mlp)["attention_bias"], config(mlp)["mlp_bias"]) == (False, True)
     assert "attention_bias" not in config(hf_tensors(biases=QWEN2_BIASES), "qwen2")
+    qwen3 = config(hf_tensors(qk_norm=True), "qwen3")
+    assert (qwen3["model_type"], qwen3["attention_bias"], "mlp_bias" in qwen3) == ("qwen3", False, False)
     assert config(llama__attention__head_count_kv=None, llama__rope__freq_base=None).items() >= {
         ("num_key_value_heads", HEADS), ("rope_theta", 10000.0)
     }  # fmt: skip
@@ -199,6 +147,118 @@ def test_head_dimension_of_its_own(tmp_path):
         np.testing.assert_array_equal(checkpoint.read(name), array, err_msg=name)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen3_equals_what_transformers_reads(tmp_path, tied):
+    head_dim = 128  # transformers 5.23 takes no other: it does not read attention.key_length
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    tensors = hf_tensors(tied, head_dim=head_dim, qk_norm=True)
+    keys = {"qwen3.vocab_size": VOCAB, "general.name": "tiny", "general.file_type": 0}
+    keys |= {f"qwen3.attention.{name}": head_dim for name in ("key_length", "value_length")}
+    path = write(tmp_path / "m.gguf", tensors, "qwen3", keys=keys)
+    checkpoint = read_gguf(path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    state = {name: array.numpy() for name, array in theirs.state_dict().items()}
+    state |= {} if not tied else {"lm_head.weight": state["model.embed_tokens.weight"]}
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(checkpoint.read(name), array, err_msg=name)
+        np.testing.assert_array_equal(state[name], array, err_msg=name)
+    ours, config = checkpoint.config, theirs.config.to_dict()
+    assert config["rope_parameters"]["rope_theta"] == ours.pop("rope_theta") and ours.pop("rope_scaling") is None
+    assert config.pop("rms_norm_eps") == pytest.approx(ours.pop("rms_norm_eps"))
+    ours = {key: value for key, value in ours.items() if not key.endswith("token_id")}
+    assert {key: config[key] for key in ours} == ours
+
+
+RELEASED = [  # Llama 3.1 8B and 405B; 3.2 1B and 3B
+    (128, 5e5, 8.0, 8192), (64, 5e5, 32.0, 8192), (128, 5e5, 32.0, 8192),
+]  # fmt: skip
+
+
+def rope_freqs(head_dim, theta, factor, original, low=1.0, high=4.0):
+    """The factors, in Python's numbers from the frequencies of ``transformers``."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low}
+    rope |= {"high_freq_factor": high, "original_max_position_embeddings": original}
+    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return (plain / scaled).numpy()
+
+
+@pytest.mark.parametrize("head_dim, theta, factor, original", [
+    *RELEASED, (128, 1e6, 8.3, 4096), (8, 1e4, 4.0, 16), (8, 5e5, 8.0, 8192),
+])  # fmt: skip
+def test_llama3_scaling_is_recognised(head_dim, theta, factor, original):
+    pytest.importorskip("torch")
+    config = {"head_dim": head_dim, "rope_theta": theta, "rope_scaling": None}
+    factors = rope_freqs(head_dim, theta, factor, original)
+    low_high = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    expected = {"rope_type": "llama3", "factor": factor, **low_high, "original_max_position_embeddings": original}
+    assert llama3_scaling(factors, config) == expected
+    for i in np.flatnonzero(factors > 1):
+        wrong = factors.copy()
+        wrong[i] *= 1 + 1e-4
+        with pytest.raises(InputError, match="rope_freqs.weight"):
+            llama3_scaling(wrong, config)
+    if head_dim > 8:  # of a small head no frequency may be in the range that is blended
+        with pytest.raises(InputError, match="rope_freqs.weight"):
+            llama3_scaling(factors, config | {"rope_theta": theta * 1.01})
+
+
+def test_rope_freqs_of_a_file(tmp_path):
+    """The released settings at the tiny head of 8; more dimensions are tested above."""
+    path, tensors = tmp_path / "m.gguf", hf_tensors()
+    theta, turns = 5e5, 8192 * 5e5 ** (-np.arange(4) / 4) / (2 * np.pi)
+    blend = np.clip((turns - 1) / 3, 0, 1)
+    factors = (1 / (blend + (1 - blend) / 8)).astype(np.float32)
+    assert factors[0] == 1 and 1 < factors[2] < 8 and factors[3] == 8  # kept, blended, divided
+    checkpoint = read_gguf(write(path, tensors, raw={"rope_freqs.weight": factors}))
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert checkpoint.config["rope_scaling"] == scaling | {"original_max_position_embeddings": 8192}
+    assert checkpoint.config["rope_theta"] == theta and set(checkpoint.shapes) == set(tensors)
+    assert read_gguf(write(path, tensors, raw={"rope_freqs.weight": np.ones(4, np.float32)})).config[
+        "rope_scaling"] is None  # fmt: skip
+    linear = {"llama.rope.scaling.factor": 2.0}
+    refused(write(path, tensors, keys=linear, raw={"rope_freqs.weight": factors}), "rope_freqs.weight")
+    for wrong in (factors[:3], factors[None], factors * 2, np.float32([1, 1, 2, np.nan]), np.float32([1, 1, 1, np.inf]),
+                  np.float32([1, 1, 1, 0.5]), -factors):  # fmt: skip
+        refused(write(path, tensors, raw={"rope_freqs.weight": wrong}), "rope_freqs.weight")
+    refused(write(path, tensors, "qwen2", raw={"rope_freqs.weight": factors}), "rope_freqs.weight")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_logits_equal_those_of_transformers(tmp_path, arch):
+    """Of a head that is not hidden / heads; llama with Llama 3's rotary scaling."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    tensors = hf_tensors(head_dim=16, qk_norm=arch == "qwen3")
+    keys = {f"{arch}.attention.{name}": 16 for name in ("key_length", "value_length")}
+    rope = {"rope_type": "default", "rope_theta": SIZES["rope.freq_base"]}
+    raw = {}
+    if arch == "llama":
+        raw["rope_freqs.weight"] = rope_freqs(16, rope["rope_theta"], 8.0, 64)
+        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {"original_max_position_embeddings": 64}
+    model, params = load_pretrained(write(tmp_path / "m.gguf", tensors, arch, keys=keys, raw=raw))
+    kinds = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
+    kinds["qwen3"] = (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": 16}
+    rest = {"rms_norm_eps": 1e-5, "rope_parameters": rope, "tie_word_embeddings": True}
+    theirs = kinds[arch][1](kinds[arch][0](**sizes, **heads, **rest))
+    theirs.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=False)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (2, 100))
+    expected = theirs(torch.tensor(ids)).logits.detach().numpy()
+    logits = model.apply({"params": params}, ids)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
 def test_features_that_are_off_are_accepted(tmp_path):
     off = {"attention.causal": True, "attention.sliding_window": 0, "expert_count": 0, "expert_used_count": 0}
     off |= {"use_parallel_residual": False, "rope.scaling.attn_factor": 1.0, "rope.scaling.finetuned": False}
@@ -212,7 +272,7 @@ def test_features_that_are_off_are_accepted(tmp_path):
     ("logit_scale", 2.0), ("attention.causal", False), ("final_logit_softcapping", 30.0), ("new_feature", 1),
     ("attention.head_count", [4, 4]), ("embedding_length", 0), ("rope.freq_base", "high"), ("block_count", True),
 ])  # fmt: skip
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_features_are_refused_by_name(tmp_path, arch, name, value):
     refused(write(tmp_path / "m.gguf", hf_tensors(), arch, keys={f"{arch}.{name}": value}), f"{arch}.{name}")
 
@@ -227,8 +287,9 @@ def test_other_files_are_refused(tmp_path):
     refused(write(path, tensors, arch="gemma3"), "'gemma3'")
     refused(write(path, tensors, keys={"general.type": "adapter"}), "'adapter'")
     refused(write(path, tensors, keys={"split.count": 3}), "split.count")
-    for extra in ("rope_freqs.weight", "blk.0.attn_q_norm.weight", "blk.2.attn_q.weight", "blk.0.attn_q.scale", "x"):
+    for extra in ("blk.0.attn_q_norm.weight", "blk.2.attn_q.weight", "blk.0.attn_q.scale", "x"):
         refused(write(path, tensors, raw={extra: np.ones(4, np.float32)}), extra)
+    refused(write(path, tensors, "qwen2", raw={"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}), "attn_q_norm")
     refused(write(path, tensors, raw={"output.weight": np.ones((VOCAB, HIDDEN), np.int32)}), "ggml type 26")
     del tensors["model.embed_tokens.weight"]
     refused(write(path, tensors), "token_embd.weight")
@@ -276,7 +337,7 @@ def test_damage_gives_no_other_error(tmp_path):
         except InputError as error:
             assert "\n" not in str(error)
         else:
-            assert checkpoint.config["model_type"] in ("llama", "qwen2")
+            assert checkpoint.config["model_type"] in ("llama", "qwen2", "qwen3")
 
 
 def test_unknown_tensor_and_missing_package(tmp_path, monkeypatch):

@@ -1,15 +1,18 @@
-"""Logits against ``transformers`` in PyTorch, float32: random tiny configurations, each feature in both states."""
+"""Logits and gradients against ``transformers`` and ``peft`` in PyTorch, float32: each feature in both states."""
 
 import itertools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from stablelora_jax import load_pretrained  # noqa: E402
+from stablelora_jax import LoraSpec, adapted, init_adapters, load_pretrained, save_peft, save_pretrained  # noqa: E402
+from tests.helpers import trained  # noqa: E402
 
 TEXT = "Tom and the grey cat went down to the river. They saw 12 boats, and one of them was red."
 ROPES = {
@@ -24,20 +27,36 @@ ROPES = {
         "rope_theta": 500.0,
     },
 }
+BIASES = {"llama": (False, True), "mistral": (False,), "qwen2": (False,), "qwen3": (False, True)}
+SHAPES = [(1, 12, "linear"), (2, None, "llama3"), (4, 12, "default")]
 GRID = [
-    (kind, tied, bias, kv, head_dim, rope)
-    for kind, tied, bias, kv, head_dim, rope in itertools.product(
-        ("llama", "qwen2"), (False, True), (False, True), (1, 2, 4), (None, 12), ROPES
-    )
-    if not (kind == "qwen2" and bias)  # Qwen2's biases are not a choice
+    (kind, tied, bias, *shape)
+    for kind, biases in BIASES.items()
+    for (tied, bias), shape in itertools.product(itertools.product((False, True), biases), SHAPES)
 ]
+FULL, SLIDING = "full_attention", "sliding_attention"
+ON = {"use_sliding_window": True, "sliding_window": 5}
+WINDOWS = {
+    "mistral": ("mistral", {"sliding_window": 5}, (5, 5)),
+    "mistral-null": ("mistral", {"sliding_window": None}, ()),
+    "mistral-default": ("mistral", {}, (4096, 4096)),
+    "qwen2-off": ("qwen2", {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}, ()),
+    "qwen2-all": ("qwen2", {**ON, "max_window_layers": 0}, (5, 5)),
+    "qwen2-late": ("qwen2", {**ON, "max_window_layers": 1}, (0, 5)),
+    "qwen2-beyond": ("qwen2", {**ON, "max_window_layers": 2}, ()),
+    "qwen2-null": ("qwen2", {**ON, "sliding_window": None, "max_window_layers": 0}, ()),
+    "qwen2-typed": ("qwen2", {**ON, "layer_types": [SLIDING, FULL], "max_window_layers": 0}, (5, 0)),
+    "qwen3-all": ("qwen3", {**ON, "max_window_layers": 0}, (5, 5)),
+    "qwen3-late": ("qwen3", {**ON, "max_window_layers": 1}, (0, 5)),
+    "qwen3-typed": ("qwen3", {**ON, "layer_types": [FULL, FULL]}, ()),
+}
+CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 
 
-def build(directory, kind, tied, bias, kv, head_dim, rope, old_style=False):
+def build(directory, kind, tied, bias, kv, head_dim, rope, old_style=False, **keys):
     """A random model of ``transformers``, saved to ``directory``, with every bias and norm random."""
-    cls = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
-    extra = {"attention_bias": bias, "mlp_bias": bias} if kind == "llama" else {}
-    config = cls(
+    extra = {"llama": {"attention_bias": bias, "mlp_bias": bias}, "qwen3": {"attention_bias": bias}}.get(kind, {})
+    config = getattr(transformers, CLASSES[kind])(
         vocab_size=61,
         hidden_size=32,
         intermediate_size=48,
@@ -48,7 +67,8 @@ def build(directory, kind, tied, bias, kv, head_dim, rope, old_style=False):
         tie_word_embeddings=tied,
         rope_parameters=dict(ROPES[rope]),
         **extra,
-        **({"head_dim": head_dim} if head_dim else {}),
+        **keys,
+        **({"head_dim": head_dim or 8} if head_dim or kind == "qwen3" else {}),
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -57,14 +77,19 @@ def build(directory, kind, tied, bias, kv, head_dim, rope, old_style=False):
             parameter.normal_(0, 0.3)
     model.save_pretrained(directory)
     if old_style:
-        raw = json.loads((directory / "config.json").read_text())
-        rope_parameters = raw.pop("rope_parameters")
-        raw["rope_theta"] = rope_parameters.pop("rope_theta")
-        raw["rope_scaling"] = (
-            None if rope == "default" else {**rope_parameters, "type": rope_parameters.pop("rope_type")}
-        )
-        (directory / "config.json").write_text(json.dumps(raw))
+        as_before_transformers_5(directory / "config.json", rope, keys)
     return model
+
+
+def as_before_transformers_5(path, rope, keys):
+    """Rewrite a ``config.json``: rope in two keys, no ``layer_types``, and the window as it was given."""
+    raw = json.loads(path.read_text()) | {k: v for k, v in keys.items() if k != "layer_types"}
+    rope_parameters = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope_parameters.pop("rope_theta")
+    raw["rope_scaling"] = None if rope == "default" else {**rope_parameters, "type": rope_parameters.pop("rope_type")}
+    if "layer_types" not in keys:
+        raw.pop("layer_types", None)
+    path.write_text(json.dumps(raw))
 
 
 def assert_same_logits(model, directory, tokens):
@@ -82,6 +107,71 @@ def test_random_tiny_models(case, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 61, (2, 40))
     ours = assert_same_logits(build(tmp_path, *case), tmp_path, tokens)
     assert ours.config.head_dim == (case[4] or 8) and ours.config.num_key_value_heads == case[3]
+
+
+@pytest.mark.parametrize("old_style", [False, True], ids=["new", "old"])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_sliding_windows(case, old_style, tmp_path):
+    """The same logits, the same windows read, and the same model when written again and read by transformers."""
+    kind, keys, windows = WINDOWS[case]
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 40))
+    theirs = build(tmp_path / "a", kind, False, False, 2, None, "default", old_style, **keys)
+    ours = assert_same_logits(theirs, tmp_path / "a", tokens)
+    assert ours.config.windows == windows
+    save_pretrained(tmp_path / "b", *load_pretrained(tmp_path / "a"))
+    assert load_pretrained(tmp_path / "b")[0].config == ours.config
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        assert torch.equal(again(torch.tensor(tokens)).logits, theirs(torch.tensor(tokens)).logits)
+
+
+GRADIENTS = [
+    ("llama", False, False, {}),
+    ("llama", True, True, {}),
+    ("mistral", False, False, {"sliding_window": 5}),
+    ("mistral", True, False, {"sliding_window": None}),
+    ("qwen2", False, False, {**ON, "max_window_layers": 1}),
+    ("qwen2", True, False, {}),
+    ("qwen3", False, True, {}),
+    ("qwen3", True, False, {**ON, "max_window_layers": 1}),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=lambda c: "-".join(map(str, c[:3])))
+def test_gradients_of_adapters(case, tmp_path):
+    """Our adapters, saved for ``peft``, give its logits and its gradients of one and the same scalar."""
+    peft = pytest.importorskip("peft")
+    kind, tied, bias, keys = case
+    theirs = build(tmp_path / "base", kind, tied, bias, 2, 12, "llama3", **keys)
+    base, params = load_pretrained(tmp_path / "base")
+    spec = LoraSpec(target="all-linear", rank=3, alpha=5)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=0.1)
+    save_peft(tmp_path / "adapter", adapters, spec, base_model=str(tmp_path / "base"), params=params)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()
+    tokens, weights = (
+        np.random.default_rng(0).integers(0, 61, (2, 24)),
+        np.random.default_rng(1).normal(size=(2, 24, 61)),
+    )
+    expected = theirs(torch.tensor(tokens)).logits
+    (expected * torch.tensor(weights, dtype=torch.float32)).sum().backward()
+    model = adapted(base, spec)
+
+    def cost(adapters):
+        logits = model.apply({"params": params, "lora": adapters}, tokens)
+        return (logits * jnp.asarray(weights, jnp.float32)).sum(), logits
+
+    gradients, logits = jax.jit(jax.grad(cost, has_aux=True))(adapters)
+    expected = expected.detach().numpy()
+    assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    checked = 0
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            *_, layer, part, module, factor, _, _ = name.split(".")
+            ours = gradients["model"]["layers"][part][module][factor.lower()][int(layer)].T
+            assert np.abs(ours - parameter.grad.numpy()).max() <= 1e-4 * max(1, parameter.grad.abs().max().item())
+            assert np.abs(ours).max() > 1e-3
+            checked += 1
+    assert checked == 2 * 2 * 7
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -1,0 +1,157 @@
+"""Continue prompts with a language model: ``python experiments/generate.py MODEL [--adapter DIR] [--prompt TEXT]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
+
+from stablelora_jax import InputError  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line, generate, and turn unusable input into one line and exit code 2."""
+    arguments = parse()
+    try:
+        run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Continue prompts with a language model, with or without an adapter. Prompts come from --prompt, "
+        "from --prompts, or else from the lines of the standard input."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hugging Face directory, GGUF file or hub id")
+    add("--adapter", metavar="DIR", type=Path, help="a PEFT directory, or a run directory of experiments/train.py")
+    add("--merged", action="store_true", help="merge the adapter into the parameters first")
+    add("--untie", action="store_true", help="give a tied head its own weights, for an adapter that changes one alone")
+    add("--prompt", metavar="TEXT", nargs="+", help="prompts")
+    add(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help='one prompt a line; of a .jsonl, a string, {"prompt": ...} or messages',
+    )
+    add("--chat", action="store_true", help="each prompt is the user's message in a chat")
+    add("--max-new-tokens", metavar="N", type=int, default=64, help="at most so many tokens a prompt (default 64)")
+    add("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add("--top-k", metavar="K", type=int, help="draw among the K likeliest tokens")
+    add("--top-p", metavar="P", type=float, help="draw among the likeliest tokens that have probability P together")
+    add("--stop", metavar="STR", nargs="+", default=[], help="strings that end a text")
+    add("--seed", metavar="S", type=int, default=0, help="of the draws (default 0)")
+    add("--batch-size", metavar="B", type=int, help="prompts that run together (default: at most 32)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default float32)")
+    add("--output", metavar="FILE.jsonl", type=Path, help="write prompts, texts and tokens there, and print nothing")
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, generate, and print or write."""
+    if arguments.merged and arguments.adapter is None:
+        raise InputError("--merged needs --adapter, the adapter to merge")
+    prompts = read_prompts(arguments)
+    import jax.numpy as jnp
+
+    from stablelora_jax import load_pretrained
+    from stablelora_jax.generate import generate
+
+    base, params = load_pretrained(arguments.model, dtype=jnp.dtype(arguments.dtype))
+    model, variables = with_adapter(base, params, arguments)
+    results = generate(
+        model,
+        variables,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        stop_strings=arguments.stop,
+        seed=arguments.seed,
+        batch_size=min(len(prompts), 32) if arguments.batch_size is None else arguments.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    rows = [
+        {"prompt": p, "text": r.text, "tokens": r.tokens, "stop": r.stop} for p, r in zip(prompts, results, strict=True)
+    ]
+    if arguments.output is not None:
+        from stablelora_jax.files import write_whole
+
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    for row in rows:
+        shown = row["prompt"] if isinstance(row["prompt"], str) else ""
+        print(shown + str(row["text"]) if shown else row["text"], flush=True)
+
+
+def with_adapter(base: Any, params: Any, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """``(model, variables)`` as ``generate`` takes them."""
+    if arguments.adapter is None:
+        return base, {"params": params}
+    from stablelora_jax import adapted, load_peft, merge
+    from stablelora_jax.export import locate_adapter
+    from stablelora_jax.models.untie import untie
+
+    directory, run_config = locate_adapter(arguments.adapter)
+    if arguments.untie or (run_config is not None and run_config.model.untie):
+        base, params = untie(base, params)
+    adapters, spec = load_peft(directory, params)
+    if arguments.merged:
+        return base, {"params": merge(params, adapters, spec)}
+    return adapted(base, spec), {"params": params, "lora": adapters}
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[Any]:
+    """The prompts of the command line, of a file or of the standard input, as ``generate`` takes them."""
+    if arguments.prompt is not None and arguments.prompts is not None:
+        raise InputError("give --prompt or --prompts, not both")
+    if arguments.prompt is not None:
+        prompts = list(arguments.prompt)
+    elif arguments.prompts is not None:
+        prompts = read_file(arguments.prompts)
+    else:
+        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("there is no prompt: give --prompt, --prompts, or lines on the standard input")
+    as_chat = arguments.chat
+    return [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in prompts]
+
+
+def read_file(path: Path) -> list[Any]:
+    """One prompt a line; lines without a character are skipped."""
+    try:
+        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from None
+    return [line_prompt(path, n, line) if path.suffix == ".jsonl" else line for n, line in lines]
+
+
+def line_prompt(path: Path, number: int, line: str) -> Any:
+    """The prompt of one line of a ``.jsonl``."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}, line {number} is not JSON: {error}") from None
+    if isinstance(value, dict):
+        value = value.get("messages", value.get("prompt"))
+    if not isinstance(value, str | list):
+        raise InputError(f'{path}, line {number} must be a string, {{"prompt": ...}} or {{"messages": [...]}}')
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Text after text: prompts as strings, token ids or chat messages, continued in batches until each has come to its end.
+
+``generate(model, {"params": params, "lora": adapters}, ["Once upon a time"])`` with ``model = adapted(base, spec)``, or
+the base itself with ``{"params": params}``, where ``params`` may be merged ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from stablelora_jax.decode import decoder_of, generate_tokens
+from stablelora_jax.errors import InputError
+from stablelora_jax.sampling import sampling
+
+
+class Generation(NamedTuple):
+    """What came of one prompt."""
+
+    prompt: tuple[int, ...]  # token ids
+    tokens: tuple[int, ...]  # new token ids, the stop included
+    text: str | None  # of the new tokens up to the stop; None without a tokenizer
+    stop: str  # "stop_id", "stop_string" or "length"
+
+
+def generate(
+    model: Any,
+    variables: Mapping[str, Any],
+    prompts: Sequence[str | Sequence[int] | Sequence[Mapping[str, str]]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int | None = None,
+    cache_dtype: DTypeLike | None = None,
+    progress: bool = False,
+) -> list[Generation]:
+    """Continue each of ``prompts``.
+
+    Args:
+      model: a ``Decoder``, an adapted one, or one with a bank.
+      variables: ``{"params": ...}``, with ``"lora"`` for an adapted model; for a bank with ``"bank"`` and ``"rows"``,
+        the number of each prompt's adapter.
+      prompts: strings, which the model's tokenizer reads; lists of token ids; or lists of chat messages
+        ``{"role": ..., "content": ...}``, to which its chat template is applied.
+      max_new_tokens: at most so many tokens for each prompt.
+      temperature: 0 takes the likeliest token; else tokens are drawn from ``softmax(logits / temperature)``.
+      top_k: draw among the k likeliest tokens.
+      top_p: draw among the likeliest tokens that together have this probability.
+      stop_ids: tokens that end a text; default those of the model's configuration.
+      stop_strings: strings that end a text, and are not part of it.
+      seed: of the draws; those of a prompt depend on it and on the prompt's place in ``prompts`` alone.
+      batch_size: prompts that run together, those of like length; default all.
+      cache_dtype: of the cached keys and values; default the dtype of attention.
+      progress: show a bar.
+
+    Returns:
+      One :class:`Generation` for each prompt, in their order.
+
+    Raises:
+      InputError: a prompt that is empty, too long, outside the vocabulary or needs a tokenizer that is not there; a
+        setting out of its range.
+    """
+    decoder, settings = decoder_of(model), sampling(temperature, top_k, top_p)
+    if stop_strings and decoder.tokenizer is None:
+        raise InputError("stop_strings need a tokenizer, and the model has none")
+    if isinstance(stop_strings, str) or not all(isinstance(text, str) and text for text in stop_strings):
+        raise InputError(f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}")
+    ids = encode_prompts(decoder.tokenizer, prompts)
+    ends = decoder.config.eos_token_id if stop_ids is None else tuple(stop_ids)
+    rows = len(ids) if batch_size is None else batch_size
+    if rows < 1 and ids:
+        raise InputError(f"batch_size must be positive, not {batch_size}")
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    results: list[Any] = [None] * len(ids)
+    for start in tqdm(range(0, len(ids), max(rows, 1)), desc="generate", disable=not progress, leave=False):
+        chosen = order[start : start + rows]
+        tokens, mask = _batch([ids[i] for i in chosen], rows)
+        numbers = np.array(chosen + [0] * (rows - len(chosen)))
+        finish = partial(_finish, decoder.tokenizer, ends, tuple(stop_strings))
+        new, counts = generate_tokens(
+            model,
+            _of_rows(variables, numbers),
+            tokens,
+            mask,
+            max_new_tokens=max_new_tokens,
+            settings=settings,
+            stop_ids=ends,
+            key=jax.random.key(seed),
+            rows=numbers,
+            cache_dtype=cache_dtype,
+            watch=partial(_seen, finish, [ids[i] for i in chosen]) if stop_strings else None,
+        )
+        for i, row, count in zip(chosen, new, counts, strict=False):
+            results[i] = finish(ids[i], row[:count].tolist())
+    return results
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """The token ids of each prompt.
+
+    Raises:
+      InputError: naming the prompt, from 0, that is empty, of no known kind, or needs what the tokenizer lacks.
+    """
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
+        raise InputError("prompts must be a list: of strings, of lists of token ids, or of lists of chat messages")
+    ids = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
+    for number, own in enumerate(ids):
+        if not own:
+            raise InputError(f"prompt {number} is empty: no token, not even one that begins a text")
+    return ids
+
+
+def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
+    if not isinstance(prompt, str | Sequence | np.ndarray):
+        raise InputError(
+            f"prompt {number} must be a string, a list of token ids or of chat messages, not {prompt!r:.60}"
+        )
+    if not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
+        return [int(token) for token in prompt]
+    if tokenizer is None:
+        raise InputError(f"prompt {number} is text, and the model has no tokenizer: give token ids")
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt).input_ids)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(f"prompt {number} is a chat, and the model's tokenizer has no chat template: give a string")
+    try:
+        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program of its own, with errors of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise InputError(f"prompt {number}: the chat template does not take it ({reason})") from None
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _of_rows(variables: Mapping[str, Any], numbers: np.ndarray) -> Mapping[str, Any]:
+    """``variables`` for the prompts ``numbers``: those of a bank name an adapter for each."""
+    if "rows" not in variables:
+        return variables
+    rows = np.asarray(variables["rows"])
+    if rows.ndim != 1 or (numbers >= len(rows)).any():
+        raise InputError(f"the bank's rows of shape {rows.shape} do not name an adapter for each prompt")
+    return {**variables, "rows": jax.numpy.asarray(rows[numbers])}
+
+
+def _batch(ids: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask (rows, T), padded at the end; rows beyond ``ids`` are empty."""
+    tokens = np.zeros((rows, max(len(own) for own in ids)), np.int64)
+    mask = np.zeros(tokens.shape, bool)
+    for i, own in enumerate(ids):
+        tokens[i, : len(own)], mask[i, : len(own)] = own, True
+    return tokens, mask
+
+
+def _seen(finish: Any, ids: Sequence[list[int]], tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which rows hold a stop string."""
+    found = [
+        finish(own, row[:n].tolist()).stop == "stop_string" for own, row, n in zip(ids, tokens, counts, strict=False)
+    ]
+    return np.array(found + [False] * (len(tokens) - len(found)))
+
+
+def _finish(
+    tokenizer: Any, ends: Sequence[int], stop_strings: Sequence[str], prompt: list[int], new: list[int]
+) -> Generation:
+    """Cut ``new`` at its first stop."""
+    ended = bool(new) and new[-1] in ends
+    reason = "stop_id" if ended else "length"
+    if tokenizer is None:
+        return Generation(tuple(prompt), tuple(new), None, reason)
+    read = partial(_continuation, tokenizer, prompt)
+    text = read(new[:-1] if ended else new)
+    places = [place for place in (text.find(stop) for stop in stop_strings) if place >= 0]
+    if places:
+        enough = next(n for n in range(1, len(new) + 1) if any(stop in read(new[:n]) for stop in stop_strings))
+        new, text, reason = new[:enough], text[: min(places)], "stop_string"
+    return Generation(tuple(prompt), tuple(new), text, reason)
+
+
+def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The text of ``new`` as it reads behind ``prompt`` (alone, some tokenizers drop its first space)."""
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before, whole = decode(prompt), decode(prompt + new)
+    return whole[len(before) :] if whole.startswith(before) else decode(new)
