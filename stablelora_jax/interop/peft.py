@@ -1,35 +1,46 @@
-"""Adapters in and out of PEFT's directory format: plain LoRA and rsLoRA, with rank and alpha patterns.
+"""Adapters in and out of PEFT's directory format.
 
-A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``, with tensors
-``base_model.model.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r): ours transposed, one pair for each
-layer. (Measured on PEFT 0.21; the scale and the pattern rules are the same on both sides.) PEFT itself loads a wrong
-prefix or half of the layers without an error; here every tensor must be expected and every expected one be there.
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` (measured on PEFT 0.21;
+:mod:`stablelora_jax.interop.peft_layout` has the tensors, :mod:`~stablelora_jax.interop.peft_config` the config) and,
+if we wrote it, ``stablelora.json`` with what PEFT has no key for. PEFT itself loads a wrong prefix, half of the layers
+or magnitudes without DoRA and says nothing; here every tensor must be expected and every expected one be there.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, Site, adapter_sites
+from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.errors import InputError
 from stablelora_jax.files import write_bytes_whole
+from stablelora_jax.full import unknown_full
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
-from stablelora_jax.sites import param_sites
+from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, Entry, is_tied, layout
+from stablelora_jax.sites import as_dict, fitted_sites, param_sites, require_leaves
+from stablelora_jax.spec import LoraSpec
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "stablelora.json"
 PREFIX = "base_model.model."
 
 
-def save_peft(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_model: str | None = None) -> None:
+def save_peft(
+    directory: str | Path,
+    adapters: Any,
+    spec: LoraSpec,
+    *,
+    base_model: str | None = None,
+    params: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Write ``adapters`` as a directory that ``peft.PeftModel.from_pretrained`` and vLLM load.
 
     Args:
@@ -37,24 +48,31 @@ def save_peft(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
       adapters: as made by ``init_adapters`` for ``spec``; saved in their own dtype.
       spec: the spec of the adapters.
       base_model: name or path of the base, for PEFT's ``base_model_name_or_path``.
+      params: the base. Needed where an embedding is adapted or something is trained in full; PEFT stores an adapted
+        embedding's or head's own weights, too.
+      metadata: JSON values that PEFT has no key for (optimizer, shrink ratio, ...), kept in ``stablelora.json``.
 
     Raises:
       InputError: adapters that do not fit the spec, that are not finite, or that PEFT has no form for.
     """
     from safetensors.numpy import save
 
-    sites = adapter_sites(adapters, spec)
-    tensors = {name: array for site in sites.values() for name, array in _peft_tensors(site, adapters)}
+    params = None if params is None else as_dict(params)
+    sites = _sites(adapters, params, spec)
+    entries = layout(sites, params, spec)
+    tensors = {PREFIX + e.name: e.take(np.asarray(tree.get_in(adapters, e.place))) for e in entries}
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds NaN or infinity: nothing was written to {directory}")
-    config = to_peft_config(spec, sites.values(), None if base_model is None else str(base_model))
-    text = json.dumps(config, indent=2) + "\n"
+    tensors |= {PREFIX + name: array for name, array in _base_weights(sites, params).items()}
+    config = to_peft_config(spec, sites.values(), base_model, params, [e.name for e in entries])
+    ours = json.dumps({"written_by": "stablelora_jax", **(metadata or {})}, indent=2, default=str) + "\n"
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_bytes_whole(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_bytes_whole(directory / CONFIG, text.encode())
+        write_bytes_whole(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_bytes_whole(directory / OURS, ours.encode())
     except OSError as error:
         raise InputError(f"cannot write the adapter to {directory}: {error.strerror or error}") from None
 
@@ -69,53 +87,82 @@ def load_peft(directory: str | Path, params: Any) -> tuple[dict[str, Any], LoraS
       InputError: a missing or damaged file, a feature that is not supported, or a tensor that is missing, left over,
         transposed or of another rank than the config says; the message names it.
     """
-    directory = Path(directory)
-    raw = _read_config(directory / CONFIG)
+    directory, params = Path(directory), as_dict(params)
+    raw = read_config(directory)
     tensors = _read_weights(directory / WEIGHTS)
-    modules = [name for site in param_sites(params, LoraSpec(target=".*")).values() for name in site.names]
-    spec, dropped = from_peft_config(raw, modules, str(directory / CONFIG))
+    _refuse_untied(raw, tensors, params, directory)
+    try:
+        spec, dropped = from_peft_config(raw, params)
+        sites = param_sites(params, spec)
+        entries = layout(sites, params, spec)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{directory / CONFIG}: {error}") from None
     if dropped:
         warnings.warn(f"{directory / CONFIG}: {', '.join(dropped)} match no module of this model", stacklevel=2)
-    sites = param_sites(params, spec)
-    _check_tensors(sites, tensors, str(directory / WEIGHTS))
-    adapters: dict[str, Any] = {}
-    for path, site in sites.items():
-        adapters = tree.set_in(adapters, path, _stack(site, tensors))
-    return adapters, spec
+    _check_tensors(entries, tensors, _base_weights(sites, params), str(directory / WEIGHTS))
+    return _assemble(entries, tensors), spec
 
 
-def _peft_tensors(site: Site, adapters: Any) -> Iterator[tuple[str, np.ndarray]]:
-    pair = tree.get_in(adapters, site.path)
-    if extra := set(pair) - {"lora_a", "lora_b"}:
-        raise InputError(f"{'.'.join(site.path)}: {sorted(extra)[0]} has no place in PEFT's plain LoRA")
-    a = np.asarray(pair["lora_a"]).reshape(-1, site.size[0], site.rank)
-    b = np.asarray(pair["lora_b"]).reshape(-1, site.rank, site.size[1])
-    for i, (name, rank) in enumerate(zip(site.names, site.ranks, strict=True)):
-        if rank:
-            yield f"{PREFIX}{name}.lora_A.weight", np.ascontiguousarray(a[i, :, :rank].T)
-            yield f"{PREFIX}{name}.lora_B.weight", np.ascontiguousarray(b[i, :rank].T)
+def load_metadata(directory: str | Path) -> dict[str, Any]:
+    """What :func:`save_peft` was given as ``metadata``; empty for an adapter that another program wrote."""
+    return _read_json(Path(directory) / OURS) if (Path(directory) / OURS).is_file() else {}
 
 
-def _stack(site: Site, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    found = [tensors[f"{n}.lora_{f}"] for n, r in zip(site.names, site.ranks, strict=True) if r for f in "AB"]
-    dtype = np.result_type(np.float32, *found)
-    a = np.zeros((len(site.names), site.size[0], site.rank), dtype)
-    b = np.zeros((len(site.names), site.rank, site.size[1]), dtype)
-    for i, (name, rank) in enumerate(zip(site.names, site.ranks, strict=True)):
-        if rank:
-            a[i, :, :rank] = tensors[f"{name}.lora_A"].T
-            b[i, :rank] = tensors[f"{name}.lora_B"].T
-    reshape = {"lora_a": a.reshape(*site.stack, *a.shape[1:]), "lora_b": b.reshape(*site.stack, *b.shape[1:])}
-    return {key: jnp.asarray(value) for key, value in reshape.items()}
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of ``adapter_config.json``."""
+    if not (directory / CONFIG).is_file():
+        raise InputError(f"{directory / CONFIG} does not exist: {directory} is not a PEFT adapter")
+    return _read_json(directory / CONFIG)
 
 
-def _check_tensors(sites: Mapping[Any, Site], tensors: Mapping[str, np.ndarray], source: str) -> None:
-    expected: dict[str, tuple[int, int]] = {}
-    for site in sites.values():
-        for name, rank in zip(site.names, site.ranks, strict=True):
-            if rank:
-                expected |= {f"{name}.lora_A": (rank, site.size[0]), f"{name}.lora_B": (site.size[1], rank)}
-    for problem, names in (("lacks", set(expected) - set(tensors)), ("holds", set(tensors) - set(expected))):
+def _sites(adapters: Any, params: Any, spec: LoraSpec) -> dict[tree.Path, Site]:
+    if params is not None:
+        sites = fitted_sites(params, adapters, spec)
+    else:
+        sites = adapter_sites(adapters, spec)
+        needs = spec.modules_to_save or spec.bias != "none" or any(path[-1] == EMBEDDING for path in sites)
+        if needs or unknown_full(adapters, {}):
+            raise InputError("an adapted embedding or parameters trained in full need the base: pass params=")
+    require_leaves(sites, adapters, spec)
+    if params is not None and is_tied(params) and spec.parametrization != "lora" and ("model", EMBEDDING) in sites:
+        raise InputError(
+            f"PEFT has no {spec.parametrization} for an embedding that is the head, too: untie(model, params)"
+        )
+    return sites
+
+
+def _base_weights(sites: Mapping[Any, Site], params: Any) -> dict[str, np.ndarray]:
+    """The own weights of an adapted embedding and head, which PEFT stores beside the pairs."""
+    if params is None:
+        return {}
+    found = {}
+    for path in sites:
+        if path == ("model", EMBEDDING):
+            found[f"model.{EMBEDDING}.base_layer.weight"] = np.asarray(params["model"][EMBEDDING]["embedding"])
+            if is_tied(params):
+                found[f"{HEAD}.base_layer.weight"] = found[f"model.{EMBEDDING}.base_layer.weight"]
+        elif path == (HEAD,):
+            found[f"{HEAD}.base_layer.weight"] = np.ascontiguousarray(np.asarray(params[HEAD]["kernel"]).T)
+    return found
+
+
+def _refuse_untied(raw: Mapping[str, Any], tensors: Mapping[str, Any], params: Any, directory: Path) -> None:
+    touched = [name for name in tensors if name.startswith((f"{HEAD}.", f"model.{EMBEDDING}."))]
+    if touched and is_tied(params) and not raw.get("ensure_weight_tying"):
+        raise InputError(
+            f"{directory / WEIGHTS} holds {touched[0]}, which PEFT changes alone, but {EMBEDDING} and {HEAD} "
+            "of this base are tied: use model, params = untie(model, params) first"
+        )
+
+
+def _check_tensors(
+    entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], source: str
+) -> None:
+    expected = {entry.name: entry.shape for entry in entries}
+    for problem, names in (
+        ("lacks", set(expected) - set(tensors)),
+        ("holds", set(tensors) - set(expected) - set(base)),
+    ):
         if names:
             raise InputError(f"{source} {problem} {sorted(names)[0]} ({len(names)} such), against its {CONFIG}")
     for name, shape in expected.items():
@@ -123,22 +170,43 @@ def _check_tensors(sites: Mapping[Any, Site], tensors: Mapping[str, np.ndarray],
             raise InputError(f"{source}: {name} has shape {tensors[name].shape}; {CONFIG} and the model say {shape}")
         if not np.isfinite(tensors[name]).all():
             raise InputError(f"{source}: {name} holds NaN or infinity")
+    for name in set(base) & set(tensors):
+        if tensors[name].shape != base[name].shape or not np.array_equal(
+            tensors[name].astype(base[name].dtype), base[name]
+        ):
+            raise InputError(f"{source}: {name} differs from the base that was given: the adapter belongs to another")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: {path.parent} is not a PEFT adapter")
+def _assemble(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The adapter tree; two tensors for one place (a tied head) must agree."""
+    leaves: dict[tree.Path, np.ndarray] = {}
+    written: dict[Any, str] = {}
+    dtype = np.result_type(np.float32, *(tensors[entry.name] for entry in entries))
+    for entry in entries:
+        leaf = leaves.setdefault(entry.place, np.zeros(entry.whole, dtype))
+        twin = written.setdefault((entry.place, str(entry.at)), entry.name)
+        if twin == entry.name:
+            entry.put(leaf, tensors[entry.name])
+        elif not np.array_equal(entry.take(leaf), tensors[entry.name]):
+            raise InputError(f"{entry.name} differs from {twin}, though ensure_weight_tying says they are one")
+    adapters: dict[str, Any] = {}
+    for place, leaf in leaves.items():
+        adapters = tree.set_in(adapters, place, jnp.asarray(leaf))
+    return adapters
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(raw).__name__}")
     return raw
 
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by ``<module>.lora_A`` and ``.lora_B``, in float32 at least."""
+    """Tensors by name without prefix and without the adapter name ``default``, in float32 at least."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -146,12 +214,15 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} does not exist (pickled adapter_model.bin files are never read)")
     try:
         loaded = load_file(path)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {' '.join(str(error).split())[:200]}") from None
     tensors = {}
     for name, array in loaded.items():
-        found = re.fullmatch(rf"{re.escape(PREFIX)}(.+\.lora_[AB])(?:\.default)?\.weight", name)
-        if not found:
-            raise InputError(f"{path}: tensor {name} is not {PREFIX}<module>.lora_A.weight or .lora_B.weight")
-        tensors[found[1]] = array.astype(np.result_type(array.dtype if array.dtype == np.float64 else np.float32))
+        if not name.startswith(PREFIX):
+            raise InputError(f"{path}: tensor {name} is not {PREFIX}<module>.lora_A.weight or the like")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"{path}: tensor {name} is of type {array.dtype}, not floating")
+        wide = np.float64 if jax.dtypes.canonicalize_dtype(array.dtype) == np.float64 else np.float32
+        with np.errstate(over="ignore"):  # which is found where all numbers must be finite
+            tensors[name.removeprefix(PREFIX).replace(".default.", ".").removesuffix(".default")] = array.astype(wide)
     return tensors

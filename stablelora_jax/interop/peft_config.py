@@ -6,13 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from stablelora_jax import tree
-from stablelora_jax.adapter import LoraSpec, Site
+from stablelora_jax.adapter import Site
 from stablelora_jax.errors import InputError
+from stablelora_jax.interop.peft_layout import HEAD, is_tied
+from stablelora_jax.sites import param_sites
+from stablelora_jax.spec import LoraSpec
 
 READ = frozenset(
-    """r lora_alpha target_modules use_rslora lora_dropout exclude_modules layers_to_transform rank_pattern
-    alpha_pattern""".split()
+    """r lora_alpha target_modules use_rslora use_dora lora_dropout exclude_modules layers_to_transform rank_pattern
+    alpha_pattern modules_to_save bias""".split()
 )
 # Neither the function of a loaded adapter nor its shapes depend on these.
 INERT = frozenset(
@@ -23,8 +28,10 @@ INERT = frozenset(
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
-def to_peft_config(spec: LoraSpec, sites: Iterable[Site], base_model: str | None) -> dict[str, Any]:
-    """The content of ``adapter_config.json`` for adapters at ``sites``.
+def to_peft_config(
+    spec: LoraSpec, sites: Iterable[Site], base_model: str | None, params: Any, tensors: Sequence[str]
+) -> dict[str, Any]:
+    """The content of ``adapter_config.json`` for adapters at ``sites`` of ``params`` (or None), stored as ``tensors``.
 
     Lists and pattern maps are written as they are, since they mean the same in PEFT; ``all-linear`` and regular
     expressions are written as the modules they stand for: PEFT would match an expression with containers too, which
@@ -34,74 +41,146 @@ def to_peft_config(spec: LoraSpec, sites: Iterable[Site], base_model: str | None
     chosen = [name for site in sites for name, rank in zip(site.names, site.ranks, strict=True) if rank]
     listed = isinstance(spec.target, tuple)
     target = list(spec.target) if listed else chosen
+    tied = params is not None and is_tied(params) and any(name.startswith(f"{HEAD}.") for name in tensors)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": None if base_model is None else str(base_model),
         "inference_mode": True,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "use_rslora": spec.scaling == "rslora",
+        "use_dora": spec.parametrization == "dora",
         "lora_dropout": spec.dropout,
         "target_modules": target,
         "exclude_modules": _plain(spec.exclude) if listed and spec.exclude else None,
         "layers_to_transform": list(spec.layers) if listed and spec.layers is not None else None,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
-        "bias": "none",
+        "bias": spec.bias,
+        "modules_to_save": _to_saved(spec, params),
+        "ensure_weight_tying": tied,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
     }
 
 
-def from_peft_config(raw: Mapping[str, Any], modules: Sequence[str], source: str) -> tuple[LoraSpec, list[str]]:
-    """A spec with the meaning of ``raw``, and the patterns dropped because no module has such a name.
+def from_peft_config(raw: Mapping[str, Any], params: Any) -> tuple[LoraSpec, list[str]]:
+    """A spec with the meaning of ``raw``, and what was dropped because no module has such a name.
 
-    PEFT lets a list name modules that a model does not have, and such files are common; the tensors that come with
-    the config tell what is really adapted, so a dead pattern loses nothing.
+    PEFT lets a config name modules that a model does not have, and such files are common; the tensors that come with
+    the config tell what is really adapted, so a dead name loses nothing.
 
     Raises:
-      InputError: another kind of adapter, a feature in use that plain LoRA and rsLoRA do not have, a missing key.
+      InputError: another kind of adapter, a feature in use that a spec does not have, a missing key.
     """
+    _refuse(raw)
+    modules = [name for site in param_sites(params, LoraSpec(target=".*")).values() for name in site.names]
+    dropped: list[str] = []
+    spec = LoraSpec(
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        target=_live("target_modules", raw["target_modules"], modules, dropped),
+        scaling="rslora" if raw.get("use_rslora") else "lora",
+        parametrization="dora" if raw.get("use_dora") else "lora",
+        dropout=raw.get("lora_dropout") or 0.0,
+        exclude=_live("exclude_modules", raw.get("exclude_modules") or (), modules, dropped),
+        layers=_live_layers(raw.get("layers_to_transform"), modules, dropped),
+        modules_to_save=_from_saved(raw.get("modules_to_save") or (), params, dropped),
+        bias=_live_bias(raw.get("bias") or "none", params, dropped),
+    )
+    chosen = [name for name in modules if spec.selects(name)]
+    patterns = {k: _live(k, raw.get(k) or {}, chosen, dropped) for k in ("rank_pattern", "alpha_pattern")}
+    return replace(spec, **patterns), dropped
+
+
+def _refuse(raw: Mapping[str, Any]) -> None:
     if raw.get("peft_type") != "LORA":
-        raise InputError(f"{source}: peft_type {raw.get('peft_type')!r} is not supported, only 'LORA'")
+        raise InputError(f"peft_type {raw.get('peft_type')!r:.60} is not supported, only 'LORA'")
     for key, value in raw.items():
-        neutral = not value or (key == "bias" and value == "none")
+        neutral = not value
         if key == "init_lora_weights":
-            neutral = value in PLAIN_INIT
+            neutral = isinstance(value, bool | str | None) and value in PLAIN_INIT
+        if key == "layers_pattern":
+            neutral = value in (None, [], "layers", ["layers"])  # what a spec's stack is called
         if key not in READ | INERT and not neutral:
-            raise InputError(f"{source}: {key} = {value!r} is a feature that is not supported")
+            raise InputError(f"{key} = {value!r:.60} is a feature that is not supported")
     for key in ("target_modules", "r", "lora_alpha"):
         if raw.get(key) is None:
-            raise InputError(f"{source}: the key {key} is missing")
-    dropped: list[str] = []
-    layers = raw.get("layers_to_transform")
-    try:
-        spec = LoraSpec(
-            rank=raw["r"],
-            alpha=raw["lora_alpha"],
-            target=_live("target_modules", raw["target_modules"], modules, dropped),
-            scaling="rslora" if raw.get("use_rslora") else "lora",
-            dropout=raw.get("lora_dropout") or 0.0,
-            exclude=_live("exclude_modules", raw.get("exclude_modules") or (), modules, dropped),
-            layers=None if layers is None or layers == [] else layers,
-        )
-        chosen = [name for name in modules if spec.selects(name)]
-        patterns = {k: _live(k, raw.get(k) or {}, chosen, dropped) for k in ("rank_pattern", "alpha_pattern")}
-        return replace(spec, **patterns), dropped
-    except (InputError, TypeError) as error:
-        raise InputError(f"{source}: {error}") from None
+            raise InputError(f"the key {key} is missing")
+    for key in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        if raw.get(key) not in (None, True, False):
+            raise InputError(f"{key} must be true or false, not {raw[key]!r:.60}")
+    if raw.get("bias") not in (None, "none", "all", "lora_only"):
+        raise InputError(f"bias must be one of none, all, lora_only, not {raw['bias']!r:.60}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(key) or {}, Mapping):
+            raise InputError(f"{key} must map patterns to numbers, not {raw[key]!r:.60}")
 
 
 def _live(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -> Any:
     if isinstance(patterns, str):
-        return patterns
+        dead = key == "exclude_modules" and not any(tree.matches(patterns, name) for name in modules)
+        dropped += [f"{key} {patterns!r}"] * dead
+        return () if dead else patterns
+    if not isinstance(patterns, Mapping | list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise InputError(f"{key} must be names, not {patterns!r:.60}")
     rule = tree.pattern_matches if key.endswith("pattern") else lambda pattern, name: tree.matches((pattern,), name)
     alive = [p for p in patterns if any(rule(p, name) for name in modules)]
     dropped += [f"{key} {p!r}" for p in patterns if p not in alive]
     return {p: patterns[p] for p in alive} if isinstance(patterns, Mapping) else alive
+
+
+def _live_layers(layers: Any, modules: Sequence[str], dropped: list[str]) -> Any:
+    if layers is None or layers == []:
+        return None
+    layers = layers if isinstance(layers, list) else [layers]
+    there = {tree.layer_number(name, ("layers",)) for name in modules}
+    dropped += [
+        f"layers_to_transform {layer!r:.60}" for layer in layers if isinstance(layer, int) and layer not in there
+    ]
+    return [layer for layer in layers if not isinstance(layer, int) or layer in there]
+
+
+def _live_bias(bias: Any, params: Any, dropped: list[str]) -> Any:
+    """``bias``, unless the model has none: then PEFT trains none, whatever the config says."""
+    if bias != "none" and not any(path[-1] == "bias" for path in flatten_dict(params)):
+        dropped.append(f"bias {bias!r:.60}")
+        return "none"
+    return bias
+
+
+def _names(params: Any) -> list[str]:
+    """Every module of ``params``, containers too, by dotted name."""
+    paths = {path[:-1]: leaf.shape for path, leaf in flatten_dict(params).items()}
+    names: dict[str, None] = {}
+    for path, shape in sorted(paths.items()):
+        depth = tree.stack_depth(path, ("layers",))
+        for name in tree.names(path, shape[:depth], ("layers",)):
+            parts = name.split(".")
+            names |= dict.fromkeys(".".join(parts[: i + 1]) for i in range(len(parts)))
+    return list(names)
+
+
+def _to_saved(spec: LoraSpec, params: Any) -> list[str] | None:
+    """``modules_to_save`` for PEFT, which takes any module whose name *ends with* the letters of an entry."""
+    if not spec.modules_to_save:
+        return None
+    names = _names(params)
+    ours = [name for name in names if tree.matches(spec.modules_to_save, name)]
+    theirs = [name for name in names if name.endswith(spec.modules_to_save)]
+    return list(spec.modules_to_save) if ours == theirs else ours
+
+
+def _from_saved(entries: Any, params: Any, dropped: list[str]) -> tuple[str, ...]:
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) and entry for entry in entries):
+        raise InputError(f"modules_to_save must be names, not {entries!r:.60}")
+    names = _names(params)
+    alive = tuple(entry for entry in entries if any(name.endswith(entry) for name in names))
+    dropped += [f"modules_to_save {entry!r}" for entry in entries if entry not in alive]
+    theirs = [name for name in names if alive and name.endswith(alive)]
+    ours = [name for name in names if tree.matches(alive, name)]
+    return alive if ours == theirs else tuple(theirs)
 
 
 def _plain(value: Any) -> Any:

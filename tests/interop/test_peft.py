@@ -1,14 +1,18 @@
 """PEFT's directory format: both ways against PEFT itself, and every fault of a directory named."""
 
 import json
+import warnings
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, load_peft, save_peft, save_pretrained
+from stablelora_jax.interop.peft import load_metadata
+from stablelora_jax.sites import param_sites
 from tests.helpers import tiny_decoder, tokens, trained
 
 SPECS = {
@@ -29,50 +33,105 @@ SPECS = {
     "layers_regex": LoraSpec(target=r".*proj", layers=(1,), rank=2),
     "regex_of_containers": LoraSpec(target=r"model\.layers\.[01].*", rank=2),
     "head": LoraSpec(target=["q_proj", "lm_head"], rank=2),
+    "embedding": LoraSpec(target=["embed_tokens", "o_proj"], rank=2, alpha=3),
+    "tied_embedding": LoraSpec(target=["embed_tokens", "o_proj"], rank=2, alpha=3, scaling="rslora"),
+    "dora": LoraSpec(parametrization="dora", target="all-linear", rank=3, rank_pattern={"layers.1.mlp.up_proj": 1}),
+    "dora_some_layers": LoraSpec(parametrization="dora", scaling="rslora", target=["q_proj"], layers=(0, 2)),
+    "dora_embedding": LoraSpec(parametrization="dora", target=["embed_tokens", "q_proj", "lm_head"], rank=2),
+    "saved": LoraSpec(rank=2, modules_to_save=["lm_head", "embed_tokens", "norm", "mlp"]),
+    "saved_some_layers": LoraSpec(rank=2, modules_to_save=["layers.1.input_layernorm", "layers.0.self_attn"]),
+    "saved_target": LoraSpec(rank=2, target="all-linear", modules_to_save=["k_proj", "layers.2.mlp.up_proj"]),
+    "tied_saved": LoraSpec(rank=2, modules_to_save=["embed_tokens"]),
+    "bias_all": LoraSpec(rank=2, bias="all"),
+    "bias_lora_only": LoraSpec(rank=2, bias="lora_only", target=["q_proj", "down_proj"], layers=(1, 2)),
+    "everything": LoraSpec(
+        rank=3,
+        parametrization="dora",
+        scaling="rslora",
+        target=["q_proj", "up_proj", "embed_tokens"],
+        rank_pattern={"layers.1.*up_proj": 2},
+        alpha_pattern={"q_proj": 5},
+        modules_to_save=["lm_head", "input_layernorm"],
+        bias="lora_only",
+    ),
 }
+EMBEDDED = ("head", "embedding", "dora_embedding", "everything")  # PEFT adds the base's own weights to such a file
 
 
 def case(name):
-    model, params = tiny_decoder(qkv_bias=True, o_bias=True)
+    model, params = tiny_decoder(qkv_bias=True, o_bias=True, tie_word_embeddings=name.startswith("tied"))
     spec = SPECS[name]
     return model, params, spec, trained(init_adapters(jax.random.key(0), params, spec), spec)
 
 
 def logits(model, params, spec, adapters):
-    return np.asarray(adapted(model, spec).apply({"params": params, "lora": adapters}, tokens()))
+    return adapted(model, spec).apply({"params": params, "lora": adapters}, tokens())
+
+
+def chosen(spec, params):
+    return [n for site in param_sites(params, spec).values() for n, r in zip(site.names, site.ranks, strict=True) if r]
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_round_trip(name, tmp_path):
     _, params, spec, adapters = case(name)
-    save_peft(tmp_path, adapters, spec)
+    save_peft(tmp_path, adapters, spec, params=params)
     loaded, read = load_peft(tmp_path, params)
     chex.assert_trees_all_equal(loaded, adapters)
-    if isinstance(spec.target, tuple):
+    if isinstance(spec.target, tuple) and name != "saved":
         assert read == spec
+    assert {n: (read.rank_of(n), read.scale_of(n)) for n in chosen(read, params)} == {
+        n: (spec.rank_of(n), spec.scale_of(n)) for n in chosen(spec, params)
+    }
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_peft_gives_the_same_logits(name, tmp_path):
+def test_peft_gives_the_same_logits_and_gradients(name, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     import transformers
 
     model, params, spec, adapters = case(name)
     save_pretrained(tmp_path / "base", model, params)
-    save_peft(tmp_path / "adapter", adapters, spec, base_model=str(tmp_path / "base"))
+    save_peft(tmp_path / "adapter", adapters, spec, base_model=str(tmp_path / "base"), params=params)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    inputs = torch.tensor(np.asarray(tokens()))
     with torch.no_grad():
-        plain = base(torch.tensor(np.asarray(tokens()))).logits.numpy()
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-        expected = theirs(torch.tensor(np.asarray(tokens()))).logits.numpy()
-    ours = logits(model, params, spec, adapters)
+        plain = base(inputs).logits.numpy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    said = {str(w.message)[:40] for w in caught if "gradient_checkpointing" not in str(w.message)}
+    expected = theirs(inputs).logits
+    torch.square(expected).mean().backward()
+    expected = expected.detach().numpy()
+    cost = lambda a: (jnp.square(y := logits(model, params, spec, a)).mean(), y)
+    (_, ours), gradient = jax.jit(jax.value_and_grad(cost, has_aux=True))(adapters)
     scale = np.abs(expected).max()
-    assert np.abs(ours - expected).max() < 1e-4 * scale and np.abs(expected - plain).max() > 1e-2 * scale
-    if name == "head":
-        return  # PEFT adds the base's own head to such a file
+    assert np.abs(ours - expected).max() < 1e-4 * max(1, scale)
+    assert np.abs(expected - plain).max() > 1e-2 * scale
+    save_peft(tmp_path / "gradient", gradient, spec, params=params)
+    flat = load_file(tmp_path / "gradient" / "adapter_model.safetensors")
+    found = 0
+    for key, parameter in theirs.named_parameters():
+        own = key.replace(".default", "").replace(".modules_to_save", "").replace(".original_module", "")
+        own = own.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        if parameter.grad is not None and own in flat and not name.startswith("tied"):
+            found += 1
+            theirs_grad = parameter.grad.numpy()
+            assert np.abs(flat[own] - theirs_grad).max() < 1e-4 * max(1, np.abs(theirs_grad).max()), key
+    assert found == len([key for key in flat if "base_layer.weight" not in key]) or name.startswith("tied")
     theirs.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained  # PEFT's own directory gives the warnings that ours may give
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again(fresh, tmp_path / "again")
+    assert said <= {str(w.message)[:40] for w in caught}
     loaded, read = load_peft(tmp_path / "again", params)
-    assert np.abs(logits(model, params, read, loaded) - expected).max() < 1e-4 * scale
+    chex.assert_trees_all_equal(loaded, adapters)
+    save_peft(tmp_path / "back", loaded, read, params=params)
+    first, second = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("again", "back"))
+    assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -120,6 +179,55 @@ def test_keys_and_layout(tmp_path):
     assert config["peft_type"] == "LORA" and isinstance(config["target_modules"], list)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tied_base_is_untied_first(target, tmp_path):
+    """PEFT adapts one of two tied modules alone; the shared matrix cannot say that, an untied copy can."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers
+
+    from stablelora_jax.models.untie import untie
+
+    model, params = tiny_decoder(tie_word_embeddings=True)
+    save_pretrained(tmp_path / "base", model, params)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=[target, "q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+        expected = theirs(torch.tensor(np.asarray(tokens()))).logits.numpy()
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="of this base are tied: use model, params = untie"):
+        load_peft(tmp_path / "adapter", params)
+    apart, apart_params = untie(model, params)
+    adapters, spec = load_peft(tmp_path / "adapter", apart_params)
+    ours = logits(apart, apart_params, spec, adapters)
+    assert np.abs(ours - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+
+
+def test_what_needs_the_base_says_so(tmp_path):
+    for name in ("embedding", "saved", "bias_all"):
+        _, _, spec, adapters = case(name)
+        with pytest.raises(InputError, match="pass params="):
+            save_peft(tmp_path, adapters, spec)
+
+
+def test_another_base_is_noticed(tmp_path):
+    _, params, spec, adapters = case("embedding")
+    save_peft(tmp_path, adapters, spec, params=params)
+    params["model"]["embed_tokens"]["embedding"] += 1
+    with pytest.raises(InputError, match="embed_tokens.base_layer.weight differs from the base"):
+        load_peft(tmp_path, params)
+
+
+def test_metadata_lies_beside(tmp_path):
+    _, _, spec, adapters = case("default")
+    save_peft(tmp_path, adapters, spec, metadata={"optimizer": {"name": "stable_lora", "shrink_ratio": 5e-4}})
+    assert load_metadata(tmp_path)["optimizer"]["shrink_ratio"] == 5e-4
+    assert "optimizer" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
 def edit_config(directory, **changes):
     path = directory / "adapter_config.json"
     config = {**json.loads(path.read_text()), **changes}
@@ -134,9 +242,16 @@ def edit_tensors(directory, change):
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD = {
-    "dora": (lambda d: edit_config(d, use_dora=True), "use_dora = True"),
-    "bias": (lambda d: edit_config(d, bias="lora_only"), "bias = 'lora_only'"),
-    "modules_to_save": (lambda d: edit_config(d, modules_to_save=["lm_head"]), "modules_to_save"),
+    "dora": (lambda d: edit_config(d, use_dora=True), "lacks .*lora_magnitude_vector"),
+    "bias": (lambda d: edit_config(d, bias="lora_only"), "lacks .*base_layer.bias"),
+    "bias_word": (lambda d: edit_config(d, bias="some"), "bias must be one of none, all, lora_only"),
+    "lora_bias": (lambda d: edit_config(d, lora_bias=True), "lora_bias = True"),
+    "modules_to_save": (lambda d: edit_config(d, modules_to_save=["lm_head"]), "lacks lm_head.weight"),
+    "modules_to_save_type": (lambda d: edit_config(d, modules_to_save=5), "modules_to_save must be names"),
+    "tokens": (lambda d: edit_config(d, trainable_token_indices=[1, 2]), "trainable_token_indices"),
+    "flag": (lambda d: edit_config(d, use_dora="yes"), "use_dora must be true or false"),
+    "pattern_type": (lambda d: edit_config(d, rank_pattern=[1]), "rank_pattern must map"),
+    "target_type": (lambda d: edit_config(d, target_modules=[1]), "target_modules must be names"),
     "pissa": (lambda d: edit_config(d, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     "fan_in_fan_out": (lambda d: edit_config(d, fan_in_fan_out=True), "fan_in_fan_out"),
     "other_type": (lambda d: edit_config(d, peft_type="LOHA"), "peft_type 'LOHA'"),
@@ -161,7 +276,7 @@ BAD = {
     ),
     "transposed": (
         lambda d: edit_tensors(d, lambda t: {**t, Q: np.ascontiguousarray(t[Q].T)}),
-        "q_proj.lora_A has shape",
+        "q_proj.lora_A.weight has shape",
     ),
     "wrong_rank": (lambda d: edit_config(d, r=4), "has shape"),
     "nan": (lambda d: edit_tensors(d, lambda t: {**t, Q: t[Q] * np.nan}), "holds NaN"),

@@ -1,0 +1,34 @@
+"""Write a trained adapter for another program: ``python experiments/export.py RUN --to peft|vllm|gguf|merged``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
+
+from stablelora_jax import InputError  # noqa: E402
+from stablelora_jax.export import KINDS, export  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line, export, and turn unusable input into one line and exit code 2."""
+    parser = argparse.ArgumentParser(description="Write a trained adapter for another program.")
+    parser.add_argument("run", metavar="RUN", help="run directory of experiments/train.py, or a PEFT adapter")
+    parser.add_argument("--to", required=True, choices=KINDS, help="merged: a whole model; gguf: for llama.cpp")
+    parser.add_argument("--output", metavar="PATH", help="where to; RUN/export/KIND unless given; must not exist")
+    parser.add_argument("--base", metavar="MODEL", help="the base, if RUN does not name it: directory, .gguf, hub id")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a merged model; the run's unless given")
+    parser.add_argument("--untie", action="store_true", help="for an adapter that changes one of a tied pair alone")
+    given = parser.parse_args()
+    try:
+        export(given.run, given.to, output=given.output, base=given.base, dtype=given.dtype, apart=given.untie)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Out of the house: a run, or an adapter, as what another program loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from stablelora_jax import config
+from stablelora_jax.errors import InputError
+from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
+from stablelora_jax.interop.merged import save_merged
+from stablelora_jax.interop.peft import CONFIG, load_metadata, load_peft, read_config, save_peft
+from stablelora_jax.interop.vllm import save_vllm
+from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.pretrained import base_directory, load_pretrained
+from stablelora_jax.models.untie import untie
+from stablelora_jax.run_config import RunConfig
+from stablelora_jax.spec import LoraSpec
+
+KINDS = ("peft", "vllm", "gguf", "merged")
+
+
+class Source(NamedTuple):
+    """What is exported."""
+
+    directory: Path  # of the adapter, in PEFT's layout
+    base: str  # the path or hub id of its base
+    model: Decoder
+    params: Any
+    adapters: Any
+    spec: LoraSpec
+
+
+def export(
+    path: str | Path,
+    kind: str,
+    *,
+    output: str | Path | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    apart: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the adapter at ``path`` for another program, whole or not at all.
+
+    Args:
+      path: a run directory of ``experiments/train.py``, or an adapter in PEFT's layout.
+      kind: ``peft``, ``vllm``, ``gguf`` (an adapter for llama.cpp) or ``merged`` (a Hugging Face model).
+      output: where to; ``PATH/export/KIND`` unless given (with ``.gguf`` for ``gguf``). It must not exist.
+      base: path or hub id of the base; the one that run or adapter name unless given.
+      dtype: of a merged model's weights; that of the run, or float32.
+      apart: give a tied head its own weights, for an adapter that changes it or the embedding alone.
+      say: gets one line about what was written.
+
+    Returns:
+      What was written.
+
+    Raises:
+      InputError: no such run or base, a feature that ``kind`` cannot express, or an output that exists.
+    """
+    path = Path(path)
+    if kind not in KINDS:
+        raise InputError(f"--to must be one of {', '.join(KINDS)}, not {kind!r}")
+    out = Path(output) if output else path / "export" / ("adapter.gguf" if kind == "gguf" else kind)
+    if out.exists():
+        raise InputError(f"{out} exists already: remove it or choose another --output")
+    source = open_source(path, base, dtype, apart=apart)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        note = _write(source, kind, partial, dtype)
+        os.replace(partial, out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        _remove(partial)
+    say(f"{out}: {note}")
+    return out
+
+
+def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
+    """Where the adapter of ``path`` lies, and the configuration of the run that made it, where ``path`` is a run.
+
+    Raises:
+      InputError: there is neither an adapter in PEFT's layout nor a run that has ended.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        return path, None
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path} is neither a run directory (config.yaml) nor an adapter ({CONFIG})")
+    if not (path / "adapter" / CONFIG).is_file():
+        raise InputError(f"{path} has no adapter yet: the run has not ended; its command goes on with it")
+    return path / "adapter", config.load(RunConfig, path / "config.yaml")
+
+
+def open_source(path: str | Path, base: str | None = None, dtype: str | None = None, *, apart: bool = False) -> Source:
+    """Load adapter and base of a run directory or of an adapter in PEFT's layout; ``apart`` unties a tied head first.
+
+    Raises:
+      InputError: neither is there, or the base is not named or cannot be loaded.
+    """
+    directory, run_config = locate_adapter(path)
+    if run_config is None:
+        named, dtype = base or read_config(directory).get("base_model_name_or_path"), dtype or "float32"
+    else:
+        named, dtype = base or run_config.model.path or str(base_directory()), run_config.model.dtype
+        apart = apart or run_config.model.untie
+    if not named or not isinstance(named, str):
+        raise InputError(f"{directory / CONFIG} does not name its base: give --base MODEL")
+    model, params = load_pretrained(named, dtype=jnp.dtype(dtype))
+    if apart:
+        model, params = untie(model, params)
+    adapters, spec = load_peft(directory, params)
+    return Source(directory, named, model, params, adapters, spec)
+
+
+def _write(source: Source, kind: str, out: Path, dtype: str | None) -> str:
+    _, base, model, params, adapters, spec = source
+    if kind == "peft":
+        save_peft(out, adapters, spec, base_model=base, params=params, metadata=load_metadata(source.directory))
+        return "a PEFT adapter (peft.PeftModel.from_pretrained)"
+    if kind == "vllm":
+        rank = save_vllm(out, adapters, spec, base_model=base, params=params)
+        return f"an adapter for vLLM (--enable-lora --max-lora-rank {rank})"
+    if kind == "gguf":
+        save_gguf_adapter(out, adapters, spec, model.config)
+        return "an adapter for llama.cpp (--lora)"
+    check = save_merged(out, model, params, adapters, spec, dtype=dtype)
+    share = check.difference / max(1.0, check.largest)
+    return (
+        f"a merged model in {dtype or model.dtype}; the largest difference between its logits and those of base and "
+        f"adapter is {check.difference:.3g} on a sample ({share:.1e} of the largest logit, {check.largest:.3g})"
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()

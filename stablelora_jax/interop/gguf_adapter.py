@@ -1,0 +1,129 @@
+"""Adapters out to a GGUF file that llama.cpp applies at run time (``--lora``).
+
+As its ``convert_lora_to_gguf.py`` writes it: ``blk.N.attn_q.weight.lora_a`` (r, in) and ``.lora_b`` (out, r), for the
+embedding ``token_embd.weight.lora_a`` (vocabulary, r), and one ``adapter.lora.alpha``. llama.cpp's scale is alpha over
+the rank of each tensor, and nothing else (``src/llama-adapter.h``), so rsLoRA becomes a larger alpha, and alphas that
+differ between modules are folded into ``lora_b``. In architecture ``llama`` the rows of q and k are permuted, hence
+those of their ``lora_b`` too. What llama.cpp has no form for (DoRA, modules trained in full) is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from stablelora_jax import tree
+from stablelora_jax.adapter import Site, adapter_sites
+from stablelora_jax.errors import InputError
+from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.gguf import gguf_name, permute
+from stablelora_jax.spec import LoraSpec
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+EMBEDDING = "token_embd.weight"  # whose lora_a is looked up by row
+MERGED = "export the merged model instead"
+
+
+def save_gguf_adapter(path: str | Path, adapters: Any, spec: LoraSpec, config: DecoderConfig) -> None:
+    """Write ``adapters`` as a GGUF file, float32, for a GGUF file of the model that ``config`` describes.
+
+    Args:
+      path: of the file; one already there is replaced in one step.
+      adapters: as made by ``init_adapters`` for ``spec``; bit-equal in the file where one alpha serves all modules.
+      spec: the spec of the adapters.
+      config: of the base, ``model.config``.
+
+    Raises:
+      InputError: adapters that do not fit the spec, are not finite, or hold what llama.cpp does not apply.
+    """
+    arch = ARCHITECTURES.get(config.model_type)
+    if arch is None:
+        raise InputError(f"llama.cpp's name for model_type {config.model_type!r} is not known here; {MERGED}")
+    for place in flatten_dict(adapters):
+        if place[-1] not in ("lora_a", "lora_b"):
+            raise InputError(f"{'.'.join(place)} has no place in a GGUF adapter, which is plain LoRA; {MERGED}")
+    sites = adapter_sites(adapters, spec)
+    alpha = _common_alpha(list(sites.values()))
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused below
+        tensors = {name: x for site in sites.values() for name, x in _gguf_tensors(site, adapters, alpha, config)}
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} holds NaN or infinity: nothing was written to {path}")
+    try:
+        _write(Path(path), arch, float(alpha), tensors)
+    except OSError as error:
+        raise InputError(f"cannot write the adapter to {path}: {error.strerror or error}") from None
+
+
+def _common_alpha(sites: list[Site]) -> np.float32:
+    """The alpha that gives most modules their scale when divided by their rank."""
+    alphas = Counter(
+        _alpha(rank, scale) for site in sites for rank, scale in zip(site.ranks, site.scales, strict=True) if rank
+    )
+    for alpha in alphas:
+        if not 0 < alpha < np.inf:  # llama.cpp takes an alpha of 0 to mean a scale of 1
+            raise InputError(f"the alpha {alpha} that the spec comes to is no positive float32; {MERGED}")
+    return alphas.most_common(1)[0][0]
+
+
+def _alpha(rank: int, scale: float) -> np.float32:
+    return np.float32(scale * rank)
+
+
+def _gguf_tensors(
+    site: Site, adapters: Any, alpha: np.float32, config: DecoderConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+    pair = tree.get_in(adapters, site.path)
+    a = np.asarray(pair["lora_a"], np.float32).reshape(-1, site.size[0], site.rank)
+    b = np.asarray(pair["lora_b"], np.float32).reshape(-1, site.rank, site.size[1])
+    for i, (name, rank, scale) in enumerate(zip(site.names, site.ranks, site.scales, strict=True)):
+        if rank:
+            target = _target(name, config)
+            own_a, own_b = a[i, :, :rank], b[i, :rank].T
+            if _alpha(rank, scale) != alpha:
+                own_b = own_b * (_alpha(rank, scale) / alpha)
+            if heads := _permuted_heads(name, config):
+                own_b = permute(own_b, heads)
+            yield f"{target}.lora_a", np.ascontiguousarray(own_a if target == EMBEDDING else own_a.T)
+            yield f"{target}.lora_b", np.ascontiguousarray(own_b)
+
+
+def _target(name: str, config: DecoderConfig) -> str:
+    target = gguf_name(name)
+    if target is None:
+        raise InputError(f"{name} is not a weight that llama.cpp knows of; {MERGED}")
+    if target in (EMBEDDING, "output.weight") and config.tie_word_embeddings:
+        raise InputError(f"llama.cpp adapts neither embedding nor head where they are tied, as {name} is; {MERGED}")
+    return target
+
+
+def _permuted_heads(name: str, config: DecoderConfig) -> int:
+    """How many heads the rows of this module are permuted in; 0 where they are not."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(name.rsplit(".", 1)[-1], 0) if ARCHITECTURES[config.model_type] == "llama" else 0
+
+
+def _write(path: Path, arch: str, alpha: float, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        import gguf
+    except ImportError:
+        raise InputError('writing GGUF needs the package gguf: pip install "stablelora-jax[gguf]"') from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    writer = gguf.GGUFWriter(partial, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(partial, path)

@@ -1,0 +1,111 @@
+"""Where every tensor of a PEFT adapter lies in our tree: one table for writing and for reading.
+
+PEFT (0.21) has one tensor for each layer and the prefix ``base_model.model.``; ours are stacked and transposed:
+
+====================================  ======================  =============================================
+PEFT                                  shape                   ours, at the module
+====================================  ======================  =============================================
+``<m>.lora_A.weight``, ``lora_B``     (r, in), (out, r)       ``lora_a`` (in, r), ``lora_b`` (r, out)
+``<m>.lora_embedding_A``, ``_B``      (r, vocab), (D, r)      the same, for an embedding (vocab, D)
+``<m>.lora_magnitude_vector``         (out,)                  ``lora_magnitude_vector`` (out,)
+``<m>.weight``, ``<m>.bias``          as in the base          ``full``: ``modules_to_save``, ``bias="all"``
+``<m>.base_layer.bias``               (out,)                  ``full``: the bias of an adapted module
+====================================  ======================  =============================================
+
+Where the head of the base is tied to its embedding, one adapter (or one trained copy) changes both, which PEFT calls
+``ensure_weight_tying`` and stores twice, the second time transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stablelora_jax import tree
+from stablelora_jax.adapter import Site
+from stablelora_jax.full import FullLeaf, full_leaves
+from stablelora_jax.models.weights import LEAF
+from stablelora_jax.sites import extra_leaves
+from stablelora_jax.spec import LoraSpec
+from stablelora_jax.tree import Path
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+
+
+class Entry(NamedTuple):
+    """One tensor of a file and the part of our tree that it is."""
+
+    name: str  # without the prefix
+    shape: tuple[int, ...]  # in the file
+    place: Path  # of the leaf in the adapter tree
+    whole: tuple[int, ...]  # shape of that leaf
+    at: tuple[Any, ...]  # index into the leaf, its stack axes flattened to one
+    transposed: bool
+
+    def take(self, leaf: np.ndarray) -> np.ndarray:
+        """The tensor as PEFT has it, from the leaf."""
+        part = self._flat(leaf)[self.at]
+        return np.ascontiguousarray(part.T if self.transposed else part)
+
+    def put(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
+        """Write the tensor of a file into its part of the leaf."""
+        self._flat(leaf)[self.at] = tensor.T if self.transposed else tensor
+
+    def _flat(self, leaf: np.ndarray) -> np.ndarray:
+        return leaf.reshape(-1, *leaf.shape[len(leaf.shape) - len(self.shape) :])
+
+
+def layout(sites: dict[Path, Site], params: Any, spec: LoraSpec) -> list[Entry]:
+    """Every tensor that PEFT has for adapters of ``spec`` at ``sites``.
+
+    Args:
+      sites: of the pairs.
+      params: the base, or None where nothing is trained in full and no embedding is adapted.
+      spec: the spec of the adapters.
+    """
+    entries = [entry for site in sites.values() for entry in _pair_entries(site, spec)]
+    if params is None:
+        return entries
+    adapted = {name for site in sites.values() for name, rank in zip(site.names, site.ranks, strict=True) if rank}
+    entries += [entry for leaf in full_leaves(params, spec).values() for entry in _full_entries(leaf, adapted)]
+    return entries + [twin for entry in entries if is_tied(params) for twin in _twin(entry)]
+
+
+def is_tied(params: Any) -> bool:
+    """Whether the base is a decoder whose head is its embedding."""
+    return HEAD not in params and tree.get_in(params, ("model", EMBEDDING)) is not None
+
+
+def _pair_entries(site: Site, spec: LoraSpec) -> Iterator[Entry]:
+    a, b = (*site.stack, site.size[0], site.rank), (*site.stack, site.rank, site.size[1])
+    kinds = ("lora_embedding_A", "lora_embedding_B") if site.leaf == "embedding" else ("lora_A.weight", "lora_B.weight")
+    for i, (name, rank) in enumerate(zip(site.names, site.ranks, strict=True)):
+        if not rank:
+            continue
+        rows, columns, used = site.size[0], site.size[1], slice(rank)
+        yield Entry(f"{name}.{kinds[0]}", (rank, rows), (*site.path, "lora_a"), a, (i, slice(None), used), True)
+        yield Entry(f"{name}.{kinds[1]}", (columns, rank), (*site.path, "lora_b"), b, (i, used), True)
+        for leaf, shape in extra_leaves(site, spec).items():
+            yield Entry(f"{name}.{leaf}", shape[len(site.stack) :], (*site.path, leaf), shape, (i,), False)
+
+
+def _full_entries(leaf: FullLeaf, adapted: set[str]) -> Iterator[Entry]:
+    kind, turned = leaf.path[-1], leaf.path[-1] == "kernel"
+    for i, name in enumerate(leaf.names):
+        owner = f"{name}.base_layer" if name in adapted else name
+        shape = leaf.own[::-1] if turned else leaf.own
+        yield Entry(f"{owner}.{LEAF.get(kind, kind)}", shape, leaf.place, leaf.shape, (i,), turned)
+
+
+def _twin(entry: Entry) -> Iterator[Entry]:
+    """The head's tensor, where an entry is of the embedding that is also the head."""
+    module, _, kind = entry.name.partition(f"{EMBEDDING}.")
+    if module != "model.":
+        return
+    if kind in ("lora_embedding_A", "lora_embedding_B"):
+        other = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}[kind]
+        yield entry._replace(name=f"{HEAD}.{other}", shape=entry.shape[::-1], transposed=False)
+    elif kind == "weight":
+        yield entry._replace(name=f"{HEAD}.weight")

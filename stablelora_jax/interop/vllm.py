@@ -1,0 +1,115 @@
+"""Adapters for vLLM: plain LoRA of one rank and one scale, and the check that a directory is that.
+
+vLLM (0.33: ``vllm/lora/peft_helper.py``, ``lora_model.py``) loads PEFT's format but refuses DoRA, trained biases,
+``modules_to_save`` and ranks above the server's ``--max-lora-rank``; older versions ignore ``use_rslora`` and the
+pattern maps without a word. So rank patterns are padded with zeros, scales are folded into B, and what cannot be said as
+plain LoRA is refused: export it merged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from stablelora_jax import tree
+from stablelora_jax.adapter import Site, adapter_sites
+from stablelora_jax.errors import InputError
+from stablelora_jax.interop.peft import save_peft
+from stablelora_jax.interop.peft_layout import EMBEDDING, is_tied
+from stablelora_jax.sites import as_dict
+from stablelora_jax.spec import LoraSpec
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank may have
+INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+REFUSED = """use_dora lora_bias alora_invocation_tokens layer_replication use_bdlora use_qalora modules_to_save
+    rank_pattern alpha_pattern use_rslora""".split()
+MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head embed_tokens".split()
+TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
+
+
+def save_vllm(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_model: str | None, params: Any) -> int:
+    """Write ``adapters`` as a PEFT directory that any vLLM with LoRA loads, with the same effect to the letter.
+
+    Returns:
+      The least ``--max-lora-rank`` that the server needs.
+
+    Raises:
+      InputError: what vLLM has no form for (DoRA, parameters trained in full, a tied embedding, a rank above 512).
+    """
+    params = as_dict(params)
+    if spec.parametrization != "lora" or spec.modules_to_save or spec.bias != "none":
+        what = spec.parametrization if spec.parametrization != "lora" else "parameters trained in full"
+        raise InputError(f"vLLM does not load {what} in an adapter: export it merged")
+    if ("model", EMBEDDING) in adapter_sites(adapters, spec) and is_tied(params):
+        raise InputError(f"vLLM does not load an adapter of {EMBEDDING} where the head is tied to it: export it merged")
+    flat, plain = uniform(adapters, spec)
+    if plain.rank > max(RANKS):
+        raise InputError(f"vLLM serves ranks up to {max(RANKS)}, not {plain.rank}: export it merged")
+    save_peft(directory, flat, plain, base_model=base_model, params=params)
+    _drop_base_weights(Path(directory))
+    if problems := vllm_problems(directory):
+        raise InputError(f"{directory}: {problems[0]}")
+    return min(rank for rank in RANKS if rank >= plain.rank)
+
+
+def uniform(adapters: Any, spec: LoraSpec) -> tuple[dict[str, Any], LoraSpec]:
+    """The same change of every kernel by pairs of one rank r and one scale alpha / r: ``(adapters, spec)``.
+
+    Smaller ranks are padded with zeros. Where all scales are equal, alpha takes them up and the factors keep their
+    bits; otherwise each B is multiplied by its own scale over the common one, in its dtype.
+    """
+    sites = adapter_sites(adapters, spec)
+    rank = max(site.rank for site in sites.values())
+    scales = {s for site in sites.values() for s, r in zip(site.scales, site.ranks, strict=True) if r}
+    scale = scales.pop() if len(scales) == 1 else spec.alpha / rank
+    made: dict[str, Any] = {}
+    for path, site in sites.items():
+        made = tree.set_in(made, path, _padded(tree.get_in(adapters, path), site, rank, scale))
+    return made, replace(spec, rank=rank, alpha=scale * rank, scaling="lora", rank_pattern={}, alpha_pattern={})
+
+
+def vllm_problems(directory: str | Path, max_lora_rank: int = max(RANKS)) -> list[str]:
+    """What vLLM would refuse, or read otherwise than PEFT, in the adapter at ``directory``; empty where it is fine."""
+    from safetensors import safe_open
+
+    directory = Path(directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    found = [f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
+    found += [f"{key} = {config[key]!r:.60} is not plain LoRA" for key in REFUSED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        found.append(f"bias = {config['bias']!r:.60} is refused")
+    if config.get("init_lora_weights", True) not in INITS:
+        found.append(f"init_lora_weights = {config['init_lora_weights']!r:.60} is refused")
+    if not found and config["r"] > max_lora_rank:
+        found.append(f"r = {config['r']} is above the server's {max_lora_rank}")
+    with safe_open(str(directory / "adapter_model.safetensors"), framework="numpy") as file:
+        for name in file.keys():
+            match = TENSOR.fullmatch(name)
+            if not match or match[1].rsplit(".", 1)[-1] not in MODULES:
+                found.append(f"tensor {name} is not of a module that takes LoRA")
+    return found
+
+
+def _padded(pair: Any, site: Site, rank: int, scale: float) -> dict[str, Any]:
+    wide = [(0, 0)] * len(site.stack)
+    a = jnp.pad(pair["lora_a"], [*wide, (0, 0), (0, rank - site.rank)])
+    b = jnp.pad(pair["lora_b"], [*wide, (0, rank - site.rank), (0, 0)])
+    factors = np.array(site.scales).reshape(site.stack) / scale
+    return {"lora_a": a, "lora_b": b * jnp.asarray(factors, b.dtype)[..., None, None]}
+
+
+def _drop_base_weights(directory: Path) -> None:
+    """vLLM skips the base's own weights beside an adapted embedding or head; a server need not load them."""
+    from safetensors.numpy import load_file, save_file
+
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    kept = {name: array for name, array in tensors.items() if ".base_layer." not in name}
+    if len(kept) < len(tensors):
+        save_file(kept, path, metadata={"format": "pt"})

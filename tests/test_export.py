@@ -1,0 +1,121 @@
+"""A run or an adapter goes out to PEFT, vLLM, llama.cpp or as a merged model: whole, or not at all."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from stablelora_jax import InputError, LoraSpec, init_adapters, load_peft, load_pretrained, merge, save_peft
+from stablelora_jax import base_directory as shipped_base
+from stablelora_jax.export import KINDS, export, open_source
+from stablelora_jax.models.pretrained import save_pretrained
+from stablelora_jax.run_config import ModelConfig, RunConfig
+from stablelora_jax.run_directory import create
+from tests.helpers import largest_difference, tiny_decoder, trained
+
+SPEC = LoraSpec(rank=4, scaling="rslora", target=["q_proj", "down_proj"], rank_pattern={"layers.1.*q_proj": 2})
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A PEFT directory that names its base, and the adapters in it."""
+    model, params = tiny_decoder()
+    save_pretrained(tmp_path / "base", model, params)
+    adapters = trained(init_adapters(jax.random.key(0), params, SPEC), SPEC)
+    metadata = {"optimizer": {"name": "stable_lora"}}
+    save_peft(tmp_path / "adapter", adapters, SPEC, base_model=str(tmp_path / "base"), metadata=metadata)
+    return tmp_path / "adapter", params, adapters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_goes_out_means_the_same(kind, adapter):
+    path, params, adapters = adapter
+    said = []
+    out = export(path, kind, say=said.append)
+    assert out == path / "export" / ("adapter.gguf" if kind == "gguf" else kind) and len(said) == 1
+    expected = merge(params, adapters, SPEC)
+    if kind == "merged":
+        assert "largest difference between its logits" in said[0]
+        assert largest_difference(load_pretrained(out)[1], expected) < 1e-6
+    elif kind == "gguf":
+        assert out.read_bytes()[:4] == b"GGUF"  # its content: tests/interop/test_gguf_adapter.py
+    else:
+        loaded, spec = load_peft(out, params)
+        assert largest_difference(merge(params, loaded, spec), expected) < 1e-6
+    if kind == "vllm":
+        assert "--max-lora-rank 8" in said[0]
+    if kind == "peft":
+        assert (out / "stablelora.json").read_text() == (path / "stablelora.json").read_text()
+    assert not list(out.parent.glob(".*"))
+    with pytest.raises(InputError, match="exists already: remove it or choose another --output"):
+        export(path, kind)
+
+
+def test_a_run_names_its_base_and_its_dtype(tmp_path):
+    model, params = load_pretrained(shipped_base())
+    config = RunConfig(lora=SPEC, model=ModelConfig(dtype="bfloat16", untie=True), output=str(tmp_path / "run"))
+    create(tmp_path / "run", config)
+    with pytest.raises(InputError, match="has no adapter yet"):
+        export(tmp_path / "run", "peft")
+    spec = LoraSpec(rank=2, modules_to_save=["lm_head"])
+    source = open_source_after_saving(tmp_path / "run", spec)
+    assert source.model.dtype == np.dtype("bfloat16") and not source.model.config.tie_word_embeddings
+    assert source.base == str(shipped_base()) and source.spec == spec
+
+
+def open_source_after_saving(run, spec):
+    from stablelora_jax.models.untie import untie
+
+    model, params = untie(*load_pretrained(shipped_base(), dtype="bfloat16"))
+    save_peft(run / "adapter", init_adapters(jax.random.key(0), params, spec), spec, params=params)
+    return open_source(run)
+
+
+def test_a_failure_leaves_nothing_behind(adapter, tmp_path):
+    path, params, _ = adapter
+    dora = LoraSpec(rank=2, parametrization="dora")
+    save_peft(
+        tmp_path / "dora", init_adapters(jax.random.key(0), params, dora), dora, base_model=str(path.parent / "base")
+    )
+    for kind in ("vllm", "gguf"):
+        with pytest.raises(InputError, match="merged"):
+            export(tmp_path / "dora", kind, output=tmp_path / "out" / kind)
+        assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(path="nowhere"), "neither a run directory"),
+        (dict(base="no/such base"), "does not exist: give a model directory"),
+        (dict(kind="onnx"), "--to must be one of peft, vllm, gguf, merged"),
+        (dict(output="file/out"), "cannot write"),
+    ],
+)
+def test_refusals(change, message, adapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    given = {"path": adapter[0], "kind": "peft", "base": None, "output": "out"} | change
+    output = tmp_path / given["output"]
+    with pytest.raises(InputError, match=message) as error:
+        export(given["path"], given["kind"], base=given["base"], output=output)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_without_a_base_asks_for_one(adapter, tmp_path):
+    path, params, adapters = adapter
+    save_peft(tmp_path / "alone", adapters, SPEC)
+    with pytest.raises(InputError, match="does not name its base: give --base MODEL"):
+        export(tmp_path / "alone", "peft")
+    assert export(tmp_path / "alone", "peft", base=str(path.parent / "base")).is_dir()
+
+
+def test_the_command(adapter, tmp_path):
+    script = [sys.executable, str(Path(__file__).parents[1] / "experiments" / "export.py")]
+    wrong = subprocess.run([*script, str(tmp_path), "--to", "peft"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+    good = subprocess.run([*script, str(adapter[0]), "--to", "merged"], capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert (adapter[0] / "export" / "merged" / "model.safetensors").is_file() and "largest logit" in good.stdout
