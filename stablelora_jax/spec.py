@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -69,7 +70,7 @@ class LoraSpec:
                 raise InputError(f"{key} must be a whole number of at least 1, not {rank!r}")
         alphas = ((f"alpha_pattern[{k!r}]", v) for k, v in items(self.alpha_pattern))
         for key, alpha in (("alpha", self.alpha), *alphas):
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
                 raise InputError(f"{key} must be a positive number, not {alpha!r}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")

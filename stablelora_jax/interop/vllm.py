@@ -2,8 +2,8 @@
 
 vLLM (0.33: ``vllm/lora/peft_helper.py``, ``lora_model.py``) loads PEFT's format but refuses DoRA, trained biases,
 ``modules_to_save`` and ranks above the server's ``--max-lora-rank``; older versions ignore ``use_rslora`` and the
-pattern maps without a word. So rank patterns are padded with zeros, scales are folded into B, and what cannot be said as
-plain LoRA is refused: export it merged.
+pattern maps without a word. So rank patterns are padded with zeros, scales are folded into B, and what cannot be said
+as plain LoRA is refused: export it merged.
 """
 
 from __future__ import annotations
