@@ -7,3 +7,6 @@ names the thing and the way out; the scripts in ``experiments/`` print it and en
 
 class InputError(ValueError):
     """What the caller gave cannot be used; ``str(error)`` is one line that names it and says what would work."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a path may hold a line break

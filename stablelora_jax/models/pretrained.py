@@ -49,7 +49,10 @@ def load_pretrained(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or (dtype.itemsize > 4 and not jax.config.read("jax_enable_x64")):
         raise InputError(f"dtype {dtype} cannot be used here; float64 needs jax.config.update('jax_enable_x64', True)")
-    raw, source, tokenizer, origin = _open(path_or_id)
+    try:
+        raw, source, tokenizer, origin = _open(path_or_id)
+    except OSError as error:  # a name that is too long, a loop of links, no permission
+        raise InputError(f"{str(path_or_id):.200} cannot be read: {error.strerror or error}") from None
     model = Decoder(decoder_config(raw, origin), dtype=dtype, tokenizer=tokenizer)
     return model, load_params(abstract_params(model), source, dtype, sharding)
 

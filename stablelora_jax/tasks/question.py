@@ -1,8 +1,17 @@
-"""What every multiple-choice task is made of."""
+"""What every task is made of: questions with choices, or problems with an answer in words."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One text to continue: ``prompt + answer`` is learnt, and where ``target`` is given, what is said is compared."""
+
+    prompt: str  # ends where the answer begins, without trailing space
+    answer: str  # begins with the space or line break that separates it from the prompt
+    target: str | None  # what an answer is judged by (a number, for GSM8K); None where it cannot be judged
+    id: str  # for reports: never the text itself
 
 
 class Question(NamedTuple):
