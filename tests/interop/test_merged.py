@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, load_pretrained
+from stablelora_jax import InputError, LoraSpec, adapted, generate, init_adapters, load_pretrained, untie
 from stablelora_jax.interop.merged import save_merged
 from tests.helpers import tiny_decoder, tokens, trained
 
@@ -63,3 +63,27 @@ def test_a_kernel_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(InputError, match="up_proj gives NaN"):
         save_merged(tmp_path / "out", model, params, adapters, spec)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fifty_greedy_tokens_of_a_real_model(tied, shared, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    model, params = load_pretrained(shared("models/stories260K"))
+    if not tied:
+        model, params = untie(model, params)
+    spec = LoraSpec(target=["q_proj", "down_proj", "embed_tokens"], rank=4, parametrization="dora")
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=0.15)
+    save_merged(tmp_path, model, params, adapters, spec)
+    settings = dict(max_new_tokens=50)
+    prompts = ["Once upon a time", "Lily and Tom went"]
+    base = generate(model, {"params": params}, prompts, **settings)
+    unmerged = generate(adapted(model, spec), {"params": params, "lora": adapters}, prompts, **settings)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert theirs.config.tie_word_embeddings == tied
+    for plain, ours in zip(base, unmerged, strict=True):
+        ids = torch.tensor([ours.prompt])
+        out = theirs.generate(ids, max_new_tokens=50, do_sample=False)[0, len(ours.prompt) :]
+        assert tuple(out.tolist()) == ours.tokens
+        assert ours.tokens != plain.tokens

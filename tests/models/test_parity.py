@@ -4,7 +4,6 @@ import itertools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -137,28 +136,21 @@ GRADIENTS = [
 ]
 
 
-@pytest.mark.parametrize("case", GRADIENTS, ids=lambda c: "-".join(map(str, c[:3])))
-def test_gradients_of_adapters(case, tmp_path):
-    """Our adapters, saved for ``peft``, give its logits and its gradients of one and the same scalar."""
+def assert_same_gradients(theirs, path, tokens, tmp_path, size):
+    """Our adapters of the base at ``path``, saved for ``peft``, give its logits and its gradients of one scalar."""
     peft = pytest.importorskip("peft")
-    kind, tied, bias, keys = case
-    theirs = build(tmp_path / "base", kind, tied, bias, 2, 12, "llama3", **keys)
-    base, params = load_pretrained(tmp_path / "base")
+    base, params = load_pretrained(path)
     spec = LoraSpec(target="all-linear", rank=3, alpha=5)
-    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=0.1)
-    save_peft(tmp_path / "adapter", adapters, spec, base_model=str(tmp_path / "base"), params=params)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=size)
+    save_peft(tmp_path / "adapter", adapters, spec, base_model=str(path), params=params)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()
-    tokens, weights = (
-        np.random.default_rng(0).integers(0, 61, (2, 24)),
-        np.random.default_rng(1).normal(size=(2, 24, 61)),
-    )
+    weights = np.random.default_rng(1).normal(size=(*tokens.shape, base.config.vocab_size)).astype(np.float32)
     expected = theirs(torch.tensor(tokens)).logits
-    (expected * torch.tensor(weights, dtype=torch.float32)).sum().backward()
-    model = adapted(base, spec)
+    (expected * torch.tensor(weights)).sum().backward()
 
     def cost(adapters):
-        logits = model.apply({"params": params, "lora": adapters}, tokens)
-        return (logits * jnp.asarray(weights, jnp.float32)).sum(), logits
+        logits = adapted(base, spec).apply({"params": params, "lora": adapters}, tokens)
+        return (logits * weights).sum(), logits
 
     gradients, logits = jax.jit(jax.grad(cost, has_aux=True))(adapters)
     expected = expected.detach().numpy()
@@ -171,7 +163,15 @@ def test_gradients_of_adapters(case, tmp_path):
             assert np.abs(ours - parameter.grad.numpy()).max() <= 1e-4 * max(1, parameter.grad.abs().max().item())
             assert np.abs(ours).max() > 1e-3
             checked += 1
-    assert checked == 2 * 2 * 7
+    assert checked == 2 * 7 * base.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=lambda c: "-".join(map(str, c[:3])))
+def test_gradients_of_adapters(case, tmp_path):
+    kind, tied, bias, keys = case
+    theirs = build(tmp_path / "base", kind, tied, bias, 2, 12, "llama3", **keys)
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 24))
+    assert_same_gradients(theirs, tmp_path / "base", tokens, tmp_path, size=0.1)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -188,22 +188,21 @@ def test_sharded_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["stories260K", "stories260K-as-qwen2"])
-def test_stories260k_on_real_text(name, shared):
+def test_stories260k_on_real_text(name, shared, tmp_path):
     directory = shared(f"models/{name}")
     model, _ = load_pretrained(directory)
     ids = transformers.PreTrainedTokenizerFast.from_pretrained(directory)(TEXT).input_ids
     assert model.tokenizer(TEXT).input_ids == ids
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     assert_same_logits(reference, directory, np.array([ids]))
+    assert_same_gradients(reference, directory, np.array([ids]), tmp_path, size=0.05)
 
 
-def test_smollm2_from_gguf_on_real_text(smollm2):
-    model, params = load_pretrained(smollm2)
+def test_smollm2_from_gguf_on_real_text(smollm2, tmp_path):
+    model, _ = load_pretrained(smollm2)
     tokens = np.array([model.tokenizer(TEXT).input_ids])
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
     )
-    with torch.no_grad():
-        expected = reference(torch.tensor(tokens)).logits.numpy()
-    logits = np.asarray(model.apply({"params": params}, tokens))
-    assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    assert_same_logits(reference, smollm2, tokens)
+    assert_same_gradients(reference, smollm2, tokens, tmp_path, size=0.01)
