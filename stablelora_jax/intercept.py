@@ -158,6 +158,8 @@ def _changed(
     """
     z, place = down(own["lora_a"])
     change = member.delta(z, own, own["lora_scale"])
+    if "lora_bias" in own:
+        change = change + own["lora_bias"].astype(change.dtype) * own["lora_scale"].astype(change.dtype)
     apart = isinstance(module, nn.Conv | nn.Einsum)
     kernel = to_matrix(_kernel(own), 0, in_axes)
     gain = member.gain(kernel, own, own["lora_scale"])

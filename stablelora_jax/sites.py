@@ -63,12 +63,15 @@ def fitted_sites(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, Site]
 
 
 def extra_leaves(site: Site, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """What the parametrisation of ``spec`` trains at ``site`` beside the pair: shapes by name."""
+    """What ``spec`` trains at ``site`` beside the pair, for its parametrisation and ``lora_bias``: shapes by name."""
     shapes = {"lora_a": (*site.stack, site.size[0], site.rank), "lora_b": (*site.stack, site.rank, site.size[1])}
     number = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     kernel, scale = (jax.ShapeDtypeStruct((*site.stack, *rest), np.float32) for rest in (site.size, ()))
     made = jax.eval_shape(PARAMETRIZATIONS[spec.parametrization].leaves, kernel, number, scale)
-    return {name: leaf.shape for name, leaf in made.items()}
+    if spec.lora_bias and site.leaf == "embedding":
+        raise InputError(f"{'.'.join(site.path)} is an embedding, which takes no lora_bias: leave one of them out")
+    bias = {"lora_bias": (*site.stack, site.size[1])} if spec.lora_bias else {}
+    return {name: leaf.shape for name, leaf in made.items()} | bias
 
 
 def require_leaves(sites: Mapping[Path, Site], adapters: Any, spec: LoraSpec) -> None:

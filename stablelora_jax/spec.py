@@ -43,6 +43,7 @@ class LoraSpec:
     )
     modules_to_save: tuple[str, ...] = _help((), "endings of modules that are trained in full beside the adapters")
     bias: Literal["none", "all", "lora_only"] = _help("none", "biases trained: none, all, those of adapted modules")
+    lora_bias: bool = _help(False, "a bias on the low-rank path, s (x A B + b), beside each pair; not with dora")
     parametrization: Literal["lora", "dora"] = _help("lora", "how the pair changes a kernel")
     init: Literal["kaiming"] = _help("kaiming", "how a pair starts; kaiming is PEFT's default")
 
@@ -76,6 +77,8 @@ class LoraSpec:
             raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")
         if not self.target:
             raise InputError("target is empty: name modules, give a regular expression or say all-linear")
+        if not isinstance(self.lora_bias, bool) or (self.lora_bias and self.parametrization != "lora"):
+            raise InputError(f"lora_bias must be true or false, and true only with lora, not {self.lora_bias!r}")
         for name, kind in get_type_hints(type(self)).items():
             allowed = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
             if getattr(self, name) not in allowed:

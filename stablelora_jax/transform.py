@@ -88,7 +88,7 @@ def merge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> d
     leaves = full_leaves(params, spec)
     if strange := unknown_full(adapters, leaves):
         raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
-    return lay_full(_fold(params, adapters, spec, +1.0, safe), adapters, leaves, cast=True)
+    return _fold(lay_full(params, adapters, leaves, cast=True), adapters, spec, +1.0, safe)
 
 
 def unmerge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> dict[str, Any]:
@@ -128,8 +128,9 @@ def _init_site(key: jax.Array, site: Site, spec: LoraSpec, dtype: DTypeLike) -> 
 def _init_extra(params: Any, pair: dict[str, jax.Array], site: Site, spec: LoraSpec) -> dict[str, jax.Array]:
     """What the parametrisation adds to ``pair``; zero in layers that are not adapted."""
     wanted = extra_leaves(site, spec)
+    zeros = {"lora_bias": jnp.zeros(wanted.pop("lora_bias"), pair["lora_b"].dtype)} if "lora_bias" in wanted else {}
     if not wanted:
-        return {}
+        return zeros
     module = tree.get_in(params, site.path)
     if isinstance(module[site.leaf], jax.ShapeDtypeStruct):
         raise InputError(f"{spec.parametrization} starts from the values of {'.'.join(site.path)}, not only its shape")
@@ -155,7 +156,19 @@ def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -
             _require_finite(merged, site)
         kernel = from_matrix(merged, module[site.leaf].shape, depth, in_axes)
         params = tree.set_in(params, path, {**module, site.leaf: kernel})
+        if "lora_bias" in pair:
+            bias = _with_lora_bias(params, pair["lora_bias"], sign * site.scale(), site)
+            params = tree.set_in(params, (*path, "bias"), bias)
     return params
+
+
+def _with_lora_bias(params: Any, lora_bias: jax.Array, scale: jax.Array, site: Site) -> jax.Array:
+    bias = tree.get_in(params, (*site.path, "bias"))
+    if bias is None:
+        raise InputError(f"{'.'.join(site.path)} has no bias that its lora_bias could be merged into: keep them apart")
+    wide = jnp.promote_types(jnp.promote_types(bias.dtype, lora_bias.dtype), jnp.float32)
+    change = lora_bias.astype(wide) * scale.astype(wide)[..., None]
+    return (bias.astype(wide) + change.reshape(bias.shape)).astype(bias.dtype)
 
 
 def _require_finite(merged: jax.Array, site: Site) -> None:

@@ -56,7 +56,12 @@ def trained(adapters, spec, seed=5, size=0.3):
         adapters = tree.set_in(adapters, path, {**pair, **trained_pair})
     factors = ("lora_a", "lora_b")
     moved = lambda leaf: leaf * jnp.asarray(1 + size * rng.normal(size=leaf.shape), leaf.dtype)  # keeps zeros zero
-    return jax.tree_util.tree_map_with_path(lambda at, x: x if at[-1].key in factors else moved(x), adapters)
+    adapters = jax.tree_util.tree_map_with_path(lambda at, x: x if at[-1].key in factors else moved(x), adapters)
+    for path, site in adapter_sites(adapters, spec).items() if spec.lora_bias else ():
+        used = np.array(site.ranks).reshape(*site.stack, 1) > 0
+        drawn = jnp.asarray(size * rng.normal(size=(*site.stack, site.size[1])) * used, jnp.float32)
+        adapters = tree.set_in(adapters, (*path, "lora_bias"), drawn)
+    return adapters
 
 
 def largest_difference(a, b):

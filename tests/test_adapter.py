@@ -89,6 +89,7 @@ def test_selects(spec, name, expected):
         (dict(target=""), "target is empty"),
         (dict(scaling="rs"), "scaling must be one of lora, rslora"),
         (dict(parametrization="loha"), "parametrization"),
+        (dict(parametrization="dora", lora_bias=True), "true only with lora"),
         (dict(init="pissa"), "init"),
         (dict(dropout="x"), "dropout"),
         (dict(target=[1]), "target"),

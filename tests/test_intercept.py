@@ -77,6 +77,7 @@ DECODER |= {
         bias="lora_only",
     ),
     "bias": LoraSpec(rank=2, bias="all"),
+    "lora_bias": LoraSpec(rank=2, lora_bias=True, target=["q_proj", "gate_proj"], layers=(0, 2), bias="lora_only"),
 }
 CASES = {f"decoder-{name}": partial(decoder_case, name) for name in DECODER}
 CASES |= {name: partial(foreign_case, name) for name in FOREIGN}

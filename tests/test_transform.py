@@ -154,6 +154,7 @@ def test_safe_merge_names_the_layer_that_is_not_finite():
         (dict(target=["norm"]), "target 'norm'"),
         (dict(modules_to_save=["nrom"]), "modules_to_save 'nrom' matches no module; did you mean norm"),
         (dict(bias="all"), "bias='all': the model has none"),
+        (dict(target=["embed_tokens"], lora_bias=True), "embed_tokens is an embedding, which takes no lora_bias"),
         (dict(target=["q_proj"], modules_to_save=["self_attn"]), "selects no module"),
         (dict(target=["q_proj"], exclude=["qq"]), "exclude 'qq'"),
         (dict(target=["q_proj"], exclude=["q_proj"]), "selects no module"),

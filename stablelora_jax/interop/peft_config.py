@@ -17,7 +17,7 @@ from stablelora_jax.spec import LoraSpec
 
 READ = frozenset(
     """r lora_alpha target_modules use_rslora use_dora lora_dropout exclude_modules layers_to_transform rank_pattern
-    alpha_pattern modules_to_save bias""".split()
+    alpha_pattern modules_to_save bias lora_bias""".split()
 )
 # Neither the function of a loaded adapter nor its shapes depend on these.
 INERT = frozenset(
@@ -58,6 +58,7 @@ def to_peft_config(
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
         "bias": spec.bias,
+        "lora_bias": spec.lora_bias,
         "modules_to_save": _to_saved(spec, params),
         "ensure_weight_tying": tied,
         "fan_in_fan_out": False,
@@ -82,6 +83,7 @@ def from_peft_config(raw: Mapping[str, Any], params: Any) -> tuple[LoraSpec, lis
         alpha=raw["lora_alpha"],
         target=_live("target_modules", raw["target_modules"], modules, dropped),
         scaling="rslora" if raw.get("use_rslora") else "lora",
+        lora_bias=bool(raw.get("lora_bias")),
         parametrization="dora" if raw.get("use_dora") else "lora",
         dropout=raw.get("lora_dropout") or 0.0,
         exclude=_live("exclude_modules", raw.get("exclude_modules") or (), modules, dropped),
@@ -108,7 +110,7 @@ def _refuse(raw: Mapping[str, Any]) -> None:
     for key in ("target_modules", "r", "lora_alpha"):
         if raw.get(key) is None:
             raise InputError(f"the key {key} is missing")
-    for key in ("use_rslora", "use_dora", "ensure_weight_tying"):
+    for key in ("use_rslora", "use_dora", "ensure_weight_tying", "lora_bias"):
         if raw.get(key) not in (None, True, False):
             raise InputError(f"{key} must be true or false, not {raw[key]!r:.60}")
     if raw.get("bias") not in (None, "none", "all", "lora_only"):

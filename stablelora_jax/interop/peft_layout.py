@@ -8,6 +8,7 @@ PEFT                                  shape                   ours, at the modul
 ``<m>.lora_A.weight``, ``lora_B``     (r, in), (out, r)       ``lora_a`` (in, r), ``lora_b`` (r, out)
 ``<m>.lora_embedding_A``, ``_B``      (r, vocab), (D, r)      the same, for an embedding (vocab, D)
 ``<m>.lora_magnitude_vector``         (out,)                  ``lora_magnitude_vector`` (out,)
+``<m>.lora_B.bias``                   (out,)                  ``lora_bias`` (out,)
 ``<m>.weight``, ``<m>.bias``          as in the base          ``full``: ``modules_to_save``, ``bias="all"``
 ``<m>.base_layer.bias``               (out,)                  ``full``: the bias of an adapted module
 ====================================  ======================  =============================================
@@ -88,7 +89,8 @@ def _pair_entries(site: Site, spec: LoraSpec) -> Iterator[Entry]:
         yield Entry(f"{name}.{kinds[0]}", (rank, rows), (*site.path, "lora_a"), a, (i, slice(None), used), True)
         yield Entry(f"{name}.{kinds[1]}", (columns, rank), (*site.path, "lora_b"), b, (i, used), True)
         for leaf, shape in extra_leaves(site, spec).items():
-            yield Entry(f"{name}.{leaf}", shape[len(site.stack) :], (*site.path, leaf), shape, (i,), False)
+            kind = "lora_B.bias" if leaf == "lora_bias" else leaf
+            yield Entry(f"{name}.{kind}", shape[len(site.stack) :], (*site.path, leaf), shape, (i,), False)
 
 
 def _full_entries(leaf: FullLeaf, adapted: set[str]) -> Iterator[Entry]:

@@ -43,8 +43,9 @@ def save_vllm(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
       InputError: what vLLM has no form for (DoRA, parameters trained in full, a tied embedding, a rank above 512).
     """
     params = as_dict(params)
-    if spec.parametrization != "lora" or spec.modules_to_save or spec.bias != "none":
-        what = spec.parametrization if spec.parametrization != "lora" else "parameters trained in full"
+    full = bool(spec.modules_to_save) or spec.bias != "none"
+    if spec.parametrization != "lora" or spec.lora_bias or full:
+        what = "parameters trained in full" if full else "lora_bias" if spec.lora_bias else spec.parametrization
         raise InputError(f"vLLM does not load {what} in an adapter: export it merged")
     if ("model", EMBEDDING) in adapter_sites(adapters, spec) and is_tied(params):
         raise InputError(f"vLLM does not load an adapter of {EMBEDDING} where the head is tied to it: export it merged")

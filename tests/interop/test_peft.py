@@ -44,6 +44,7 @@ SPECS = {
     "tied_saved": LoraSpec(rank=2, modules_to_save=["embed_tokens"]),
     "bias_all": LoraSpec(rank=2, bias="all"),
     "bias_lora_only": LoraSpec(rank=2, bias="lora_only", target=["q_proj", "down_proj"], layers=(1, 2)),
+    "lora_bias": LoraSpec(rank=2, lora_bias=True, target=["q_proj", "up_proj"], layers=(0, 2), alpha=3),
     "everything": LoraSpec(
         rank=3,
         parametrization="dora",
@@ -245,7 +246,7 @@ BAD = {
     "dora": (lambda d: edit_config(d, use_dora=True), "lacks .*lora_magnitude_vector"),
     "bias": (lambda d: edit_config(d, bias="lora_only"), "lacks .*base_layer.bias"),
     "bias_word": (lambda d: edit_config(d, bias="some"), "bias must be one of none, all, lora_only"),
-    "lora_bias": (lambda d: edit_config(d, lora_bias=True), "lora_bias = True"),
+    "lora_bias": (lambda d: edit_config(d, lora_bias=True), "lacks .*lora_B.bias"),
     "modules_to_save": (lambda d: edit_config(d, modules_to_save=["lm_head"]), "lacks lm_head.weight"),
     "modules_to_save_type": (lambda d: edit_config(d, modules_to_save=5), "modules_to_save must be names"),
     "tokens": (lambda d: edit_config(d, trainable_token_indices=[1, 2]), "trainable_token_indices"),

@@ -60,6 +60,7 @@ def test_factors_keep_their_bits_where_one_scale_serves():
         (dict(parametrization="dora"), "dora"),
         (dict(modules_to_save=["lm_head"]), "trained in full"),
         (dict(bias="all"), "trained in full"),
+        (dict(lora_bias=True), "lora_bias"),
         (dict(rank=513), "ranks up to 512"),
     ],
 )
