@@ -93,11 +93,12 @@ def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
     path = Path(path)
     if (path / CONFIG).is_file():
         return path, None
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"{path} is neither a run directory (config.yaml) nor an adapter ({CONFIG})")
-    if not (path / "adapter" / CONFIG).is_file():
+    made, run = (path / "adapter" / CONFIG).is_file(), (path / "config.yaml").is_file()
+    if run and not made:
         raise InputError(f"{path} has no adapter yet: the run has not ended; its command goes on with it")
-    return path / "adapter", config.load(RunConfig, path / "config.yaml")
+    if not made:
+        raise InputError(f"{path} is neither a run directory (config.yaml) nor an adapter ({CONFIG})")
+    return path / "adapter", config.load(RunConfig, path / "config.yaml") if run else None
 
 
 def open_source(path: str | Path, base: str | None = None, dtype: str | None = None, *, apart: bool = False) -> Source:

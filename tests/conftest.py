@@ -15,6 +15,28 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser):
+    """``--long`` runs everything; without it, what is marked ``long`` is left out."""
+    parser.addoption("--long", action="store_true", help="also the long forms of tests, about ten minutes more")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what is marked ``long`` unless it is asked for."""
+    for item in items:
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="long: run with --long"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Drop what was compiled before a worker holds more than 3 GB of it."""
+    import resource
+
+    yield
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 2**20:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Run a test with 64-bit types."""

@@ -14,7 +14,7 @@ from stablelora_jax.losses import masked_cross_entropy
 from stablelora_jax.parallel import first_copy, replicate, split_rows, stack_copies
 from stablelora_jax.stability import stability
 from stablelora_jax.train import init_state, make_stability_view, make_train_step
-from tests.helpers import largest_difference, tiny_decoder, trained
+from tests.helpers import jit, largest_difference, tiny_decoder, trained
 
 SPEC = LoraSpec(
     target="all-linear", rank=2, rank_pattern={"layers.1.self_attn.q_proj": 1}, exclude=["layers.0.mlp.up_proj"]
@@ -32,14 +32,15 @@ def batches(count=4, rows=8):
 def by_hand(model, params, spec, adapters, tx, steps):
     """The same training on one device, written plainly; no dropout."""
     state, losses = tx.init(adapters), []
+
+    def loss(adapters, batch):
+        logits = adapted(model, spec).apply({"params": params, "lora": adapters}, batch.tokens)
+        total, count = masked_cross_entropy(logits, batch.tokens, batch.loss_mask)
+        return total / count
+
+    value_and_grad = jit(jax.value_and_grad(loss))
     for batch in steps:
-
-        def loss(adapters, batch=batch):
-            logits = adapted(model, spec).apply({"params": params, "lora": adapters}, batch.tokens)
-            total, count = masked_cross_entropy(logits, batch.tokens, batch.loss_mask)
-            return total / count
-
-        value, grads = jax.jit(jax.value_and_grad(loss))(adapters)
+        value, grads = value_and_grad(adapters, batch)
         updates, state = tx.update(grads, state, adapters)
         adapters = optax.apply_updates(adapters, updates)
         losses.append(float(value))

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from stablelora_jax import LoraSpec, adapted, init_adapters, load_pretrained, save_peft, save_pretrained  # noqa: E402
-from tests.helpers import trained  # noqa: E402
+from tests.helpers import jit, trained  # noqa: E402
 
 TEXT = "Tom and the grey cat went down to the river. They saw 12 boats, and one of them was red."
 ROPES = {
@@ -152,7 +152,7 @@ def assert_same_gradients(theirs, path, tokens, tmp_path, size):
         logits = adapted(base, spec).apply({"params": params, "lora": adapters}, tokens)
         return (logits * weights).sum(), logits
 
-    gradients, logits = jax.jit(jax.grad(cost, has_aux=True))(adapters)
+    gradients, logits = jit(jax.grad(cost, has_aux=True))(adapters)
     expected = expected.detach().numpy()
     assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
     checked = 0

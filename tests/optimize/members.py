@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -212,11 +211,6 @@ def rule_options(member: Member) -> dict[str, Any]:
     if member.rule == "stable_lora":
         merged.pop("shrink_ratio")
     return {key: number for key, number in merged.items() if number is not None or key == "momentum"}
-
-
-def jit(function: Any) -> Any:
-    """``jax.jit`` that compiles in half of the time, where speed does not matter."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def pair_of(a: Any, b: Any, dtype: Any = None) -> dict[str, Any]:

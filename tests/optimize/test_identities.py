@@ -14,8 +14,8 @@ from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, optimiz
 from stablelora_jax.optimize import gram
 from stablelora_jax.optimize.allora import scale_rows_by_norm
 from stablelora_jax.optimize.pre import LoraPreState
+from tests.helpers import jit
 from tests.optimize import oracles
-from tests.optimize.members import jit
 
 RNG = np.random.default_rng(21)
 TINY = 1e-60  # as good as no eps, and 0 / 0 is not met at B = 0

@@ -14,8 +14,8 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, optimize
 from stablelora_jax.adapter import is_pair
-from tests.helpers import largest_difference
-from tests.optimize.members import CORE, MEMBERS, jit
+from tests.helpers import jit, largest_difference
+from tests.optimize.members import CORE, MEMBERS
 
 FLAGS = "--xla_force_host_platform_device_count=4"
 EVERY = pytest.mark.parametrize("name", MEMBERS)
@@ -322,7 +322,8 @@ def test_the_compiled_updates_never_hang():
     """jaxlib 0.10 on CPU waits for ever where two batched decompositions of this size run at one time."""
     code = """if True:
         import jax
-        from tests.optimize.members import MEMBERS, jit
+        from tests.helpers import jit
+        from tests.optimize.members import MEMBERS
         from tests.optimize.test_laws import gradients, pair
         params = {"layers": {"q": pair(0, 16, 16, 16, (168,), False), "v": pair(1, 20, 16, 16, (24,), False)}}
         grads = gradients(params, 0)

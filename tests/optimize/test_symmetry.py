@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from tests.optimize.members import GENERAL, MEMBERS, NONE, ORTHOGONAL, PERMUTATION, SIGN, Member, adam, jit, nothing
+from tests.helpers import jit
+from tests.optimize.members import GENERAL, MEMBERS, NONE, ORTHOGONAL, PERMUTATION, SIGN, Member, adam, nothing
 
 STEPS, N, M, R = 40, 8, 6, 3
 RNG = np.random.default_rng(11)

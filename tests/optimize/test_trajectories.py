@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers import jit
 from tests.optimize import oracles
-from tests.optimize.members import MEMBERS, jit, pair_of, rule_options
+from tests.optimize.members import MEMBERS, pair_of, rule_options
 
 STEPS, SCALE = 40, 2.0
 SHAPES = [(9, 6, 3), (9, 6, 3), (5, 8, 2)]  # in, out, rank: two pairs of one shape, one of another
