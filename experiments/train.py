@@ -27,10 +27,20 @@ def main() -> int:
         help="file with any of the keys below; configs/default.yaml unless given",
         default=str(Path(__file__).parents[1] / "configs" / "default.yaml"),
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="compile the step from shapes, without weights and data, and print the memory and FLOPs that it needs",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that replace those of the file")
     arguments = parser.parse_args()
     try:
         run_config = config.load(RunConfig, arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from stablelora_jax.dry_run import dry_run
+
+            dry_run(run_config)
+            return 0
         from stablelora_jax.run import run
 
         run(run_config)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stablelora_jax.errors import InputError
 from stablelora_jax.metrics import append_record, keep_records_until
 from stablelora_jax.optimize import still_shrinking
 from stablelora_jax.run_directory import METRICS
@@ -34,12 +35,28 @@ class RunLog:
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The evaluation written at ``step``, or None."""
-        return next((r["validation"] for r in self.records if r["step"] == step and "validation" in r), None)
+        return self.evaluations().get(step)
+
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """Every evaluation written so far, by step."""
+        return {r["step"]: r["validation"] for r in self.records if "validation" in r}
+
+    def write_data(self, statistics: dict[str, Any]) -> None:
+        """Record what is trained on, once a run.
+
+        Raises:
+          InputError: a run that goes on has other data than it began with.
+        """
+        began = next((r["data"] for r in self.records if "data" in r), None)
+        if began is None:
+            self._write({"step": 0, "data": statistics})
+        elif began["digest"] != statistics["digest"]:
+            raise InputError(f"{self.path.parent} was begun with other training data: choose another output=")
 
     def write_evaluation(self, step: int, result: dict[str, Any]) -> None:
-        """Record accuracies, and the answers given, on the validation questions."""
+        """Record loss, accuracies and the answers given on the held-out split."""
         self._write({"step": step, "validation": result})
-        for name in ("acc", "acc_norm"):
+        for name in {"loss", "acc", "acc_norm"} & result.keys():
             self.board.add_scalar(f"validation/{name}", result[name], step)
         self.clock = time.monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,55 @@ class ArcTask:
 
 
 @dataclass(frozen=True)
+class QaTask:
+    """The other multiple-choice sets of the paper, from the hub or from a local directory."""
+
+    name: Literal["hellaswag", "social_i_qa", "openbookqa", "merged_qa"] = option(
+        "merged_qa", "merged_qa is these three and both of ARC, one after another"
+    )
+    path: str | None = option(None, "directory with SPLIT.jsonl (merged_qa: with a directory a set); null for the hub")
+    train_limit: int | None = option(None, "use only the first questions of the training split")
+    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+
+
+@dataclass(frozen=True)
+class MathTask:
+    """Mathematics in words, from the hub or from a local directory; answered by writing, in GSM8K's prompt."""
+
+    name: Literal["metamathqa", "gsm8k"] = option("metamathqa", "what is learnt; both are measured by GSM8K")
+    path: str | None = option(None, "directory with train.jsonl; null for the hub")
+    held_out: bool = option(True, "keep one question in 64 from training, for validation; false trains on all")
+    train_limit: int | None = option(None, "use only the first problems of the training split")
+    validation_limit: int | None = option(None, "use only the first of those held out")
+
+
+@dataclass(frozen=True)
+class JsonlTask:
+    """Rows of your own, from a local directory or the hub."""
+
+    name: Literal["jsonl"] = option("jsonl", "rows of your own")
+    kind: Literal["choice", "completion", "chat"] = option("completion", "what a row is: see tasks/jsonl.py")
+    path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null where hub is given")
+    hub: str | None = option(None, "a data set on the hub")
+    hub_config: str | None = option(None, "configuration of the hub's data set")
+    fields: Mapping[str, str] = option({}, "column of prompt, choices, label, completion, target, messages or id")
+    train_limit: int | None = option(None, "use only the first rows of the training split")
+    validation_limit: int | None = option(None, "use only the first rows of the validation split")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How texts become batches."""
+
+    batching: Literal["bucket", "pack"] = option(
+        "bucket", "bucket: one text a row, padded to one of few lengths; pack: many texts a row of `length` tokens"
+    )
+    truncate: Literal["left", "right", "refuse"] = option("left", "the side on which a text beyond `length` is cut")
+    chat_template: bool = option(False, "put the prompt into the model's own chat template, as a user's turn")
+    cache: str | None = option(None, "directory that keeps tokenised data for the next run; null for none")
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate over the run, as a share of its peak."""
 
@@ -54,19 +104,24 @@ class RunConfig:
     """Everything that decides a run: the same values give the same adapters."""
 
     model: ModelConfig = section(ModelConfig, "the frozen base")
-    task: CompareSizesTask | ArcTask = section(CompareSizesTask, "what is learnt")
+    task: CompareSizesTask | ArcTask | QaTask | MathTask | JsonlTask = section(CompareSizesTask, "what is learnt")
+    data: DataConfig = section(DataConfig, "how texts become batches")
     lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's words")
     optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over the run")
     steps: int = option(300, "optimizer steps")
     batch_size: int = option(32, "rows of a step, over all devices")
-    length: int = option(256, "most tokens of a row; a longer text loses its beginning")
+    length: int = option(256, "most tokens of a row; see data.truncate")
     clip_norm: float | None = option(1.0, "largest global gradient norm; null for none")
     seed: int = option(0, "of the adapters' start, the order of rows and dropout")
     output: str | None = option(None, "run directory; null for runs/<task>-<digest of the other keys>")
     checkpoint_every: int = option(100, "steps between checkpoints; one is always made at the end")
     keep_checkpoints: int = option(2, "newest checkpoints that stay on disk")
-    evaluate: bool = option(True, "measure validation accuracy before and after training")
+    evaluate: bool = option(True, "measure validation loss, and accuracy of choices, before and after training")
+    evaluate_every: int | None = option(None, "steps between further evaluations during training; null for none")
+    metric: Literal["loss", "acc", "acc_norm"] = option("loss", "of an evaluation, for patience and select")
+    patience: int | None = option(None, "stop after so many evaluations without a better one; null: never")
+    select: Literal["last", "best"] = option("last", "whose adapter is kept: of the last step or the best evaluation")
     stability_every: int | None = option(None, "steps between measurements of the stability terms; null for none")
     show: int = option(4, "validation questions to print with the answers before and after")
 
@@ -82,6 +137,13 @@ class RunConfig:
             raise InputError(f"clip_norm must be positive, not {self.clip_norm}; null for no clipping")
         if self.stability_every is not None and self.stability_every < 1:
             raise InputError(f"stability_every must be at least 1, not {self.stability_every}; null for none")
+        for name in ("evaluate_every", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}; null for none")
+        if self.evaluate_every is not None and not self.evaluate:
+            raise InputError("evaluate_every needs evaluate: true")
+        if self.evaluate_every is None and (self.patience is not None or self.select == "best"):
+            raise InputError(f"{'select: best' if self.patience is None else 'patience'} needs evaluate_every")
         if not 0 <= self.schedule.warmup_steps <= self.steps:
             raise InputError(f"schedule.warmup_steps must be in [0, {self.steps}], not {self.schedule.warmup_steps}")
         for name in ("train_limit", "validation_limit"):

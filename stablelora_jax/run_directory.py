@@ -65,8 +65,9 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def _identity(run_config: RunConfig) -> dict[str, Any]:
-    """What decides the result: every key but the place it goes to; patterns as lists, since their order is meaning."""
-    plain = config.to_dict(replace(run_config, output=None))
+    """What decides the result: every key but places on the disk; patterns as lists, since their order is meaning."""
+    data = replace(run_config.data, cache=None)
+    plain = config.to_dict(replace(run_config, output=None, data=data))
     lora = plain["lora"]
     lists = {name: [[key, value] for key, value in lora[name].items()] for name in ("rank_pattern", "alpha_pattern")}
     return {**plain, "lora": {**lora, **lists, "alpha": float(lora["alpha"])}}

@@ -13,12 +13,19 @@ from stablelora_jax.run_config import RunConfig
 from stablelora_jax.tasks.question import Question
 
 
-def summarize(config: RunConfig, log: RunLog, seconds: float) -> dict[str, Any]:
-    """Losses, accuracies before and after (absent without evaluation), minutes, devices and versions."""
+def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: float) -> dict[str, Any]:
+    """Losses, evaluations before and after (absent without evaluation), what was read, minutes, devices and versions.
+
+    ``steps`` were done, fewer than configured where the run has stopped early; the adapter is that of step ``kept``.
+    """
     losses = [record["loss"] for record in log.records if "loss" in record]
-    found = {"before": log.evaluation(0), "after": log.evaluation(config.steps)}
+    found = {"before": log.evaluation(0), "after": log.evaluation(steps)}
+    found |= {"kept": log.evaluation(kept)} if config.select == "best" else {}
     return {
-        "steps": config.steps,
+        "steps": steps,
+        "stopped_early": steps < config.steps,
+        "adapter_of_step": kept,
+        "data": next(record["data"] for record in log.records if "data" in record),
         "loss_first_10": float(np.mean(losses[:10])),
         "loss_last_10": float(np.mean(losses[-10:])),
         **{name: {k: v for k, v in e.items() if k != "answers"} for name, e in found.items() if e},
@@ -30,8 +37,8 @@ def summarize(config: RunConfig, log: RunLog, seconds: float) -> dict[str, Any]:
 
 def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
     """A few questions with the answers before and after training, then the accuracies and the losses."""
-    before, after = log.evaluation(0), log.evaluation(config.steps)
-    if before and after:
+    before, after = log.evaluation(0), log.evaluation(summary["steps"])
+    if before and after and questions:
         for i in np.linspace(0, len(questions) - 1, config.show, dtype=int):
             question, was, now = questions[i], before["answers"][i], after["answers"][i]
             marks = ["right" if answer == question.label else "wrong" for answer in (was, now)]
@@ -39,4 +46,10 @@ def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary
             yield f"\n{question.prompt}\n    before: {said[0]:<28} after: {said[1]}"
         accuracy = f"{before['acc']:.1%} before, {after['acc']:.1%} after"
         yield f"\nvalidation accuracy: {accuracy} ({before['questions']} questions)"
+    if before and after:
+        yield f"validation loss: {before['loss']:.4f} before, {after['loss']:.4f} after"
+    if summary["stopped_early"]:
+        yield f"stopped after {summary['steps']} of {config.steps} steps: {config.metric} no longer gets better"
+    if config.select == "best":
+        yield f"the adapter is that of step {summary['adapter_of_step']}, the best by {config.metric}"
     yield f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)"

@@ -58,13 +58,15 @@ def make_train_step(
         chex.assert_rank(batch, 2)
         chex.assert_equal_shape(batch)
         rngs = {"dropout": _row_keys(state, batch.tokens.shape[0])} if model.spec.dropout else None
-        total = jnp.maximum(jax.lax.psum(batch.loss_mask[:, 1:].sum(), AXIS), 1)
-        loss, grads = jax.value_and_grad(loss_of)(state.adapters, params, batch, rngs, total)
+        learnt = jax.lax.psum(batch.loss_mask[:, 1:].sum(), AXIS)
+        loss, grads = jax.value_and_grad(loss_of)(state.adapters, params, batch, rngs, jnp.maximum(learnt, 1))
         loss, grads = jax.lax.psum((loss, grads), AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **norm_summary(adapters)}
-        metrics |= {"tokens": jax.lax.psum(batch.segment_ids.sum(), AXIS), "latches": latches(opt_state)}
+        used = jax.lax.psum((batch.segment_ids > 0).sum(), AXIS)
+        space = jax.lax.psum(batch.tokens.size, AXIS)
+        metrics |= {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space, "latches": latches(opt_state)}
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
     return jax.pmap(step, axis_name=AXIS, in_axes=(0, None, 0), donate_argnums=(0,))

@@ -1,13 +1,31 @@
 """Tokenising, padding and the order of rows."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablelora_jax import InputError, base_directory
-from stablelora_jax.data import Example, bucket, encode, make_batch, rows_of_step, training_examples
-from stablelora_jax.tasks.question import Question
+from stablelora_jax.data import (
+    Example,
+    Text,
+    TokenStore,
+    batch_of_step,
+    bucket,
+    encode,
+    first_fit,
+    make_batch,
+    make_loader,
+    order,
+    place_of_step,
+    rows_of_step,
+    templated,
+    training_texts,
+)
+from stablelora_jax.data.encoding import encode_many
+from stablelora_jax.tasks.question import Problem, Question
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +63,10 @@ def test_long_texts_lose_their_beginning(tokenizer):
         encode(tokenizer, "one", " two three four five six", end=True, length=2)
 
 
-def test_training_examples_hold_the_right_answer(tokenizer):
+def test_training_texts_hold_the_right_answer(tokenizer):
     question = Question("Question: which?\nAnswer:", (" cow", " dog"), 1, "x")
-    (example,) = training_examples(tokenizer, [question], 64)
+    (text,) = training_texts([question])
+    example = encode(tokenizer, text.prompt, text.answer, end=True, length=64)
     assert tokenizer.decode(example.tokens[example.answer : -1]) == " dog"
 
 
@@ -78,3 +97,85 @@ def test_every_epoch_holds_every_row_once(batch_size, count, seed):
 def test_epochs_and_seeds_differ():
     order = lambda step, seed: rows_of_step(step, 50, 50, seed)
     assert order(0, 0) != order(1, 0) and order(0, 0) != order(0, 1) and order(0, 0) == order(0, 0)
+
+
+def test_a_long_text_is_cut_on_the_side_that_is_said_or_refused(tokenizer):
+    given = dict(prompt="one two three", answer=" four five six", end=True)
+    whole = encode(tokenizer, **given, length=64)
+    n = len(whole.tokens)
+    left, right = (encode(tokenizer, **given, length=n - 2, truncate=side) for side in ("left", "right"))
+    assert (left.tokens, left.answer, left.cut) == (whole.tokens[2:], whole.answer - 2, 2)
+    assert (right.tokens, right.answer, right.cut) == (whole.tokens[:-2], whole.answer, 2)
+    assert encode(tokenizer, **given, length=n, truncate="refuse") == whole
+    with pytest.raises(InputError, match=f"has {n} tokens, more than length={n - 1}: raise length, or set data.trunc"):
+        encode(tokenizer, **given, length=n - 1, truncate="refuse")
+    with pytest.raises(InputError, match="does not fit"):
+        encode(tokenizer, **given, length=whole.answer, truncate="right")
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_chat_template_makes_the_prompt_a_users_turn(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = TEMPLATE
+    assert templated(chat, "Who?", " The cat. ") == ("<user>Who?</s><assistant>", "The cat.")
+    (example,) = encode_many(chat, [Text("Who?", " The cat.", "x")], end=True, length=64, chat=True)
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The cat."}]
+    assert example.tokens == chat.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert chat.decode(example.tokens[example.answer :]) == "The cat.</s>"
+    with pytest.raises(InputError, match="no chat template: set data.chat_template to false"):
+        templated(tokenizer, "Who?", " The cat.")
+
+
+def test_texts_are_right_answers_with_their_ids():
+    asked, told = Question("Q", (" a", " b"), 1, "q-1"), Problem("P", " x", None, "p-1")
+    assert training_texts([asked, told]) == [Text("Q", " b", "q-1"), Text("P", " x", "p-1")]
+
+
+def loader(batching, count=37, batch_size=8):
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(2, 48, count).astype(np.int32)
+    tokens = rng.integers(0, 99, lengths.sum()).astype(np.int32)
+    answers, rows = rng.integers(0, lengths).astype(np.int32), first_fit(lengths, 48)
+    store = TokenStore(tokens, lengths, answers, rows, np.cumsum(lengths), 0, "")
+    return make_loader(store, batching=batching, length=48, batch_size=batch_size, seed=3)
+
+
+@pytest.mark.parametrize("batching", ["bucket", "pack"])
+def test_any_step_on_any_number_of_hosts_is_the_same_global_batch(batching):
+    """The state is the step: stopping anywhere and going on, with other hosts, gives bit-equal batches."""
+    one = loader(batching)
+    straight = [batch_of_step(one, step) for step in range(12)]
+    for stop, hosts in ((1, 2), (5, 4), (11, 8)):
+        order._epoch.cache_clear()
+        resumed = loader(batching)
+        for step in range(stop, 12):
+            shares = [batch_of_step(resumed, step, i, hosts) for i in range(hosts)]
+            assert {share.tokens.shape[0] for share in shares} == {8 // hosts}
+            for field, whole in zip(zip(*shares, strict=True), straight[step], strict=True):
+                assert np.concatenate(field).tobytes() == whole.tobytes() and field[0].dtype == np.int32
+    with pytest.raises(InputError, match="8 rows does not divide over 3 hosts"):
+        batch_of_step(one, 0, 0, 3)
+
+
+@pytest.mark.parametrize("batching", ["bucket", "pack"])
+def test_an_epoch_of_batches_holds_every_text_once(batching):
+    made = loader(batching, batch_size=1)
+    batches = [batch_of_step(made, step) for step in range(made.rows)]
+    seen = sorted(
+        tuple(batch.tokens[0][batch.segment_ids[0] == s].tolist())
+        for batch in batches
+        for s in range(1, batch.segment_ids.max() + 1)
+    )
+    assert seen == sorted(tuple(made.store.example(i).tokens.tolist()) for i in range(37))
+    assert {batch.tokens.shape for batch in batches} == ({(1, 48)} if batching == "pack" else {(1, 32), (1, 48)})
+
+
+def test_a_place_is_epoch_and_row():
+    assert place_of_step(0, 8, 37) == (0, 0) and place_of_step(5, 8, 37) == (1, 3)
+    rows = rows_of_step(5, 8, 37, 0)
+    assert rows == [row for step in range(37 * 2) for row in rows_of_step(step, 1, 37, 0)][37 + 3 : 37 + 11]

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 from stablelora_jax import InputError, LoraSpec, adapted, base_directory, config, load_peft, load_pretrained
 from stablelora_jax.build import make_optimizer, make_schedule
+from stablelora_jax.metrics import norm_summary
 from stablelora_jax.run import run
-from stablelora_jax.run_config import CompareSizesTask, RunConfig, ScheduleConfig
+from stablelora_jax.run_config import CompareSizesTask, DataConfig, RunConfig, ScheduleConfig
 from tests.conftest import ROOT
 
 SHORT = RunConfig(
@@ -154,6 +155,125 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(request, tmp_path, m
     assert timeless(tmp_path / "r") == timeless(whole)
 
 
+OFTEN = replace(SHORT, evaluate_every=2, select="best", keep_checkpoints=9)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Evaluations that cost nothing: adapters never seen before get the next value, known ones what they had."""
+    from stablelora_jax import run as module
+
+    def script(*values):
+        known, rest, asked = {}, list(values), []
+
+        def measure(scorer, params, adapters, *_, **__):
+            content = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(adapters))
+            if content not in known:
+                known[content] = rest.pop(0)
+            asked.append(known[content])
+            return {"loss": known[content], "acc": -known[content], "answers": [0] * 16, "questions": 16}
+
+        monkeypatch.setattr(module, "validate", measure)
+        return asked
+
+    return script
+
+
+def evaluated(directory):
+    return {r["step"]: r["validation"]["loss"] for r in read(directory) if "validation" in r}
+
+
+def test_the_adapter_of_the_best_evaluation_is_kept_and_none_is_made_twice(tmp_path, monkeypatch, scripted):
+    from stablelora_jax import log
+
+    asked, whole, cut = scripted(9, 3, 1, 2), tmp_path / "whole", tmp_path / "cut"
+    summary = run(replace(OFTEN, output=str(whole)), lambda _: None)
+    assert evaluated(whole) == {0: 9, 2: 3, 4: 1, 6: 2} and asked == [9, 3, 1, 2]
+    assert (summary["adapter_of_step"], summary["steps"], summary["stopped_early"]) == (4, 6, False)
+    assert (summary["before"]["loss"], summary["kept"]["loss"], summary["after"]["loss"]) == (9, 1, 2)
+    assert json.loads((whole / "adapter" / "stablelora.json").read_text())["steps"] == 4
+    assert not (whole / "best").exists()
+    steps = {r["step"]: r for r in read(whole) if "loss" in r}
+    _, params = load_pretrained(base_directory())
+    kept, _ = load_peft(whole / "adapter", params)
+    np.testing.assert_allclose(norm_summary(kept)["norm_b"], steps[4]["norm_b"], rtol=1e-5)
+    assert steps[4]["norm_b"] != steps[6]["norm_b"]
+
+    write = log.RunLog.write_step
+
+    def interrupt(self, step, metrics):
+        write(self, step, metrics)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(log.RunLog, "write_step", interrupt)
+    del asked[:]
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(OFTEN, output=str(cut)), lambda _: None)
+    assert asked == [9, 3, 1] and {p.name for p in (cut / "best").iterdir()} == {"2", "4"}
+    monkeypatch.setattr(log.RunLog, "write_step", write)
+    del asked[:]
+    said = []
+    again = run(replace(OFTEN, output=str(cut)), said.append)
+    assert asked == ([2] if any("going on from step 4" in line for line in said) else [1, 2]), "or step 2, if slow"
+    timeless = lambda d: [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read(d)]
+    assert timeless(cut) == timeless(whole) and {**again, "minutes": 0} == {**summary, "minutes": 0}
+    name = "adapter/adapter_model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_stops_where_nothing_gets_better(tmp_path, scripted):
+    asked, directory, said = scripted(9, 3, 4), tmp_path / "r", []
+    mine = replace(OFTEN, output=str(directory), patience=1, select="last", checkpoint_every=3)
+    summary = run(mine, said.append)
+    assert evaluated(directory) == {0: 9, 2: 3, 4: 4} and asked == [9, 3, 4]
+    assert (summary["steps"], summary["stopped_early"], summary["adapter_of_step"]) == (4, True, 4)
+    assert summary["after"]["loss"] == 4 and any("stopped after 4 of 6 steps" in line for line in said)
+    assert [r["step"] for r in read(directory) if "loss" in r] == [1, 2, 3, 4]
+    (directory / "summary.json").unlink()  # as if killed just before its end: nothing is trained or measured again
+    before = read(directory)
+    again = run(mine, lambda _: None)
+    assert read(directory) == before and asked == [9, 3, 4] and {**again, "minutes": 0} == {**summary, "minutes": 0}
+
+
+def test_packed_rows_from_a_cache_are_trained_and_counted(tmp_path):
+    data, said = DataConfig(batching="pack", cache=str(tmp_path / "cache")), []
+    mine = replace(SHORT, data=data, steps=2, length=128, evaluate=False, output=str(tmp_path / "r"))
+    summary = run(mine, said.append)
+    counted = summary["data"]
+    assert counted["texts"] == 64 and counted["rows"] < 24 and counted["padding"] < 0.2 and counted["cut"] == 0
+    assert read(tmp_path / "r")[0] == {"step": 0, "data": counted}
+    assert any(f"64 texts in {counted['rows']} rows: {counted['tokens']} tokens" in line for line in said)
+    records = [r for r in read(tmp_path / "r") if "loss" in r]
+    assert all(0 <= r["padding"] < 0.3 and 0 < r["loss_tokens"] < 8 * 128 for r in records)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [counted["digest"]]
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
+    mine = replace(SHORT, steps=2, evaluate=False, output=str(tmp_path / "r"))
+    run(mine, lambda _: None)
+    (tmp_path / "r" / "summary.json").unlink()
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace(read(tmp_path / "r")[0]["data"]["digest"], "other"))
+    with pytest.raises(InputError, match="was begun with other training data"):
+        run(mine, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(evaluate_every=0), "evaluate_every must be at least 1"),
+        (dict(patience=0, evaluate_every=1), "patience must be at least 1"),
+        (dict(evaluate_every=1, evaluate=False), "evaluate_every needs evaluate: true"),
+        (dict(patience=1), "patience needs evaluate_every"),
+        (dict(select="best"), "select: best needs evaluate_every"),
+    ],
+)
+def test_keys_of_evaluation_that_do_not_go_together_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        RunConfig(**change)
+
+
 def test_the_schedule_warms_up_and_ends_at_zero():
     for name, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
         cfg = replace(SHORT, steps=110, schedule=ScheduleConfig(name, 10))
@@ -170,6 +290,8 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     [
         (dict(batch_size=7), "batch_size 7 does not divide over 8 devices"),
         (dict(length=100_000), "length 100000 is more than"),
+        (dict(data=DataConfig(chat_template=True)), "has no chat template"),
+        (dict(data=DataConfig(truncate="refuse"), length=16), "more than length=16: raise length"),
         (dict(stability_every=0), "stability_every must be at least 1"),
         (dict(lora=LoraSpec(target=["q_prj"])), "target 'q_prj' matches no module"),
     ],

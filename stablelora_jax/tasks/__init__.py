@@ -1,16 +1,28 @@
-"""What is learnt. One file a task, one line here; a task is a list of :class:`Question` for each split."""
+"""What is learnt. One file a task, one line here; a split is a list of :class:`Question` or of :class:`Problem`."""
 
 from __future__ import annotations
 
-from stablelora_jax.run_config import ArcTask, CompareSizesTask
-from stablelora_jax.tasks import arc, compare_sizes
-from stablelora_jax.tasks.question import Question
+from stablelora_jax.run_config import ArcTask, CompareSizesTask, JsonlTask, MathTask, QaTask
+from stablelora_jax.tasks import compare_sizes, gsm8k, jsonl, merged_qa, metamathqa
+from stablelora_jax.tasks.question import Problem, Question
+
+Task = CompareSizesTask | ArcTask | QaTask | MathTask | JsonlTask
 
 
-def load_questions(task: CompareSizesTask | ArcTask, split: str) -> list[Question]:
-    """The questions of ``train`` or ``validation``, cut to the task's limit for that split."""
+def load_questions(task: Task, split: str) -> list[Question] | list[Problem]:
+    """What ``train`` or ``validation`` holds, cut to the task's limit for that split.
+
+    Multiple choice gives questions; ``gsm8k``, ``metamathqa`` and ``jsonl`` of other kinds give problems.
+    """
+    found: list[Question] | list[Problem]
     if isinstance(task, CompareSizesTask):
-        questions = compare_sizes.questions(split)
+        found = compare_sizes.questions(split)
+    elif isinstance(task, MathTask):
+        found = {"gsm8k": gsm8k, "metamathqa": metamathqa}[task.name].problems(split, task.path, held_out=task.held_out)
+    elif isinstance(task, JsonlTask):
+        found = jsonl.items(task.kind, split, task.path, task.hub, task.hub_config, task.fields)
+    elif task.name == "merged_qa":
+        found = merged_qa.questions(split, task.path)
     else:
-        questions = arc.questions(task.name, split, task.path)
-    return questions[: task.train_limit if split == "train" else task.validation_limit]
+        found = merged_qa.part_questions(task.name, split, task.path)
+    return found[: task.train_limit if split == "train" else task.validation_limit]

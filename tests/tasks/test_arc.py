@@ -40,10 +40,12 @@ def test_both_layouts(tmp_path, name):
         ({**OURS, "label": 3}, "row 2 is damaged.*label 3 for 3 choices"),
         ({**OURS, "label": -1}, "row 2"),
         ({**OURS, "label": "1"}, "row 2"),
-        ({**OURS, "question": ""}, "row 2.*a text is empty"),
+        ({**OURS, "question": ""}, "row 2.*question is empty"),
         ({**OURS, "choices": ["a", None]}, "row 2"),
         ({**HUB, "answerKey": "9"}, "row 2"),
         ({"question": "x"}, "row 2.*choices"),
+        ({**HUB, "answerKey": ""}, "row 2.*no answerKey.*unlabelled"),
+        ({**OURS, "label": None}, "row 2.*no label.*unlabelled"),
         ([1, 2], "row 2"),
         ("{not json", "line 2 is not JSON"),
     ],
@@ -71,9 +73,11 @@ def test_real_rows(shared):
     assert len(arc.questions("arc_easy", "validation", str(shared("data/arc_easy")))) == 570
     assert len(arc.questions("arc_challenge", "train", str(shared("data/arc_challenge")))) == 1119
     rows = shared("data/hf_schema/ai2_arc__ARC-Easy__validation.jsonl").read_text().splitlines()
-    hub = [arc._question(json.loads(row), "") for row in rows]
+    hub = [arc.question(json.loads(row), "") for row in rows]
     local = arc.questions("arc_easy", "validation", str(shared("data/arc_easy")))
     assert [q[:3] for q in hub] == [q[:3] for q in local]
+    labels = {tuple(json.loads(row)["choices"]["label"]) for row in rows}
+    assert labels == {tuple("ABCD"), tuple("1234"), tuple("ABCDE"), tuple("ABC")}
 
 
 def test_the_hub_offline_is_one_line():

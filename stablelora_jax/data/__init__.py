@@ -1,0 +1,33 @@
+"""From texts to batches: tokenise, cut, cache, pack or pad, and order by a rule that needs no state."""
+
+from stablelora_jax.data.batch import Batch, bucket, make_batch
+from stablelora_jax.data.encoding import Example, Text, encode, templated, training_texts
+from stablelora_jax.data.loader import Loader, batch_of_step, make_loader, statistics
+from stablelora_jax.data.order import host_rows, place_of_step, rows_of_step
+from stablelora_jax.data.packing import Plan, first_fit, pack, plan_of
+from stablelora_jax.data.token_cache import TokenStore, digest, tokenised
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Loader",
+    "Plan",
+    "Text",
+    "TokenStore",
+    "batch_of_step",
+    "bucket",
+    "digest",
+    "encode",
+    "first_fit",
+    "host_rows",
+    "make_batch",
+    "make_loader",
+    "pack",
+    "place_of_step",
+    "plan_of",
+    "rows_of_step",
+    "statistics",
+    "templated",
+    "tokenised",
+    "training_texts",
+]

@@ -1,0 +1,48 @@
+"""Batches as the model takes them, and rows of one text each, padded to one of few lengths.
+
+A batch is ``(B, T)`` int32 throughout. Rows are padded at the end, where causality hides pads from every real token,
+and pads are told by length, never by token id: a tokenizer whose pad is its end-of-sequence still trains the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stablelora_jax.data.encoding import Example
+
+SHORTEST = 32  # rows are padded to 32, 64, 96, 128, 192, 256, 384, 512, ...: a run compiles a handful of shapes
+
+
+class Batch(NamedTuple):
+    """Rows of tokens as the model takes them; every field (B, T) int32."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray  # 1 where the token is to be predicted
+    segment_ids: np.ndarray  # 1, 2, ... on the tokens of a row's texts, 0 on pads
+    positions: np.ndarray  # 0, 1, 2, ... in each segment
+
+
+def make_batch(examples: Sequence[Example], rows: int | None = None, longest: int | None = None) -> Batch:
+    """Pad ``examples`` to one batch, one a row; further empty rows up to ``rows`` count for nothing.
+
+    T is :func:`bucket` of ``longest``, by default of the longest example here; a host that holds a part of a batch
+    passes the longest of the whole.
+    """
+    T = bucket(longest or max(len(example.tokens) for example in examples))
+    tokens, mask, segments = (np.zeros((rows or len(examples), T), np.int32) for _ in range(3))
+    for i, example in enumerate(examples):
+        n = len(example.tokens)
+        tokens[i, :n], segments[i, :n], mask[i, example.answer : n] = example.tokens, 1, 1
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
+    return Batch(tokens, mask, segments, np.ascontiguousarray(positions))
+
+
+def bucket(length: int) -> int:
+    """The padded length for a row of ``length`` tokens: at most half as long again, and one of few."""
+    T = SHORTEST
+    while T < length:
+        T = T // 2 * 3 if T & (T - 1) == 0 else T // 3 * 4
+    return T

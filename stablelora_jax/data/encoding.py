@@ -1,0 +1,125 @@
+"""From texts to tokens: what a text is, where its loss begins, what is cut where it is too long, chat templates.
+
+Only the answer is learnt, with the end-of-sequence token that the model needs to stop. Prompt and answer are tokenised
+in one piece, since a tokenizer may join what an answer tokenised alone would hold apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from stablelora_jax.errors import InputError
+from stablelora_jax.tasks.question import Problem, Question
+
+Truncate = Literal["left", "right", "refuse"]
+AT_ONCE = 1024  # texts of one call of the tokenizer: bounds the memory, and keeps its threads busy
+
+
+class Text(NamedTuple):
+    """One text to learn: the loss is on ``answer``, ``id`` is for messages."""
+
+    prompt: str
+    answer: str
+    id: str
+
+
+class Example(NamedTuple):
+    """One tokenised text; the tokens from ``answer`` on are the ones to be learnt or scored."""
+
+    tokens: Sequence[int] | np.ndarray
+    answer: int
+    cut: int = 0  # tokens that were dropped because the text is too long
+
+
+def training_texts(items: Iterable[Question | Problem]) -> list[Text]:
+    """Each question with its right answer, each problem with its answer."""
+    return [
+        Text(item.prompt, item.choices[item.label] if isinstance(item, Question) else item.answer, item.id)
+        for item in items
+    ]
+
+
+def encode(tokenizer: Any, prompt: str, answer: str, *, end: bool, length: int, truncate: Truncate = "left") -> Example:
+    """Tokenise ``prompt + answer`` in one piece; the answer begins where the prompt's own tokens stop agreeing.
+
+    Args:
+      tokenizer: a ``transformers`` tokenizer; it decides whether a text begins with a BOS token.
+      prompt: what the model sees.
+      answer: what it should say.
+      end: whether the end-of-sequence token belongs to the answer (in training, so that the model learns to stop).
+      length: the most tokens kept.
+      truncate: the side on which a longer text loses tokens, or that it is refused.
+
+    Raises:
+      InputError: the answer is empty, or nothing of it or of its prompt would be left, or the text is too long.
+    """
+    (example,) = encode_many(tokenizer, [Text(prompt, answer, "")], end=end, length=length, truncate=truncate)
+    return example._replace(tokens=tuple(example.tokens))
+
+
+def encode_many(
+    tokenizer: Any, texts: Iterable[Text], *, end: bool, length: int, truncate: Truncate = "left", chat: bool = False
+) -> Iterator[Example]:
+    """:func:`encode` for many texts, lazily and :data:`AT_ONCE` at a time; with ``chat`` each is :func:`templated`."""
+    start, texts = _start(tokenizer), iter(texts)
+    close = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
+    while chunk := list(islice(texts, AT_ONCE)):
+        if chat:
+            chunk = [Text(*templated(tokenizer, text.prompt, text.answer), text.id) for text in chunk]
+        given = _ids(tokenizer, [text.prompt for text in chunk])
+        whole = _ids(tokenizer, [text.prompt + text.answer for text in chunk])
+        for text, g, w in zip(chunk, given, whole, strict=True):
+            yield _cut(start + w + close, len(start) + _agreement(g, w), length, truncate, text.id)
+
+
+def templated(tokenizer: Any, prompt: str, answer: str) -> tuple[str, str]:
+    """``prompt`` as a user's turn in the tokenizer's chat template, up to where ``answer`` begins; and the answer.
+
+    The answer loses the space around it. What ends its turn is the tokenizer's end-of-sequence token, as in the
+    templates of Llama 3, Qwen2 and SmolLM2. A BOS in the template is dropped where the tokenizer sets its own.
+
+    Raises:
+      InputError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer of this model has no chat template: set data.chat_template to false")
+    turn = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token) if _start(tokenizer) else text, answer.strip()
+
+
+def _start(tokenizer: Any) -> list[int]:
+    return [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id][:1]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    ).input_ids
+
+
+def _agreement(given: list[int], whole: list[int]) -> int:
+    """How many tokens both begin with."""
+    if whole[: len(given)] == given:
+        return len(given)
+    return next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), min(len(given), len(whole)))
+
+
+def _cut(tokens: list[int], answer: int, length: int, truncate: Truncate, id: str) -> Example:
+    over, where = max(0, len(tokens) - length), f" of {id}" if id else ""
+    if over and truncate == "refuse":
+        raise InputError(
+            f"the text{where} has {len(tokens)} tokens, more than length={length}: raise length, "
+            "or set data.truncate to left or right"
+        )
+    kept = tokens[:length] if truncate == "right" else tokens[over:]
+    first = answer if truncate == "right" else answer - over
+    if first >= len(kept) or first < (1 if over else 0):
+        raise InputError(
+            f"the answer{where}, {len(tokens) - answer} tokens, does not fit into length={length} with its prompt"
+        )
+    return Example(kept, first, over)

@@ -1,0 +1,81 @@
+"""What is measured on the held-out split while training: the loss, and of multiple choice the accuracies."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from stablelora_jax.data import Example, templated, training_texts
+from stablelora_jax.data.encoding import encode_many
+from stablelora_jax.errors import InputError
+from stablelora_jax.evaluate import Scorer, accuracies, answers, score_choices
+from stablelora_jax.likelihood import Request, likelihoods
+from stablelora_jax.run_config import RunConfig
+from stablelora_jax.tasks.question import Problem, Question
+
+
+class HeldOut(NamedTuple):
+    """The held-out split, as it is measured."""
+
+    examples: Sequence[Example]  # the right answers with their end, as in training
+    questions: Sequence[Question]  # none where the task asks no questions
+
+
+def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem]) -> HeldOut:
+    """Tokenise the split's right answers, cut as in training; questions in the chat template where training is.
+
+    Raises:
+      InputError: the configuration's ``metric`` is an accuracy and the task asks no questions; a text too long.
+    """
+    questions = [item for item in items if isinstance(item, Question)]
+    if config.metric != "loss" and len(questions) < len(items):
+        raise InputError(f"metric {config.metric} needs multiple choice, which {config.task.name} is not: take loss")
+    if config.data.chat_template:
+        questions = [_templated(tokenizer, question) for question in questions]
+    examples = encode_many(
+        tokenizer,
+        training_texts(items),
+        end=True,
+        length=config.length,
+        truncate=config.data.truncate,
+        chat=config.data.chat_template,
+    )
+    return HeldOut(list(examples), questions)
+
+
+def validate(
+    scorer: Scorer, params: Any, adapters: Any, tokenizer: Any, held: HeldOut, *, length: int, batch_size: int
+) -> dict[str, Any]:
+    """``loss`` (nats per learnt token) and, where there are questions, ``acc``, ``acc_norm`` and the ``answers``.
+
+    ``params`` and ``adapters`` are placed on all devices by ``parallel.replicate``.
+    """
+    rows = max(batch_size, 4 * jax.local_device_count())
+    rows -= rows % jax.local_device_count()
+    progress = sys.stderr.isatty()
+    requests = [_request(example) for example in held.examples]
+    found = likelihoods(
+        lambda batch: scorer(params, adapters, batch), requests, rows=rows, max_length=length, progress=progress
+    )
+    learnt = sum(len(request.continuation) for request in requests)
+    result: dict[str, Any] = {"loss": -math.fsum(one.total for one in found) / learnt}
+    if held.questions:
+        scores = score_choices(
+            scorer, params, adapters, tokenizer, held.questions, length=length, rows=rows, progress=progress
+        )
+        result |= {**accuracies(scores, held.questions), "questions": len(scores), "answers": answers(scores)}
+    return result
+
+
+def _request(example: Example) -> Request:
+    first = max(1, example.answer)
+    return Request(tuple(map(int, example.tokens[:first])), tuple(map(int, example.tokens[first:])))
+
+
+def _templated(tokenizer: Any, question: Question) -> Question:
+    made = [templated(tokenizer, question.prompt, choice) for choice in question.choices]
+    return question._replace(prompt=made[0][0], choices=tuple(answer for _, answer in made))
