@@ -66,11 +66,16 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments)
     import jax.numpy as jnp
 
-    from stablelora_jax import load_pretrained
+    from stablelora_jax.attach import attach
     from stablelora_jax.generate import generate
 
-    base, params = load_pretrained(arguments.model, dtype=jnp.dtype(arguments.dtype))
-    model, variables = with_adapter(base, params, arguments)
+    model, variables = attach(
+        arguments.model,
+        arguments.adapter,
+        dtype=jnp.dtype(arguments.dtype),
+        merged=arguments.merged,
+        apart=arguments.untie,
+    )
     results = generate(
         model,
         variables,
@@ -96,23 +101,6 @@ def run(arguments: argparse.Namespace) -> None:
     for row in rows:
         shown = row["prompt"] if isinstance(row["prompt"], str) else ""
         print(shown + str(row["text"]) if shown else row["text"], flush=True)
-
-
-def with_adapter(base: Any, params: Any, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """``(model, variables)`` as ``generate`` takes them."""
-    if arguments.adapter is None:
-        return base, {"params": params}
-    from stablelora_jax import adapted, load_peft, merge
-    from stablelora_jax.export import locate_adapter
-    from stablelora_jax.models.untie import untie
-
-    directory, run_config = locate_adapter(arguments.adapter)
-    if arguments.untie or (run_config is not None and run_config.model.untie):
-        base, params = untie(base, params)
-    adapters, spec = load_peft(directory, params)
-    if arguments.merged:
-        return base, {"params": merge(params, adapters, spec)}
-    return adapted(base, spec), {"params": params, "lora": adapters}
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Any]:

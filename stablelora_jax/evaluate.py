@@ -9,32 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
-from stablelora_jax.data import Batch, encode, make_batch
 from stablelora_jax.intercept import Adapted
-from stablelora_jax.losses import token_log_probs
-from stablelora_jax.parallel import AXIS, split_rows
+from stablelora_jax.likelihood import Compute, Rows, encode_pair, likelihoods, make_compute
 from stablelora_jax.tasks.question import Question
 
-Scorer = Callable[[Any, Any, Batch], np.ndarray]
+Scorer = Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]
 
 
 def make_scorer(model: Adapted) -> Scorer:
-    """``(params, adapters, batch) -> (B,)`` summed log-probability of each row's ``loss_mask`` tokens.
+    """``(params, adapters, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``; see ``make_compute``.
 
     ``params`` and ``adapters`` are placed on all devices by :func:`stablelora_jax.parallel.replicate`.
     """
-
-    def score(params: Any, adapters: Any, batch: Batch) -> jax.Array:
-        variables = {"params": params, "lora": adapters}
-        logits = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
-        return (token_log_probs(logits, batch.tokens) * batch.loss_mask).sum(axis=1)
-
-    mapped = jax.pmap(score, axis_name=AXIS, in_axes=(None, None, 0))
-    return lambda params, adapters, batch: np.asarray(mapped(params, adapters, split_rows(batch))).reshape(-1)
+    compute = make_compute(model)
+    return lambda params, adapters, rows: compute({"params": params, "lora": adapters}, rows)
 
 
 def score_choices(
@@ -48,19 +38,39 @@ def score_choices(
     rows: int,
     progress: bool = False,
 ) -> list[np.ndarray]:
-    """For each question, the score of each of its choices (float32). Batches hold ``rows`` rows of like length."""
-    tasks = [(i, j) for i, question in enumerate(questions) for j in range(len(question.choices))]
-    texts = [
-        encode(tokenizer, questions[i].prompt, questions[i].choices[j], end=False, length=length) for i, j in tasks
-    ]
-    order = sorted(range(len(tasks)), key=lambda t: -len(texts[t].tokens))
-    scores = [np.zeros(len(question.choices), np.float32) for question in questions]
-    for start in tqdm(range(0, len(order), rows), desc="evaluate", disable=not progress, leave=False):
-        chunk = order[start : start + rows]
-        values = scorer(params, adapters, make_batch([texts[t] for t in chunk], rows))
-        for t, value in zip(chunk, values, strict=False):
-            scores[tasks[t][0]][tasks[t][1]] = value
-    return scores
+    """For each question, the score of each of its choices (float64). See :func:`choice_scores`."""
+
+    def compute(batch: Rows) -> tuple[np.ndarray, np.ndarray]:
+        return scorer(params, adapters, batch)
+
+    return choice_scores(compute, tokenizer, questions, max_length=length, rows=rows, progress=progress)
+
+
+def choice_scores(
+    compute: Compute,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    max_length: int,
+    rows: int,
+    progress: bool = False,
+) -> list[np.ndarray]:
+    """For each question, the log-likelihood of each of its choices after its prompt.
+
+    Args:
+      compute: ``make_compute(model)`` with its variables.
+      tokenizer: a ``transformers`` tokenizer.
+      questions: what is asked.
+      max_length: the most tokens the model reads; of a longer text the beginning is cut.
+      rows: of a batch; those of like length run together.
+      progress: show a bar.
+
+    Raises:
+      InputError: a choice that has no token, or more than ``max_length``.
+    """
+    requests = [encode_pair(tokenizer, q.prompt, choice) for q in questions for choice in q.choices]
+    answers = iter(likelihoods(compute, requests, rows=rows, max_length=max_length, progress=progress))
+    return [np.array([next(answers).total for _ in q.choices]) for q in questions]
 
 
 def answers(scores: Sequence[np.ndarray]) -> list[int]:
@@ -68,10 +78,15 @@ def answers(scores: Sequence[np.ndarray]) -> list[int]:
     return [int(np.argmax(score)) for score in scores]
 
 
+def correct(scores: Sequence[np.ndarray], questions: Sequence[Question]) -> dict[str, list[float]]:
+    """``acc`` and ``acc_norm`` of each question, 1.0 or 0.0; the space before a choice is no character of its text."""
+    lengths = [np.array([len(choice.removeprefix(" ")) for choice in q.choices]) for q in questions]
+    normed = [s / n for s, n in zip(scores, lengths, strict=True)]
+    labels = [q.label for q in questions]
+    right = {"acc": answers(scores), "acc_norm": answers(normed)}
+    return {name: [float(a == b) for a, b in zip(given, labels, strict=True)] for name, given in right.items()}
+
+
 def accuracies(scores: Sequence[np.ndarray], questions: Sequence[Question]) -> dict[str, float]:
     """``acc`` and ``acc_norm``, fractions in [0, 1]."""
-    right = [answer == q.label for answer, q in zip(answers(scores), questions, strict=True)]
-    lengths = [np.array([len(choice.lstrip()) for choice in q.choices]) for q in questions]
-    normed = [s / n for s, n in zip(scores, lengths, strict=True)]
-    right_normed = [answer == q.label for answer, q in zip(answers(normed), questions, strict=True)]
-    return {"acc": float(np.mean(right)), "acc_norm": float(np.mean(right_normed))}
+    return {name: float(np.mean(values)) for name, values in correct(scores, questions).items()}

@@ -49,3 +49,5 @@ def test_accuracies():
     assert answers(scores) == [0, 0, 0]
     assert accuracies(scores, questions) == {"acc": pytest.approx(2 / 3), "acc_norm": pytest.approx(2 / 3)}
     assert accuracies(scores[:1], questions[:1]) == {"acc": 1.0, "acc_norm": 0.0}
+    short = Question("", (" a", " bbb"), 1, "the space before a choice does not count")
+    assert accuracies([np.array([-2.0, -5.0])], [short]) == {"acc": 0.0, "acc_norm": 1.0}

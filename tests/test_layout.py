@@ -12,8 +12,9 @@ FLOORS = [
     {"parametrize", "initialize", "optimize"},
     {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"},
     {"optimizer_config", "run_config", "tasks", "data", "losses", "metrics", "sampling", "checkpoint", "interop"},
-    {"parallel", "run_directory", "log", "build", "train", "evaluate", "decode", "generate", "report", "summary"},
-    {"run", "export"},
+    {"parallel", "run_directory", "log", "build", "train", "evaluate", "decode", "generate", "report", "summary"}
+    | {"likelihood", "until", "measure", "validate", "selection"},
+    {"run", "export", "attach", "harness", "dry_run"},
 ]
 AXES = FLOORS[2]
 HEAVY = {

@@ -1,0 +1,54 @@
+"""A base and the adapter that belongs to it, for everything that only reads a model: ``(model, variables)``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from stablelora_jax.errors import InputError
+from stablelora_jax.export import locate_adapter
+from stablelora_jax.intercept import adapted
+from stablelora_jax.interop.peft import load_peft
+from stablelora_jax.models.pretrained import load_pretrained
+from stablelora_jax.models.untie import untie
+from stablelora_jax.transform import merge
+
+
+def attach(
+    base: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    merged: bool = False,
+    apart: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """Load ``base``, and ``adapter`` on it.
+
+    Args:
+      base: Hugging Face directory, GGUF file or hub id.
+      adapter: a run directory of ``experiments/train.py``, an adapter in PEFT's layout, or None.
+      dtype: of the model.
+      merged: fold the adapter into the parameters.
+      apart: give a tied head its own weights first, for an adapter that changes it or the embedding alone.
+
+    Returns:
+      ``(model, {"params": ...})``, with ``"lora"`` where the adapter is not merged.
+
+    Raises:
+      InputError: what cannot be loaded, or ``merged`` without an adapter.
+    """
+    if merged and adapter is None:
+        raise InputError("merged needs an adapter to merge")
+    model, params = load_pretrained(base, dtype=dtype)
+    if adapter is None:
+        return model, {"params": params}
+    directory, run_config = locate_adapter(adapter)
+    if apart or (run_config is not None and run_config.model.untie):
+        model, params = untie(model, params)
+    adapters, spec = load_peft(directory, params)
+    if merged:
+        return model, {"params": merge(params, adapters, spec)}
+    return adapted(model, spec), {"params": params, "lora": adapters}
