@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, generate, and print or write."""
     if arguments.merged and arguments.adapter is None:
         raise InputError("--merged needs --adapter, the adapter to merge")
+    if arguments.output is not None and (arguments.output.is_dir() or not writable(arguments.output.parent)):
+        raise InputError(f"cannot write {arguments.output}: give the path of a file in a directory of yours")
     prompts = read_prompts(arguments)
     import jax.numpy as jnp
 
@@ -103,6 +105,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(shown + str(row["text"]) if shown else row["text"], flush=True)
 
 
+def writable(directory: Path) -> bool:
+    """Whether ``directory`` is there or can be made."""
+    there = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
 def read_prompts(arguments: argparse.Namespace) -> list[Any]:
     """The prompts of the command line, of a file or of the standard input, as ``generate`` takes them."""
     if arguments.prompt is not None and arguments.prompts is not None:
@@ -112,11 +120,19 @@ def read_prompts(arguments: argparse.Namespace) -> list[Any]:
     elif arguments.prompts is not None:
         prompts = read_file(arguments.prompts)
     else:
-        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        prompts = [line for line in read_input().splitlines() if line.strip()]
     if not prompts:
         raise InputError("there is no prompt: give --prompt, --prompts, or lines on the standard input")
     as_chat = arguments.chat
     return [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in prompts]
+
+
+def read_input() -> str:
+    """All of the standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the standard input is not UTF-8: {error}") from None
 
 
 def read_file(path: Path) -> list[Any]:

@@ -80,6 +80,8 @@ def generate_tokens(
       InputError: a token outside the vocabulary, or a row that would outgrow the model's positions.
     """
     decoder = decoder_of(model)
+    if unread := sorted(set(variables) - {"params"}) if model is decoder else []:
+        raise InputError(f"a bare decoder does not read {unread[0]!r}: give adapted(model, spec), or banked(model)")
     tokens, mask = _compact(np.asarray(tokens), np.asarray(mask, bool))
     _check(decoder.config, tokens, mask, max_new_tokens)
     T, N, B = bucket(tokens.shape[1]), bucket(max_new_tokens), tokens.shape[0]

@@ -77,7 +77,12 @@ def generate(
     if isinstance(stop_strings, str) or not all(isinstance(text, str) and text for text in stop_strings):
         raise InputError(f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}")
     ids = encode_prompts(decoder.tokenizer, prompts)
-    ends = decoder.config.eos_token_id if stop_ids is None else tuple(stop_ids)
+    vocabulary = decoder.config.vocab_size
+    for number, own in enumerate(ids):
+        if wrong := [token for token in own if not 0 <= token < vocabulary]:
+            raise InputError(f"prompt {number}: token id {wrong[0]} is outside the model's vocabulary of {vocabulary}")
+    ends = decoder.config.eos_token_id if stop_ids is None else _token_ids(stop_ids, "stop_ids")
+    ends += _special(decoder.tokenizer, stop_strings)
     rows = len(ids) if batch_size is None else batch_size
     if rows < 1 and ids:
         raise InputError(f"batch_size must be positive, not {batch_size}")
@@ -90,7 +95,7 @@ def generate(
         finish = partial(_finish, decoder.tokenizer, ends, tuple(stop_strings))
         new, counts = generate_tokens(
             model,
-            _of_rows(variables, numbers),
+            _of_rows(variables, numbers, len(ids)),
             tokens,
             mask,
             max_new_tokens=max_new_tokens,
@@ -131,6 +136,8 @@ def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
     if tokenizer is None:
         raise InputError(f"prompt {number} is text, and the model has no tokenizer: give token ids")
     if isinstance(prompt, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"prompt {number} is no valid text: it holds bytes that are not UTF-8")
         return list(tokenizer(prompt).input_ids)
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(f"prompt {number} is a chat, and the model's tokenizer has no chat template: give a string")
@@ -142,13 +149,30 @@ def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _of_rows(variables: Mapping[str, Any], numbers: np.ndarray) -> Mapping[str, Any]:
+def _token_ids(ids: Any, name: str) -> tuple[int, ...]:
+    """``ids`` as a tuple of int32."""
+    good = isinstance(ids, Sequence) and not isinstance(ids, str)
+    if not good or not all(isinstance(i, int | np.integer) and -1 <= i < 2**31 for i in ids):
+        raise InputError(f"{name} must be a list of token ids, not {ids!r:.60}")
+    return tuple(int(i) for i in ids)
+
+
+def _special(tokenizer: Any, stop_strings: Sequence[str]) -> tuple[int, ...]:
+    """Ids of the stop strings that are special tokens: they are no part of any text."""
+    special = [] if tokenizer is None else zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return tuple(number for text, number in special if text in stop_strings)
+
+
+def _of_rows(variables: Mapping[str, Any], numbers: np.ndarray, prompts: int) -> Mapping[str, Any]:
     """``variables`` for the prompts ``numbers``: those of a bank name an adapter for each."""
     if "rows" not in variables:
         return variables
     rows = np.asarray(variables["rows"])
-    if rows.ndim != 1 or (numbers >= len(rows)).any():
-        raise InputError(f"the bank's rows of shape {rows.shape} do not name an adapter for each prompt")
+    if rows.shape != (prompts,):
+        raise InputError(f"the bank's rows of shape {rows.shape} do not name an adapter for each of {prompts} prompts")
+    size = variables["bank"].size
+    if (rows < -1).any() or (rows >= size).any():
+        raise InputError(f"the bank's rows must be from -1 (the base) to {size - 1}, not {rows.tolist()!r:.60}")
     return {**variables, "rows": jax.numpy.asarray(rows[numbers])}
 
 

@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.evaluate import Scorer, make_scorer
 from stablelora_jax.files import write_whole
 from stablelora_jax.intercept import Adapted, adapted
-from stablelora_jax.interop import save_peft
+from stablelora_jax.interop.peft import require_peft_form, save_peft
 from stablelora_jax.log import RunLog
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.models.untie import untie
@@ -82,16 +83,15 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
         return summary
     job = _prepare(config, directory, say)
     create(directory, config)
-    manager = checkpoint.open_manager(directory / "checkpoints", keep=config.keep_checkpoints)
-    state = job.start if manager.latest_step() is None else TrainState(*checkpoint.restore(manager, job.start))
-    log = RunLog(directory, int(state.step), config.steps, job.schedule, config.lora)
-    log.write_data(statistics(job.loader, config.steps))
-    say(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {directory}")
-    if config.evaluate and log.evaluation(0) is None:
-        log.write_evaluation(0, _evaluate(job, job.start.adapters))
-    state = _train(job, state, manager, log)
-    kept = _keep_adapter(job, state, log)
-    manager.close()
+    with closing(checkpoint.open_manager(directory / "checkpoints", keep=config.keep_checkpoints)) as manager:
+        state = job.start if manager.latest_step() is None else TrainState(*checkpoint.restore(manager, job.start))
+        log = RunLog(directory, int(state.step), config.steps, job.schedule, config.lora)
+        log.write_data(statistics(job.loader, config.steps))
+        say(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {directory}")
+        if config.evaluate and log.evaluation(0) is None:
+            log.write_evaluation(0, _evaluate(job, job.start.adapters))
+        state = _train(job, state, manager, log)
+        kept = _keep_adapter(job, state, log)
     log.close()
     report.draw(directory)
     summary = summarize(config, log, int(state.step), kept, time.monotonic() - began)
@@ -119,6 +119,7 @@ def _prepare(config: RunConfig, directory: Path, say: Callable[[str], None]) -> 
     held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
     key = jax.random.key(config.seed)
     adapters = init_adapters(key, params, config.lora)
+    require_peft_form(adapters, config.lora, params)
     say(describe(params, adapters, config.lora))
     schedule = make_schedule(config)
     tx = make_optimizer(config, adapters)

@@ -114,7 +114,7 @@ def test_an_adapter_without_a_base_asks_for_one(adapter, tmp_path):
 
 def test_the_command(adapter, tmp_path):
     script = [sys.executable, str(Path(__file__).parents[1] / "experiments" / "export.py")]
-    wrong = subprocess.run([*script, str(tmp_path), "--to", "peft"], capture_output=True, text=True)
+    wrong = subprocess.run([*script, str(tmp_path / "base"), "--to", "peft"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
     good = subprocess.run([*script, str(adapter[0]), "--to", "merged"], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr

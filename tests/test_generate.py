@@ -370,5 +370,21 @@ def test_a_bank_gives_each_prompt_its_adapter_in_any_order():
         lora = {} if row < 0 else {"lora": made[row]}
         alone = generate(adapted(model, specs[row]), {"params": params, **lora}, [prompt], **settings)[0].tokens
         assert tokens == alone
-    with pytest.raises(InputError, match="do not name an adapter for each prompt"):
-        generate(banked(model), {**variables, "rows": [0]}, prompts, **settings)
+    for wrong, message in (([0], "do not name an adapter for each"), ([0, 1, 2, 0], "must be from -1")):
+        with pytest.raises(InputError, match=message):
+            generate(banked(model), {**variables, "rows": wrong}, prompts, **settings)
+    with pytest.raises(InputError, match="a bare decoder does not read 'lora'"):
+        generate(model, {"params": params, "lora": made[0]}, prompts, **settings)
+    for ids in ([[10**30, 2]], [[-1]], [[31]]):
+        with pytest.raises(InputError, match="prompt 0: token id"):
+            generate(model, {"params": params}, ids, **settings)
+    with pytest.raises(InputError, match="stop_ids must be a list of token ids"):
+        generate(model, {"params": params}, prompts, stop_ids=2)
+
+
+def test_a_special_token_stops_as_a_string(base):
+    model, params = base
+    end = model.tokenizer.convert_ids_to_tokens(model.config.eos_token_id[0])
+    (plain,) = generate(model, {"params": params}, ["The bear is"], max_new_tokens=40)
+    (named,) = generate(model, {"params": params}, ["The bear is"], max_new_tokens=40, stop_ids=(), stop_strings=[end])
+    assert plain.stop == "stop_id" and named.tokens == plain.tokens

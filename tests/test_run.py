@@ -37,6 +37,17 @@ def finished(tmp_path_factory):
     return directory, run(replace(SHORT, output=str(directory)), said.append), said
 
 
+def test_what_peft_has_no_form_for_is_refused_before_training(tmp_path):
+    chosen = config.load(
+        RunConfig,
+        ROOT / "configs" / "default.yaml",
+        ["lora.target=[embed_tokens]", "lora.parametrization=dora", f"output={tmp_path / 'r'}"],
+    )
+    with pytest.raises(InputError, match="PEFT has no dora of an embedding that is the head, too: untie them first"):
+        run(chosen, lambda _: None)
+    assert not (tmp_path / "r").exists()
+
+
 def test_what_a_run_leaves_behind(finished):
     directory, summary, said = finished
     assert {p.name for p in directory.iterdir()} == {

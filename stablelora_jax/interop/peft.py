@@ -30,6 +30,7 @@ from stablelora_jax.spec import LoraSpec
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "stablelora.json"
 PREFIX = "base_model.model."
+UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
 
 
 def save_peft(
@@ -58,7 +59,7 @@ def save_peft(
     from safetensors.numpy import save
 
     params = None if params is None else as_dict(params)
-    sites = _sites(adapters, params, spec)
+    sites = require_peft_form(adapters, spec, params)
     entries = layout(sites, params, spec)
     tensors = {PREFIX + e.name: e.take(np.asarray(tree.get_in(adapters, e.place))) for e in entries}
     for name, array in tensors.items():
@@ -99,7 +100,8 @@ def load_peft(directory: str | Path, params: Any) -> tuple[dict[str, Any], LoraS
         raise InputError(f"{directory / CONFIG}: {error}") from None
     if dropped:
         warnings.warn(f"{directory / CONFIG}: {', '.join(dropped)} match no module of this model", stacklevel=2)
-    _check_tensors(entries, tensors, _base_weights(sites, params), str(directory / WEIGHTS))
+    base = _base_weights(sites, params) | _whole_layers(params)
+    _check_tensors(entries, tensors, base, str(directory / WEIGHTS))
     return _assemble(entries, tensors), spec
 
 
@@ -115,7 +117,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _read_json(directory / CONFIG)
 
 
-def _sites(adapters: Any, params: Any, spec: LoraSpec) -> dict[tree.Path, Site]:
+def require_peft_form(adapters: Any, spec: LoraSpec, params: Any = None) -> dict[tree.Path, Site]:
+    """The sites of ``adapters``, checked to be what PEFT has a form for; arguments and errors of :func:`save_peft`."""
     if params is not None:
         sites = fitted_sites(params, adapters, spec)
     else:
@@ -125,9 +128,7 @@ def _sites(adapters: Any, params: Any, spec: LoraSpec) -> dict[tree.Path, Site]:
             raise InputError("an adapted embedding or parameters trained in full need the base: pass params=")
     require_leaves(sites, adapters, spec)
     if params is not None and is_tied(params) and spec.parametrization != "lora" and ("model", EMBEDDING) in sites:
-        raise InputError(
-            f"PEFT has no {spec.parametrization} for an embedding that is the head, too: untie(model, params)"
-        )
+        raise InputError(f"PEFT has no {spec.parametrization} of an embedding that is the head, too: {UNTIE}")
     return sites
 
 
@@ -146,12 +147,20 @@ def _base_weights(sites: Mapping[Any, Site], params: Any) -> dict[str, np.ndarra
     return found
 
 
+def _whole_layers(params: Any) -> dict[str, np.ndarray]:
+    """Embedding and head of the base, which PEFT adds with ``save_embedding_layers=True``."""
+    embedding, head = tree.get_in(params, ("model", EMBEDDING, "embedding")), tree.get_in(params, (HEAD, "kernel"))
+    found = {} if embedding is None else {f"model.{EMBEDDING}.weight": np.asarray(embedding)}
+    return found if head is None else found | {f"{HEAD}.weight": np.asarray(head).T}
+
+
 def _refuse_untied(raw: Mapping[str, Any], tensors: Mapping[str, Any], params: Any, directory: Path) -> None:
     touched = [name for name in tensors if name.startswith((f"{HEAD}.", f"model.{EMBEDDING}."))]
-    if touched and is_tied(params) and not raw.get("ensure_weight_tying"):
+    alone = not raw.get("ensure_weight_tying") or any(name.endswith("lora_magnitude_vector") for name in touched)
+    if touched and is_tied(params) and alone:
         raise InputError(
             f"{directory / WEIGHTS} holds {touched[0]}, which PEFT changes alone, but {EMBEDDING} and {HEAD} "
-            "of this base are tied: use model, params = untie(model, params) first"
+            f"of this base are tied: {UNTIE}"
         )
 
 
@@ -159,29 +168,39 @@ def _check_tensors(
     entries: Sequence[Entry], tensors: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], source: str
 ) -> None:
     expected = {entry.name: entry.shape for entry in entries}
-    for problem, names in (
-        ("lacks", set(expected) - set(tensors)),
-        ("holds", set(tensors) - set(expected) - set(base)),
-    ):
+    missing, extra = set(expected) - set(tensors), set(tensors) - set(expected) - set(base)
+    for problem, names in (("lacks", missing), ("holds", extra)):
         if names:
             raise InputError(f"{source} {problem} {sorted(names)[0]} ({len(names)} such), against its {CONFIG}")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise InputError(f"{source}: {name} has shape {tensors[name].shape}; {CONFIG} and the model say {shape}")
-        if not np.isfinite(tensors[name]).all():
+        if not np.isfinite(_wide(tensors[name])).all():
             raise InputError(f"{source}: {name} holds NaN or infinity")
-    for name in set(base) & set(tensors):
-        if tensors[name].shape != base[name].shape or not np.array_equal(
-            tensors[name].astype(base[name].dtype), base[name]
-        ):
+    for name in set(base) & set(tensors) - set(expected):
+        if not _same(tensors[name], base[name]):
             raise InputError(f"{source}: {name} differs from the base that was given: the adapter belongs to another")
+
+
+def _same(stored: np.ndarray, own: np.ndarray) -> bool:
+    """Whether the base's weights in a file are those of the base that is given, at the lesser of their precisions."""
+    narrow = min(stored.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    return stored.shape == own.shape and np.array_equal(stored.astype(narrow), own.astype(narrow))
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    """``array`` in float32, or in float64 where it is that and such arrays are enabled."""
+    wide = np.float64 if jax.dtypes.canonicalize_dtype(array.dtype) == np.float64 else np.float32
+    with np.errstate(over="ignore"):  # which is found where all numbers must be finite
+        return array.astype(wide)
 
 
 def _assemble(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The adapter tree; two tensors for one place (a tied head) must agree."""
     leaves: dict[tree.Path, np.ndarray] = {}
     written: dict[Any, str] = {}
-    dtype = np.result_type(np.float32, *(tensors[entry.name] for entry in entries))
+    tensors = {entry.name: _wide(tensors[entry.name]) for entry in entries}
+    dtype = np.result_type(np.float32, *tensors.values())
     for entry in entries:
         leaf = leaves.setdefault(entry.place, np.zeros(entry.whole, dtype))
         twin = written.setdefault((entry.place, str(entry.at)), entry.name)
@@ -206,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by name without prefix and without the adapter name ``default``, in float32 at least."""
+    """Tensors by name without prefix and without the adapter name ``default``, as they are stored."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -222,7 +241,13 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{path}: tensor {name} is not {PREFIX}<module>.lora_A.weight or the like")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"{path}: tensor {name} is of type {array.dtype}, not floating")
-        wide = np.float64 if jax.dtypes.canonicalize_dtype(array.dtype) == np.float64 else np.float32
-        with np.errstate(over="ignore"):  # which is found where all numbers must be finite
-            tensors[name.removeprefix(PREFIX).replace(".default.", ".").removesuffix(".default")] = array.astype(wide)
-    return tensors
+        tensors[name.removeprefix(PREFIX).replace(".default.", ".").removesuffix(".default")] = array
+    return {name: array for name, array in tensors.items() if not _copy(name, tensors)}
+
+
+def _copy(name: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether ``name`` is one of the copies that PEFT adds where both bias and modules_to_save are on."""
+    if ".original_module." in name:
+        return True
+    plain = name.replace(".modules_to_save.", ".")
+    return plain != name and plain in tensors and np.array_equal(tensors[plain], tensors[name])

@@ -22,10 +22,10 @@ READ = frozenset(
 # Neither the function of a loaded adapter nor its shapes depend on these.
 INERT = frozenset(
     """peft_type peft_version task_type base_model_name_or_path revision inference_mode auto_mapping
-    megatron_core runtime_config ensure_weight_tying qalora_group_size""".split()
+    eva_config megatron_core runtime_config ensure_weight_tying qalora_group_size""".split()
 )
 # Initialisations that leave the base as it is; others (pissa, olora, loftq, ...) need the base they started from.
-PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def to_peft_config(
@@ -39,7 +39,9 @@ def to_peft_config(
     module (PEFT's own writer sorts them).
     """
     chosen = [name for site in sites for name, rank in zip(site.names, site.ranks, strict=True) if rank]
-    listed = isinstance(spec.target, tuple)
+    # PEFT adapts a module that is named whole whatever layers_to_transform says
+    whole = isinstance(spec.target, tuple) and any("." in entry or entry == HEAD for entry in spec.target)
+    listed = isinstance(spec.target, tuple) and not (whole and spec.layers is not None)
     target = list(spec.target) if listed else chosen
     tied = params is not None and is_tied(params) and any(name.startswith(f"{HEAD}.") for name in tensors)
     return {
@@ -91,9 +93,26 @@ def from_peft_config(raw: Mapping[str, Any], params: Any) -> tuple[LoraSpec, lis
         modules_to_save=_from_saved(raw.get("modules_to_save") or (), params, dropped),
         bias=_live_bias(raw.get("bias") or "none", params, dropped),
     )
+    spec = _whole_names(spec, modules)
     chosen = [name for name in modules if spec.selects(name)]
+    if spec.bias == "lora_only" and not any(_has_bias(params, name) for name in chosen):
+        spec, dropped = replace(spec, bias="none"), [*dropped, "bias 'lora_only'"]
     patterns = {k: _live(k, raw.get(k) or {}, chosen, dropped) for k in ("rank_pattern", "alpha_pattern")}
     return replace(spec, **patterns), dropped
+
+
+def _whole_names(spec: LoraSpec, modules: Sequence[str]) -> LoraSpec:
+    """PEFT's rule for ``layers_to_transform``: it does not hold for a module that ``target_modules`` names whole."""
+    if spec.layers is None or not isinstance(spec.target, tuple) or not set(spec.target) & set(modules):
+        return spec
+    free = replace(spec, layers=None)
+    chosen = [n for n in modules if (spec.selects(n) or n in spec.target) and free.selects(n)]
+    return replace(free, target=tuple(chosen))
+
+
+def _has_bias(params: Any, name: str) -> bool:
+    path = tuple(part for part in name.split(".") if not part.isdigit())
+    return tree.get_in(params, (*path, "bias")) is not None
 
 
 def _refuse(raw: Mapping[str, Any]) -> None:
@@ -169,7 +188,10 @@ def _to_saved(spec: LoraSpec, params: Any) -> list[str] | None:
     if not spec.modules_to_save:
         return None
     names = _names(params)
-    ours = [name for name in names if tree.matches(spec.modules_to_save, name)]
+    stacks = {name for name in names if any(n.removeprefix(f"{name}.").isdigit() for n in names)}  # PEFT takes none
+    layers = {name: name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in stacks}
+    ours = [n for n in names if n not in stacks and tree.matches(spec.modules_to_save, n)]
+    ours += [n for n, stack in layers.items() if tree.matches(spec.modules_to_save, stack)]
     theirs = [name for name in names if name.endswith(spec.modules_to_save)]
     return list(spec.modules_to_save) if ours == theirs else ours
 

@@ -199,7 +199,7 @@ def test_a_tied_base_is_untied_first(target, tmp_path):
                 parameter.normal_(0, 0.3)
         expected = theirs(torch.tensor(np.asarray(tokens()))).logits.numpy()
     theirs.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="of this base are tied: use model, params = untie"):
+    with pytest.raises(InputError, match="of this base are tied: untie them first"):
         load_peft(tmp_path / "adapter", params)
     apart, apart_params = untie(model, params)
     adapters, spec = load_peft(tmp_path / "adapter", apart_params)
@@ -227,6 +227,80 @@ def test_metadata_lies_beside(tmp_path):
     save_peft(tmp_path, adapters, spec, metadata={"optimizer": {"name": "stable_lora", "shrink_ratio": 5e-4}})
     assert load_metadata(tmp_path)["optimizer"]["shrink_ratio"] == 5e-4
     assert "optimizer" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+RULES = {  # what PEFT writes, and where its rules are not what they seem
+    "whole_name_and_layers": (dict(target_modules=["q_proj", "lm_head"], layers_to_transform=[0]), {}),
+    "whole_path_and_layers": (
+        dict(target_modules=["q_proj", "model.layers.1.mlp.up_proj"], layers_to_transform=[0]),
+        {},
+    ),
+    "no_bias_there": (dict(target_modules=["up_proj"], bias="lora_only"), {}),
+    "bias_and_saved": (dict(target_modules=["down_proj"], modules_to_save=["q_proj"], bias="all"), {}),
+    "all_embeddings": (dict(target_modules=["q_proj"]), dict(save_embedding_layers=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_peft(name, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers
+
+    keys, saving = RULES[name]
+    model, params = tiny_decoder(model_type="qwen2", qkv_bias=True)
+    save_pretrained(tmp_path / "base", model, params)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **keys))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+        expected = theirs(torch.tensor(np.asarray(tokens()))).logits.numpy()
+    theirs.save_pretrained(tmp_path / "adapter", **saving)
+    adapters, spec = load_peft(tmp_path / "adapter", params)
+    assert np.abs(logits(model, params, spec, adapters) - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+    save_peft(tmp_path / "again", adapters, spec, params=params)
+    again, _ = load_peft(tmp_path / "again", params)
+    chex.assert_trees_all_equal(again, adapters)
+
+
+def test_layers_hold_for_whole_names_too_when_peft_reads_ours(tmp_path):
+    _, params = tiny_decoder()
+    spec = LoraSpec(rank=2, target=["q_proj", "lm_head"], layers=(0,))
+    save_peft(tmp_path, init_adapters(jax.random.key(0), params, spec), spec)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"] and config["layers_to_transform"] is None
+
+
+def test_a_stack_trained_in_full_is_written_layer_by_layer(tmp_path):
+    _, params = tiny_decoder()
+    spec = LoraSpec(rank=2, target=["lm_head"], modules_to_save=["layers"])
+    save_peft(tmp_path, init_adapters(jax.random.key(0), params, spec), spec, params=params)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == [f"model.layers.{i}" for i in range(3)]
+
+
+def test_base_weights_are_compared_at_the_lesser_precision(tmp_path):
+    model, params = tiny_decoder(dtype=jnp.bfloat16)
+    spec = SPECS["embedding"]
+    save_peft(tmp_path, init_adapters(jax.random.key(0), params, spec), spec, params=params)
+    finer = jax.tree.map(lambda x: x.astype(jnp.float32) * (1 + 1e-5), params)
+    load_peft(tmp_path, finer)
+    finer["model"]["embed_tokens"]["embedding"] *= 1.1
+    with pytest.raises(InputError, match="differs from the base"):
+        load_peft(tmp_path, finer)
+
+
+def test_an_eva_adapter_is_read(tmp_path):
+    _, params, spec, adapters = case("default")
+    save_peft(tmp_path, adapters, spec)
+    edit_config(tmp_path, init_lora_weights="eva", eva_config={"rho": 2.0})
+    chex.assert_trees_all_equal(load_peft(tmp_path, params)[0], adapters)
+    edit_config(tmp_path, init_lora_weights="lora_ga")
+    with pytest.raises(InputError, match="lora_ga"):
+        load_peft(tmp_path, params)
 
 
 def edit_config(directory, **changes):
