@@ -27,6 +27,7 @@ import optax
 from tqdm import tqdm
 
 from stablelora_jax import InputError, LoraSpec, adapted, config, init_adapters, optimize
+from stablelora_jax.command import exit_code
 from stablelora_jax.config import option
 from stablelora_jax.files import write_whole
 from stablelora_jax.models.architecture import DecoderConfig
@@ -225,17 +226,17 @@ def main() -> int:
     parser.add_argument("what", choices=["optimizers"], help="what to measure")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    try:
-        settings = config.load(BenchConfig, None, arguments.overrides)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: work(arguments))
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Measure, print, and write where asked."""
+    settings = config.load(BenchConfig, None, arguments.overrides)
     command = " ".join(["python experiments/bench.py", arguments.what, *arguments.overrides])
     text = "\n".join([machine(), "", f"    {command}", "", *measure(settings)]) + "\n"
     print(text)
     if settings.output:
-        write_whole(settings.output, text)
-    return 0
+        write_whole(Path(settings.output), text)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_CACHE", str(Path(tempfile.gettempdir()) / "compare_harness"))
 os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
 
 import yaml  # noqa: E402
 
 from stablelora_jax import InputError  # noqa: E402
+from stablelora_jax.command import exit_code  # noqa: E402
 
 YAMLS = Path(__file__).parents[1] / "tests" / "harness_tasks"
 METRICS = ("acc", "acc_norm", "exact_match")
@@ -42,12 +42,10 @@ def main() -> int:
     limits = {
         name: arguments.limit_gsm8k if name == "gsm8k" else arguments.limit for name in arguments.tasks.split(",")
     }
-    try:
-        found = compare(arguments.model, arguments.data, limits, arguments.batch_size, arguments.adapter)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return int(any(line["different"] for line in found))
+    given = (arguments.model, arguments.data, limits, arguments.batch_size, arguments.adapter)
+    found: list[dict[str, Any]] = []
+    failed = exit_code(lambda: found.extend(compare(*given)))
+    return failed or int(any(line["different"] for line in found))
 
 
 def compare(

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
-
-from stablelora_jax import InputError  # noqa: E402
+from stablelora_jax import InputError
+from stablelora_jax.command import add_model_options, exit_code, load_model
 
 
 def main() -> int:
     """Parse the command line, measure, and turn unusable input into one line and exit code 2."""
     arguments = parse()
-    try:
-        run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 def parse() -> argparse.Namespace:
@@ -34,10 +24,7 @@ def parse() -> argparse.Namespace:
         "of text. Tasks: hellaswag, social_i_qa, openbookqa, arc_easy, arc_challenge, merged_qa, gsm8k, text."
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hugging Face directory, GGUF file or hub id")
-    add("--adapter", metavar="DIR", type=Path, help="a PEFT directory, or a run directory of experiments/train.py")
-    add("--merged", action="store_true", help="merge the adapter into the parameters first")
-    add("--untie", action="store_true", help="give a tied head its own weights, for an adapter that changes one alone")
+    add_model_options(parser)
     add("--tasks", metavar="NAMES", required=True, help="names of tasks, with commas between")
     add("--data", metavar="DIR", type=Path, help="directory with TASK/SPLIT.jsonl or .jsonl.gz; default: the hub")
     add("--split", metavar="SPLIT", help="default: validation, and test for gsm8k")
@@ -45,19 +32,13 @@ def parse() -> argparse.Namespace:
     add("--output", metavar="OUT", type=Path, help="write OUT/summary.json and OUT/TASK.jsonl; OUT must not exist")
     add("--batch-size", metavar="B", type=int, default=16, help="texts that run together (default 16)")
     add("--max-new-tokens", metavar="N", type=int, default=256, help="of a generated answer (default 256)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default float32)")
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, measure, write, and print the table."""
-    if arguments.merged and arguments.adapter is None:
-        raise InputError("--merged needs --adapter, the adapter to merge")
     if arguments.output is not None and arguments.output.exists():
         raise InputError(f"{arguments.output} exists already: remove it or choose another --output")
-    import jax.numpy as jnp
-
-    from stablelora_jax.attach import attach
     from stablelora_jax.measure import TASKS, measure, subject, table, write
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
@@ -66,13 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
     if not names:
         raise InputError(f"--tasks names no task; the tasks are {', '.join(TASKS)}")
-    model, variables = attach(
-        arguments.model,
-        arguments.adapter,
-        dtype=jnp.dtype(arguments.dtype),
-        merged=arguments.merged,
-        apart=arguments.untie,
-    )
+    model, variables = load_model(arguments)
     one = subject(model, variables, batch_size=arguments.batch_size, progress=sys.stderr.isatty())
     given = (arguments.data, arguments.split, arguments.limit, arguments.max_new_tokens)
     measured = {name: measure(one, name, *given) for name in names}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
-
-from stablelora_jax import InputError  # noqa: E402
-from stablelora_jax.export import KINDS, export  # noqa: E402
+from stablelora_jax.command import exit_code
+from stablelora_jax.export import KINDS, export
 
 
 def main() -> int:
@@ -22,12 +19,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a merged model; the run's unless given")
     parser.add_argument("--untie", action="store_true", help="for an adapter that changes one of a tied pair alone")
     given = parser.parse_args()
-    try:
-        export(given.run, given.to, output=given.output, base=given.base, dtype=given.dtype, apart=given.untie)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    where = {"output": given.output, "base": given.base, "dtype": given.dtype, "apart": given.untie}
+    return exit_code(lambda: export(given.run, given.to, **where))
 
 
 if __name__ == "__main__":

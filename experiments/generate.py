@@ -9,23 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
-
-from stablelora_jax import InputError  # noqa: E402
+from stablelora_jax import InputError
+from stablelora_jax.command import add_model_options, exit_code, load_model
 
 
 def main() -> int:
     """Parse the command line, generate, and turn unusable input into one line and exit code 2."""
     arguments = parse()
-    try:
-        run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 def parse() -> argparse.Namespace:
@@ -35,10 +26,7 @@ def parse() -> argparse.Namespace:
         "from --prompts, or else from the lines of the standard input."
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hugging Face directory, GGUF file or hub id")
-    add("--adapter", metavar="DIR", type=Path, help="a PEFT directory, or a run directory of experiments/train.py")
-    add("--merged", action="store_true", help="merge the adapter into the parameters first")
-    add("--untie", action="store_true", help="give a tied head its own weights, for an adapter that changes one alone")
+    add_model_options(parser)
     add("--prompt", metavar="TEXT", nargs="+", help="prompts")
     add(
         "--prompts",
@@ -54,30 +42,18 @@ def parse() -> argparse.Namespace:
     add("--stop", metavar="STR", nargs="+", default=[], help="strings that end a text")
     add("--seed", metavar="S", type=int, default=0, help="of the draws (default 0)")
     add("--batch-size", metavar="B", type=int, help="prompts that run together (default: at most 32)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default float32)")
     add("--output", metavar="FILE.jsonl", type=Path, help="write prompts, texts and tokens there, and print nothing")
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, generate, and print or write."""
-    if arguments.merged and arguments.adapter is None:
-        raise InputError("--merged needs --adapter, the adapter to merge")
     if arguments.output is not None and (arguments.output.is_dir() or not writable(arguments.output.parent)):
         raise InputError(f"cannot write {arguments.output}: give the path of a file in a directory of yours")
     prompts = read_prompts(arguments)
-    import jax.numpy as jnp
-
-    from stablelora_jax.attach import attach
     from stablelora_jax.generate import generate
 
-    model, variables = attach(
-        arguments.model,
-        arguments.adapter,
-        dtype=jnp.dtype(arguments.dtype),
-        merged=arguments.merged,
-        apart=arguments.untie,
-    )
+    model, variables = load_model(arguments)
     results = generate(
         model,
         variables,

@@ -7,6 +7,7 @@ one stacked tensor.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -17,6 +18,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from stablelora_jax.command import exit_code
 
 SHAPE = dict(hidden_size=1536, num_hidden_layers=28, intermediate_size=8960, num_attention_heads=12)
 SHAPE |= dict(num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)
@@ -80,7 +83,7 @@ def measure(path: str, dtype: str) -> None:
         while not stop.wait(0.002):
             peak = max(peak, anonymous())
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     start = time.perf_counter()
     _, params = load_pretrained(path, dtype=jnp.dtype(dtype))
@@ -98,10 +101,8 @@ def measure(path: str, dtype: str) -> None:
     print(json.dumps({k: round(v / 2**20) if isinstance(v, int | float) and v > 2**20 else v for k, v in row.items()}))
 
 
-def main() -> None:
-    """Make, measure, delete."""
-    if len(sys.argv) == 3:
-        return measure(*sys.argv[1:])
+def compare() -> None:
+    """Make, measure each in a process of its own, delete."""
     with tempfile.TemporaryDirectory() as directory:
         make_checkpoint(Path(directory))
         targets = [(directory, "bfloat16"), (directory, "float32")]
@@ -114,5 +115,14 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *target], check=True)
 
 
+def main() -> int:
+    """Compare, or in a process of its own measure one."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="measure this alone: a directory or GGUF file")
+    parser.add_argument("dtype", nargs="?", choices=("float32", "bfloat16"), default="float32")
+    given = parser.parse_args()
+    return exit_code(lambda: measure(given.path, given.dtype) if given.path else compare())
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,7 @@ from zlib import crc32
 
 import numpy as np
 
+from stablelora_jax.command import exit_code
 from stablelora_jax.errors import InputError
 
 SPECIAL = BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # ids 0, 1, 2
@@ -177,13 +178,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} rows of {LENGTH} tokens (%(default)s)")
     args = parser.parse_args(argv)
     os.environ["NPROC"] = THREADS
-    try:
-        value = make_base(args.output, args.seed, args.steps)
-    except InputError as error:
-        print(f"pretrain_base.py: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: work(args))
+
+
+def work(args: argparse.Namespace) -> None:
+    """Make the model and say how good it is."""
+    value = make_base(args.output, args.seed, args.steps)
     print(f"held-out loss {value:.4f} nats a token; the model is in {args.output}")
-    return 0
 
 
 if __name__ == "__main__":

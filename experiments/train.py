@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
-
-from stablelora_jax import InputError, config  # noqa: E402
-from stablelora_jax.run_config import RunConfig  # noqa: E402
+from stablelora_jax import config
+from stablelora_jax.command import exit_code
+from stablelora_jax.run_config import RunConfig
 
 
 def main() -> int:
-    """Parse the command line, run, and turn unusable input into one line and exit code 2."""
+    """Parse the command line, run, and turn what goes wrong into one line and an exit code."""
     parser = argparse.ArgumentParser(
         description="Fine-tune a language model with Stable-LoRA. Without arguments: the small base model that ships "
         "with the package learns a generated task in a few minutes on a CPU.",
@@ -34,23 +32,22 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that replace those of the file")
     arguments = parser.parse_args()
-    try:
-        run_config = config.load(RunConfig, arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            from stablelora_jax.dry_run import dry_run
+    return exit_code(
+        lambda: work(arguments), interrupted="interrupted: the same command goes on from the newest checkpoint"
+    )
 
-            dry_run(run_config)
-            return 0
-        from stablelora_jax.run import run
 
-        run(run_config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+def work(arguments: argparse.Namespace) -> None:
+    """Load the configuration, and train or try it dry."""
+    run_config = config.load(RunConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from stablelora_jax.dry_run import dry_run
+
+        dry_run(run_config)
+        return
+    from stablelora_jax.run import run
+
+    run(run_config)
 
 
 if __name__ == "__main__":

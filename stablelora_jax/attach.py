@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.export import locate_adapter
+from stablelora_jax.export import open_source
 from stablelora_jax.intercept import adapted
-from stablelora_jax.interop.peft import load_peft
 from stablelora_jax.models.pretrained import load_pretrained
-from stablelora_jax.models.untie import untie
 from stablelora_jax.transform import merge
 
 
@@ -42,13 +40,10 @@ def attach(
     """
     if merged and adapter is None:
         raise InputError("merged needs an adapter to merge")
-    model, params = load_pretrained(base, dtype=dtype)
     if adapter is None:
+        model, params = load_pretrained(base, dtype=dtype)
         return model, {"params": params}
-    directory, run_config = locate_adapter(adapter)
-    if apart or (run_config is not None and run_config.model.untie):
-        model, params = untie(model, params)
-    adapters, spec = load_peft(directory, params)
+    source = open_source(adapter, str(base), dtype, apart=apart)
     if merged:
-        return model, {"params": merge(params, adapters, spec)}
-    return adapted(model, spec), {"params": params, "lora": adapters}
+        return source.model, {"params": merge(source.params, source.adapters, source.spec)}
+    return adapted(source.model, source.spec), {"params": source.params, "lora": source.adapters}

@@ -1,8 +1,11 @@
-"""The one exception for input that cannot be used.
+"""What goes wrong in a way that a person can mend: always one line that names the thing and the way out.
 
-Raised by every door into the package (a configuration key, a pattern, a file, a shape). The message is one line that
-names the thing and the way out; the scripts in ``experiments/`` print it and end with exit code 2.
+:class:`InputError` is raised by every door into the package (a configuration key, a pattern, a file, a shape);
+:class:`RunError` where the surroundings break a run that was under way; :class:`Interrupted` where somebody asked it to
+stop. The scripts in ``experiments/`` print the line and end with exit code 2, 1, and 128 + the signal's number.
 """
+
+from __future__ import annotations
 
 
 class InputError(ValueError):
@@ -10,3 +13,23 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # a path may hold a line break
+
+
+class RunError(RuntimeError):
+    """A run cannot go on (a full disk, losses that are not finite); what was saved before is whole."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop, and everything is saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def brief(error: BaseException) -> str:
+    """What another library's error says, as at most 200 characters of one line."""
+    return " ".join(str(error).split())[:200]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from stablelora_jax import config
 from stablelora_jax.errors import InputError
@@ -53,7 +54,8 @@ def export(
       kind: ``peft``, ``vllm``, ``gguf`` (an adapter for llama.cpp) or ``merged`` (a Hugging Face model).
       output: where to; ``PATH/export/KIND`` unless given (with ``.gguf`` for ``gguf``). It must not exist.
       base: path or hub id of the base; the one that run or adapter name unless given.
-      dtype: of a merged model's weights; that of the run, or float32.
+      dtype: of a merged model's weights; that of the run, or float32. They are merged from the base as the run had
+        it, else in float32, and rounded once.
       apart: give a tied head its own weights, for an adapter that changes it or the embedding alone.
       say: gets one line about what was written.
 
@@ -69,7 +71,7 @@ def export(
     out = Path(output) if output else path / "export" / ("adapter.gguf" if kind == "gguf" else kind)
     if out.exists():
         raise InputError(f"{out} exists already: remove it or choose another --output")
-    source = open_source(path, base, dtype, apart=apart)
+    source = open_source(path, base, apart=apart)
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -101,21 +103,25 @@ def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
     return path / "adapter", config.load(RunConfig, path / "config.yaml") if run else None
 
 
-def open_source(path: str | Path, base: str | None = None, dtype: str | None = None, *, apart: bool = False) -> Source:
+def open_source(
+    path: str | Path, base: str | None = None, dtype: DTypeLike | None = None, *, apart: bool = False
+) -> Source:
     """Load adapter and base of a run directory or of an adapter in PEFT's layout; ``apart`` unties a tied head first.
+
+    ``base`` and ``dtype`` (of the model) are those of the run, or what the adapter names and float32, unless given.
 
     Raises:
       InputError: neither is there, or the base is not named or cannot be loaded.
     """
     directory, run_config = locate_adapter(path)
     if run_config is None:
-        named, dtype = base or read_config(directory).get("base_model_name_or_path"), dtype or "float32"
+        named, usual = base or read_config(directory).get("base_model_name_or_path"), "float32"
     else:
-        named, dtype = base or run_config.model.path or str(base_directory()), run_config.model.dtype
+        named, usual = base or run_config.model.path or str(base_directory()), run_config.model.dtype
         apart = apart or run_config.model.untie
     if not named or not isinstance(named, str):
         raise InputError(f"{directory / CONFIG} does not name its base: give --base MODEL")
-    model, params = load_pretrained(named, dtype=jnp.dtype(dtype))
+    model, params = load_pretrained(named, dtype=jnp.dtype(usual if dtype is None else dtype))
     if apart:
         model, params = untie(model, params)
     adapters, spec = load_peft(directory, params)

@@ -1,45 +1,83 @@
-"""What a run writes while it works: ``metrics.jsonl``, TensorBoard, and a progress bar on a terminal."""
+"""What a run writes while it works: ``metrics.jsonl``, its trackers, and a progress bar on a terminal.
+
+``metrics.jsonl`` holds each step once, also after a kill: what a resumed run will write again is dropped when it opens
+its log. Its floats read back as the very numbers, and those that are not finite are ``null``. In memory stay only the
+evaluations, what was trained on and which pairs have stopped shrinking.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from stablelora_jax.errors import InputError
-from stablelora_jax.metrics import append_record, keep_records_until
+from stablelora_jax.files import writing
+from stablelora_jax.metrics import append_record, each_record, keep_records_until, plain
 from stablelora_jax.optimize import still_shrinking
 from stablelora_jax.run_directory import METRICS
 from stablelora_jax.spec import LoraSpec
 from stablelora_jax.stability import Stability, by_name
-from stablelora_jax.tree import Path as ModulePath
+from stablelora_jax.trackers import open_trackers
+
+NO_NUMBERS = ("applied", "skipped", "in_a_row", "latches", "stability")  # logged in another form, or not at all
 
 
 class RunLog:
-    """The log of one run, opened at ``step`` (0, or the checkpoint it goes on from); later records are dropped."""
+    """The log of one run, opened at ``step`` (0, or the checkpoint it goes on from); later records are dropped.
 
-    def __init__(self, directory: Path, step: int, steps: int, schedule: Callable[[Any], Any], spec: LoraSpec) -> None:
-        from tensorboardX import SummaryWriter
+    Args:
+      directory: of the run.
+      step: steps done so far.
+      steps: steps of the whole run, for the progress bar.
+      schedule: the learning rate of an update by the number of those before it.
+      spec: of the adapters.
+      trackers: names of :data:`stablelora_jax.trackers.TRACKERS`.
+      writes: false in all processes of a run but one: they read the same records, and write and show nothing.
 
-        self.path = directory / METRICS
-        self.records = keep_records_until(self.path, step)
-        self.schedule, self.spec = schedule, spec
-        self.stopped = {name for record in self.records for name in record.get("stopped", ())}
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
-        self.bar = tqdm(total=steps, initial=step, desc="train", unit="step", disable=not sys.stderr.isatty())
-        self.clock = time.monotonic()
+    Raises:
+      InputError: a tracker that is not installed or cannot be reached.
+      RunError: what cannot be written, here and in every method.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        steps: int,
+        schedule: Callable[[Any], Any],
+        spec: LoraSpec,
+        *,
+        trackers: Iterable[str] = ("tensorboard",),
+        writes: bool = True,
+    ) -> None:
+        from tqdm import tqdm
+
+        self.path, self.schedule, self.spec, self.writes = directory / METRICS, schedule, spec, writes
+        self.data: dict[str, Any] | None = None  # what is trained on
+        self._evaluations: dict[int, dict[str, Any]] = {}
+        self._stopped: set[str] = set()
+        with writing(self.path):
+            if writes:
+                keep_records_until(self.path, step)
+            for record in each_record(self.path):
+                if record["step"] <= step:
+                    self._take(record)
+        self._trackers = open_trackers(directory, trackers, step) if writes else []
+        hidden = not writes or not sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, desc="train", unit="step", disable=hidden)
+        self._clock = time.monotonic()
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The evaluation written at ``step``, or None."""
-        return self.evaluations().get(step)
+        return self._evaluations.get(step)
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Every evaluation written so far, by step."""
-        return {r["step"]: r["validation"] for r in self.records if "validation" in r}
+        return dict(self._evaluations)
 
     def write_data(self, statistics: dict[str, Any]) -> None:
         """Record what is trained on, once a run.
@@ -47,54 +85,68 @@ class RunLog:
         Raises:
           InputError: a run that goes on has other data than it began with.
         """
-        began = next((r["data"] for r in self.records if "data" in r), None)
-        if began is None:
+        if self.data is None:
             self._write({"step": 0, "data": statistics})
-        elif began["digest"] != statistics["digest"]:
+        elif self.data["digest"] != statistics["digest"]:
             raise InputError(f"{self.path.parent} was begun with other training data: choose another output=")
 
     def write_evaluation(self, step: int, result: dict[str, Any]) -> None:
         """Record loss, accuracies and the answers given on the held-out split."""
         self._write({"step": step, "validation": result})
-        for name in {"loss", "acc", "acc_norm"} & result.keys():
-            self.board.add_scalar(f"validation/{name}", result[name], step)
-        self.clock = time.monotonic()
+        self._track(step, "validation", {k: result[k] for k in ("loss", "acc", "acc_norm") if k in result})
+        self._clock = time.monotonic()
 
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record the metrics of update number ``step`` (from 1), as :func:`make_train_step` returns them.
+        """Record the metrics of step number ``step`` (from 1), as :func:`make_train_step` returns them.
 
-        Where they hold ``stability``, as :func:`make_stability_view` returns it, so does the record.
+        ``applied``, the number of updates before this step, decides the learning rate (``step - 1`` where it is
+        absent); ``skipped`` is recorded as true where it is not 0. Where there is ``stability``, as
+        :func:`make_stability_view` returns it, so is it in the record.
         """
-        numbers = {name: float(value) for name, value in metrics.items() if name not in ("latches", "stability")}
+        if not self.writes:
+            return
+        numbers = {name: float(value) for name, value in metrics.items() if name not in NO_NUMBERS}
         tokens, now = numbers.pop("tokens"), time.monotonic()
         latches = still_shrinking(metrics["latches"], self.spec.stacked) if metrics["latches"] else {}
-        stopped = sorted(name for name, on in latches.items() if not on and name not in self.stopped)
-        self.stopped.update(stopped)
-        record = {"step": step, **numbers, "learning_rate": float(self.schedule(step - 1))}
-        record |= {"tokens_per_second": tokens / max(now - self.clock, 1e-9), "shrinking": sum(latches.values())}
-        self.clock = now
-        terms = self._stability(step, metrics["stability"], latches) if "stability" in metrics else {}
-        self._write(record | ({"stopped": stopped} if stopped else {}) | ({"stability": terms} if terms else {}))
-        for name, value in record.items():
-            self.board.add_scalar(f"train/{name}", value, step)
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{record['tokens_per_second']:.0f}")
+        stopped = sorted(name for name, on in latches.items() if not on and name not in self._stopped)
+        record: dict[str, Any] = {"step": step, **numbers}
+        record["learning_rate"] = float(self.schedule(int(metrics.get("applied", step - 1))))
+        record |= {"tokens_per_second": tokens / max(now - self._clock, 1e-9), "shrinking": sum(latches.values())}
+        record |= {"skipped": True} if metrics.get("skipped", 0) else {}
+        self._clock = now
+        shown = {name: value for name, value in record.items() if name != "step"}
+        terms = by_name(metrics["stability"], self.spec) if "stability" in metrics else {}
+        marked = {n: {**t, **({"shrinking": latches[n]} if n in latches else {})} for n, t in terms.items()}
+        self._write(record | ({"stopped": stopped} if stopped else {}) | ({"stability": marked} if marked else {}))
+        self._track(step, "train", shown)
+        if terms:
+            means = {name: sum(t[name] for t in terms.values()) / len(terms) for name in Stability._fields}
+            self._track(step, "stability", means)
+        speed = f"{record['tokens_per_second']:.0f}"
+        self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=speed, refresh=False)
+        self._bar.update()
 
     def close(self) -> None:
         """Flush and close."""
-        self.bar.close()
-        self.board.close()
+        self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
 
-    def _stability(
-        self, step: int, view: Mapping[ModulePath, Stability], latches: Mapping[str, bool]
-    ) -> dict[str, dict[str, Any]]:
-        """The terms by module, with the latch where there is one; their means go to the board."""
-        named = by_name(view, self.spec)
-        for field in Stability._fields:
-            self.board.add_scalar(f"stability/{field}", sum(t[field] for t in named.values()) / len(named), step)
-        latch = {name: {"shrinking": on} for name, on in latches.items()}
-        return {name: {**terms, **latch.get(name, {})} for name, terms in named.items()}
+    def _take(self, record: Mapping[str, Any]) -> None:
+        """Keep of a record what is asked for later; ``null`` is the number that JSON has no word for."""
+        if "validation" in record:
+            found = {k: math.nan if v is None else v for k, v in record["validation"].items()}
+            self._evaluations[record["step"]] = found
+        self.data = record.get("data", self.data)
+        self._stopped.update(record.get("stopped", ()))
 
     def _write(self, record: dict[str, Any]) -> None:
-        append_record(self.path, record)
-        self.records.append(record)
+        if self.writes:
+            with writing(self.path):
+                append_record(self.path, record)
+        self._take(record)
+
+    def _track(self, step: int, group: str, numbers: Mapping[str, Any]) -> None:
+        finite = {f"{group}/{name}": float(value) for name, value in numbers.items() if plain(value) is not None}
+        for tracker in self._trackers:
+            tracker.write(step, finite)

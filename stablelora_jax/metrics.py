@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.adapter import pairs
-from stablelora_jax.files import write_whole
+from stablelora_jax.files import write_parts_whole
 
 
 def norm_summary(adapters: Any) -> dict[str, jax.Array]:
@@ -31,26 +32,55 @@ def norm_summary(adapters: Any) -> dict[str, jax.Array]:
     return summary
 
 
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: numbers that are not finite are None, in mappings and sequences too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON to ``path``."""
+    """Add one line of JSON to ``path``: floats as their shortest exact form, ``null`` for those not finite."""
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+
+
+def each_record(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of ``path`` one by one, none where it does not exist; what a crash has cut short is left out."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from (record for record in map(_parse, file) if record is not None)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of ``path``, or none where it does not exist; a last line cut short by a crash is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """:func:`each_record` as a list."""
+    return list(each_record(path))
 
 
-def keep_records_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the records after ``step``, which a run that resumes there will write again; gives those kept."""
-    records = [record for record in read_records(path) if record["step"] <= step]
-    if path.is_file():
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
-    return records
+def keep_records_until(path: Path, step: int) -> None:
+    """Drop the records after ``step``, which a run that resumes there will write again, and lines cut short.
+
+    The file is replaced in one step, and only where something is to be dropped; what stays keeps its bytes.
+    """
+
+    def stays(line: bytes) -> bool:
+        record = _parse(line)
+        return record is not None and record["step"] <= step
+
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        clean = all(stays(line) and line.endswith(b"\n") for line in file)
+    if not clean:
+        with path.open("rb") as file:
+            write_parts_whole(path, (line.rstrip(b"\n") + b"\n" for line in file if stays(line)))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

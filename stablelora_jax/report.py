@@ -1,28 +1,120 @@
-"""Pictures of a run, drawn from its ``metrics.jsonl`` alone: the loss, the norms that Stable-LoRA balances, and, where
-they were measured, the terms of its stability analysis."""
+"""Pictures of runs, drawn from their ``metrics.jsonl`` alone, at any time: the loss, the norms that Stable-LoRA
+balances, where they were measured the terms of its stability analysis, and the losses of several runs in one.
+
+``python -m stablelora_jax.report RUN [RUN ...] [--output DIR]``
+"""
 
 from __future__ import annotations
 
+import argparse
+import io
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stablelora_jax.metrics import read_records
+from stablelora_jax.command import exit_code
+from stablelora_jax.curves import Curves, labels, read_curves
+from stablelora_jax.errors import InputError
+from stablelora_jax.files import write_bytes_whole, writing
+from stablelora_jax.run_directory import METRICS
 
 
-def draw(directory: str | Path) -> list[Path]:
-    """Draw ``loss.png``, ``norms.png`` and, where a record has the terms, ``stability.png`` into the run directory.
+def draw(directory: str | Path, output: str | Path | None = None) -> list[Path]:
+    """Draw ``loss.png``, ``norms.png`` and, where a record has the terms, ``stability.png``.
 
-    Gives the paths, or none without records.
+    Args:
+      directory: of a run.
+      output: a directory for the pictures, made if needed; that of the run unless given.
+
+    Returns:
+      The paths, or none without records.
+
+    Raises:
+      RunError: they cannot be written.
     """
-    directory = Path(directory)
-    records = [record for record in read_records(directory / "metrics.jsonl") if "loss" in record]
-    if not records:
+    curves, output = read_curves(directory), Path(output or directory)
+    if not len(curves.steps):
         return []
-    paths = [_loss(records, directory / "loss.png"), _norms(records, directory / "norms.png")]
-    measured = [record for record in records if "stability" in record]
-    return paths + ([_stability(measured, directory / "stability.png")] if measured else [])
+    pictures = {"loss.png": _loss(curves), "norms.png": _norms(curves)}
+    pictures |= {"stability.png": _stability(curves)} if curves.stability else {}
+    return [_save(figure, output / name) for name, figure in pictures.items()]
+
+
+def draw_together(directories: Sequence[str | Path], output: str | Path) -> Path:
+    """Draw ``losses.png`` into the directory ``output``: the losses of several runs, smoothed, and their validation.
+
+    A run is called by the keys of its configuration that tell it from the others, or by its directory.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    figure, axes = _figure("Loss on the answer tokens, smoothed; points: on held-out data")
+    every = []
+    for name, curves in zip(labels([Path(d) for d in directories]), map(read_curves, directories), strict=True):
+        (line,) = axes.plot(curves.steps, _smooth(curves.series["loss"]), label=name)
+        axes.plot(*_columns(curves.evaluations), "o", markersize=4, color=line.get_color())
+        every += [*_smooth(curves.series["loss"]), *(loss for _, loss in curves.evaluations)]
+    axes.set(ylabel="nats per token", yscale=_scale(every))
+    figure.legend(loc="outside lower center", fontsize=8)
+    return _save(figure, Path(output) / "losses.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stablelora_jax.report", description="Draw the pictures of runs, also while they go on."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directory of experiments/train.py")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="directory of the pictures of one run (default: the run's) or of losses.png of several (default: here)",
+    )
+    given = parser.parse_args(argv)
+    return exit_code(lambda: report(given.runs, given.output))
+
+
+def report(runs: Sequence[Path], output: Path | None = None) -> None:
+    """Redraw the pictures of each run and, of several, ``losses.png`` in ``output``; say where they are.
+
+    Raises:
+      InputError: a directory that is no run, or has logged no step yet.
+      RunError: a picture cannot be written.
+    """
+    for run in runs:
+        if not run.is_dir():
+            raise InputError(f"there is no run directory {run}")
+        if not (run / METRICS).is_file():
+            raise InputError(f"{run} has no {METRICS}: it is no run directory, or its run has not begun")
+        if not len(read_curves(run).steps):
+            raise InputError(f"{run / METRICS} holds no step yet")
+    pictures = [path for run in runs for path in draw(run, output if len(runs) == 1 else None)]
+    if len(runs) > 1:
+        pictures.append(draw_together(runs, output or Path()))
+    for path in pictures:
+        print(path)
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _scale(losses: Iterable[float]) -> str:
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return "log" if finite and min(finite) > 0 else "linear"
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Write the picture in one step, so that who looks at it while a run draws sees a whole one."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_whole(path, content.getvalue())
+    return path
 
 
 def _figure(title: str) -> tuple[Any, Any]:
@@ -35,28 +127,31 @@ def _figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _loss(records: Sequence[dict[str, Any]], path: Path) -> Path:
+def _loss(curves: Curves) -> Any:
     figure, axes = _figure("Loss on the answer tokens")
-    steps, loss = [r["step"] for r in records], [r["loss"] for r in records]
-    axes.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
-    axes.plot(steps, _smooth(loss), color="tab:blue", label="smoothed")
-    axes.set(ylabel="nats per token", yscale="log" if min(loss) > 0 else "linear")
+    loss = curves.series["loss"]
+    axes.plot(curves.steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
+    axes.plot(curves.steps, _smooth(loss), color="tab:blue", label="smoothed")
+    if curves.evaluations:
+        axes.plot(*_columns(curves.evaluations), "o", color="tab:orange", markersize=5, label="validation")
+    if curves.skipped:
+        low, label = [0.02] * len(curves.skipped), f"skipped ({len(curves.skipped)})"
+        axes.plot(curves.skipped, low, "x", color="tab:red", transform=axes.get_xaxis_transform(), label=label)
+    axes.set(ylabel="nats per token", yscale=_scale([*loss, *(value for _, value in curves.evaluations)]))
     rate = axes.twinx()
-    rate.plot(steps, [r["learning_rate"] for r in records], color="tab:gray", linestyle=":", label="learning rate")
+    rate.plot(curves.steps, curves.series["learning_rate"], color="tab:gray", linestyle=":", label="learning rate")
     rate.set_ylabel("learning rate")
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
-    return path
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
 
 
-def _norms(records: Sequence[dict[str, Any]], path: Path) -> Path:
+def _norms(curves: Curves) -> Any:
     figure, axes = _figure("Frobenius norms of the pairs, and when each became stable")
-    steps = [r["step"] for r in records]
     for letter, color in (("a", "tab:orange"), ("b", "tab:green")):
-        axes.plot(steps, [r[f"norm_{letter}"] for r in records], color=color, label=f"||{letter.upper()}||, mean")
-        low, high = ([r[f"norm_{letter}_{end}"] for r in records] for end in ("min", "max"))
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    stops = sorted((record["step"], name) for record in records for name in record.get("stopped", ()))
+        mean, low, high = (curves.series[f"norm_{letter}{end}"] for end in ("", "_min", "_max"))
+        axes.plot(curves.steps, mean, color=color, label=f"||{letter.upper()}||, mean")
+        axes.fill_between(curves.steps, low, high, color=color, alpha=0.15, linewidth=0)
+    stops = sorted(curves.stops)
     for step, _ in stops:
         axes.axvline(step, color="tab:red", alpha=0.4, linewidth=0.8)
     if stops:
@@ -67,11 +162,10 @@ def _norms(records: Sequence[dict[str, Any]], path: Path) -> Path:
             axes.text(step, top * (0.98 - 0.035 * i), _short(name), fontsize=6, va="top")
     axes.set(ylabel="norm", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
-def _stability(records: Sequence[dict[str, Any]], path: Path) -> Path:
+def _stability(curves: Curves) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 7), layout="constrained")
@@ -82,18 +176,17 @@ def _stability(records: Sequence[dict[str, Any]], path: Path) -> Path:
         ("delta3", "delta3 = s z dA dB", "tab:purple"),
         ("shrink", "shrink = s z (A' - A) B", "tab:gray"),
     ):
-        _band(upper, records, field, label, color)
+        _band(upper, curves, field, label, color)
     for field, label, color in (("a", "||A|| / in", "tab:orange"), ("b", "||B|| / out", "tab:green")):
-        _band(lower, records, field, label, color)
+        _band(lower, curves, field, label, color)
     upper.set(title="What a step changes: geometric mean over the pairs, bands to the least and greatest", ylabel="RMS")
     lower.set(xlabel="step", ylabel="norm over width")
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
-def _band(axes: Any, records: Sequence[dict[str, Any]], field: str, label: str, color: str) -> None:
-    """One term over the pairs against the step, on a log axis; where it is zero at every pair there is no point."""
-    rows = [(r["step"], [t[field] for t in r["stability"].values() if t[field] > 0]) for r in records]
+def _band(axes: Any, curves: Curves, field: str, label: str, color: str) -> None:
+    """One term over the pairs against the step, on a log axis; a pair where it is zero or null has no point."""
+    rows = [(step, [t[field] for t in terms.values() if (t[field] or 0) > 0]) for step, terms in curves.stability]
     steps, values = [step for step, row in rows if row], [row for _, row in rows if row]
     if not steps:
         return
@@ -111,10 +204,15 @@ def _short(name: str) -> str:
     return f"{number} {parts[-1]}".strip()
 
 
-def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average with the start corrected, as TensorBoard draws it."""
+def _smooth(values: Iterable[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average with the start corrected, as TensorBoard draws it; NaN changes nothing."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(total / weight)
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(total / weight if weight else math.nan)
     return smoothed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

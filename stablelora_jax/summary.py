@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import jax
 import numpy as np
 
 from stablelora_jax.log import RunLog
+from stablelora_jax.metrics import each_record, plain
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.tasks.question import Question
 
@@ -17,22 +20,24 @@ def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: fl
     """Losses, evaluations before and after (absent without evaluation), what was read, minutes, devices and versions.
 
     ``steps`` were done, fewer than configured where the run has stopped early; the adapter is that of step ``kept``.
+    The mean losses leave out steps whose loss is not finite, and are None where no other is there. All of it is JSON.
     """
-    losses = [record["loss"] for record in log.records if "loss" in record]
+    first, last = _first_and_last(record["loss"] for record in each_record(log.path) if "loss" in record)
     found = {"before": log.evaluation(0), "after": log.evaluation(steps)}
     found |= {"kept": log.evaluation(kept)} if config.select == "best" else {}
-    return {
+    summary = {
         "steps": steps,
         "stopped_early": steps < config.steps,
         "adapter_of_step": kept,
-        "data": next(record["data"] for record in log.records if "data" in record),
-        "loss_first_10": float(np.mean(losses[:10])),
-        "loss_last_10": float(np.mean(losses[-10:])),
+        "data": log.data,
+        "loss_first_10": _mean(first),
+        "loss_last_10": _mean(last),
         **{name: {k: v for k, v in e.items() if k != "answers"} for name, e in found.items() if e},
         "minutes": round(seconds / 60, 2),
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         "jax": jax.__version__,
     }
+    return plain(summary)
 
 
 def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
@@ -52,4 +57,17 @@ def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary
         yield f"stopped after {summary['steps']} of {config.steps} steps: {config.metric} no longer gets better"
     if config.select == "best":
         yield f"the adapter is that of step {summary['adapter_of_step']}, the best by {config.metric}"
-    yield f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)"
+    if summary["loss_first_10"] is not None and summary["loss_last_10"] is not None:
+        yield f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)"
+
+
+def _first_and_last(losses: Iterable[float | None]) -> tuple[list[float | None], list[float | None]]:
+    """The first ten and the last ten, which may overlap."""
+    rest = iter(losses)
+    first = list(islice(rest, 10))
+    return first, list(deque([*first, *deque(rest, 10)], 10))
+
+
+def _mean(losses: Sequence[float | None]) -> float | None:
+    finite = [loss for loss in losses if loss is not None]
+    return float(np.mean(finite)) if finite else None

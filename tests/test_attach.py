@@ -46,6 +46,10 @@ def test_attach(adapter):
     np.testing.assert_allclose(merged, beside, atol=1e-4 * max(1, np.abs(beside).max()))
     np.testing.assert_allclose(apart, beside, atol=1e-4 * max(1, np.abs(beside).max()))
     assert "lm_head" in variables["params"], "untied"
+    model, variables = attach(BASE, adapter, dtype=jnp.bfloat16, merged=True)
+    assert model.dtype == variables["params"]["model"]["embed_tokens"]["embedding"].dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="no/where"):
+        attach("no/where", adapter)  # the base that is given, not the one that the adapter names
     with pytest.raises(InputError, match="merged needs an adapter"):
         attach(BASE, merged=True)
     with pytest.raises(InputError, match="neither a run directory"):

@@ -1,11 +1,15 @@
 """experiments/train.py as a user meets it: help, and one line and exit code 2 for every mistake."""
 
+import importlib.util
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from stablelora_jax import run as module
+from stablelora_jax.errors import Interrupted, RunError
 from tests.conftest import ROOT
 
 
@@ -58,3 +62,25 @@ def test_a_run_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     done = train(f"output={tmp_path / 'file' / 'r'}")
     assert done.returncode == 2 and "cannot write to" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error,code,line",
+    [
+        (RunError("cannot write r: no space"), 1, "error: cannot write r: no space"),
+        (Interrupted(signal.SIGTERM, "interrupted: step 3 is saved"), 143, "interrupted: step 3 is saved"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the newest checkpoint"),
+    ],
+)
+def test_how_a_run_that_stops_ends(monkeypatch, capsys, error, code, line):
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "experiments" / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def stop(config):
+        assert config.seed == 5
+        raise error
+
+    monkeypatch.setattr(module, "run", stop)
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=5"])
+    assert script.main() == code and capsys.readouterr().err == line + "\n"

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,6 +56,31 @@ def test_what_goes_out_means_the_same(kind, adapter):
         export(path, kind)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_a_merged_model_is_rounded_once(adapter, dtype):
+    path, params, adapters = adapter
+    said = []
+    out = export(path, "merged", dtype=dtype, say=said.append)
+    written = jnp.dtype(dtype or "float32")
+    expected = jax.tree.map(lambda leaf: leaf.astype(written), merge(params, adapters, SPEC))
+    chex.assert_trees_all_equal(load_pretrained(out, dtype=written)[1], expected)
+    assert f"a merged model in {written}" in said[0]
+    rounded = merge(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), adapters, SPEC)
+    kernel = lambda tree: np.asarray(tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"], np.float32)
+    assert (kernel(rounded) != kernel(expected)).any(), "a base rounded before the merge would show"
+
+
+def test_the_base_and_the_dtype_may_be_given(adapter, tmp_path):
+    path, params, _ = adapter
+    other, others = tiny_decoder()
+    save_pretrained(tmp_path / "other", other, jax.tree.map(lambda leaf: 2 * leaf, others))
+    source = open_source(path, str(tmp_path / "other"), "bfloat16")
+    assert source.base == str(tmp_path / "other") and source.model.dtype == jnp.bfloat16
+    doubled = jax.tree.map(lambda leaf: (2 * leaf).astype(jnp.bfloat16), params)
+    chex.assert_trees_all_equal(source.params, doubled)
+    assert open_source(path).base == str(path.parent / "base") and open_source(path).model.dtype == jnp.float32
+
+
 def test_a_run_names_its_base_and_its_dtype(tmp_path):
     model, params = load_pretrained(shipped_base())
     config = RunConfig(lora=SPEC, model=ModelConfig(dtype="bfloat16", untie=True), output=str(tmp_path / "run"))
@@ -64,6 +91,7 @@ def test_a_run_names_its_base_and_its_dtype(tmp_path):
     source = open_source_after_saving(tmp_path / "run", spec)
     assert source.model.dtype == np.dtype("bfloat16") and not source.model.config.tie_word_embeddings
     assert source.base == str(shipped_base()) and source.spec == spec
+    assert open_source(tmp_path / "run", dtype="float32").model.dtype == np.dtype("float32"), "unless given"
 
 
 def open_source_after_saving(run, spec):
