@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.adapter import pairs
-from stablelora_jax.build import make_optimizer
+from stablelora_jax.build import make_training
 from stablelora_jax.data import Batch, bucket
 from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import adapted
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.models.shapes import architecture
-from stablelora_jax.optimizer_config import trained_part
+from stablelora_jax.parallel import Layout
+from stablelora_jax.prepare import make_layout
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.train import init_state, make_train_step
 from stablelora_jax.transform import init_adapters
@@ -34,9 +35,10 @@ class Shapes(NamedTuple):
 
     model: Decoder
     step: Any  # make_train_step's
-    state: Any  # with the device axis
+    state: Any  # without the axis of devices
     params: Any
-    batch: Batch  # with the device axis: the longest rows of the run
+    batch: Batch  # the longest rows of the run, over all devices
+    layout: Layout
 
 
 def shapes(config: RunConfig) -> Shapes:
@@ -45,22 +47,22 @@ def shapes(config: RunConfig) -> Shapes:
     Raises:
       InputError: an unknown model, a target that matches nothing, a length or batch that does not fit.
     """
-    found, devices = architecture(config.model.path), jax.local_device_count()
+    found = architecture(config.model.path)
+    layout = make_layout(config, found)
     if config.length > found.max_position_embeddings:
         raise InputError(f"length {config.length} is more than the model's {found.max_position_embeddings}")
-    if config.batch_size % devices:
-        raise InputError(f"batch_size {config.batch_size} does not divide over {devices} devices")
+    layout.require_rows(config.batch_size, config.accumulate)
     tied = found.tie_word_embeddings and not config.model.untie
     model = Decoder(replace(found, tie_word_embeddings=tied), dtype=jnp.dtype(config.model.dtype))
     params, key = abstract_params(model), jax.random.key(0)
     adapters = jax.eval_shape(lambda p: init_adapters(key, p, config.lora), params)
-    tx = make_optimizer(config, adapters)
+    tx, trained = make_training(config, params, adapters)
     state = jax.eval_shape(lambda a: init_state(a, tx, key), adapters)
-    copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype), state)
     T = config.length if config.data.batching == "pack" else bucket(config.length)
-    row: Any = jax.ShapeDtypeStruct((devices, config.batch_size // devices, T), jnp.int32)
-    step = make_train_step(adapted(model, config.lora), tx, trained_part(config.optimizer))
-    return Shapes(model, step, copies, params, Batch(row, row, row, row))
+    row: Any = jax.ShapeDtypeStruct((config.batch_size, T), jnp.int32)
+    low_rank = adapted(model, config.lora)
+    step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.accumulate)
+    return Shapes(model, step, state, params, Batch(row, row, row, row), layout)
 
 
 def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -74,9 +76,11 @@ def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, 
       InputError: as :func:`shapes`.
     """
     made = shapes(config)
-    compiled = made.step.lower(made.state, made.params, made.batch).compile()
+    place = made.layout.abstract
+    taken = place(made.state, "state"), place(made.params, "base"), place(made.batch, "rows")
+    compiled = made.step.lower(*taken).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    _, rows, T = made.batch.tokens.shape
+    rows, T = made.batch.tokens.shape
     needs = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -86,13 +90,14 @@ def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, 
     }
     needs["total"] = needs["arguments"] + needs["outputs"] + needs["temporaries"] - needs["aliased"]
     found = {**needs, "flops_per_token": flops_per_token(made), "compiled_flops": cost.get("flops")}
-    say(f"{config.model.path or 'the base of this package'}: a step of {rows} rows of {T} tokens on each device")
+    base = config.model.path or "the base of this package"
+    say(f"{base}: a step of {rows} rows of {T} tokens over {made.layout.title}; for each device:")
     for name, size in needs.items():
         say(f"{name:12} {size / 2**20:12,.1f} MiB")
     say(f"FLOPs a token: {found['flops_per_token']:,} = 4 P + 6 P_lora + 6 L T d")
     if found["compiled_flops"]:
-        counted = found["compiled_flops"] / (rows * T)
-        say(f"the compiler counts {counted:,.0f} a token, with the loop over layers as one layer")
+        counted = found["compiled_flops"] * jax.device_count() / (rows * T)
+        say(f"the compiler counts {counted:,.0f} a token, with each loop (layers, micro-batches) as one turn")
     return found
 
 
@@ -102,6 +107,6 @@ def flops_per_token(made: Shapes) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(made.params)
     base = sum(x.size for path, x in leaves if path[-1].key == "kernel")
     head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    lora = sum(p[name].size // made.batch.tokens.shape[0] for p in pairs(made.state.adapters).values() for name in p)
+    lora = sum(p[name].size for p in pairs(made.state.adapters).values() for name in p)
     attention = config.num_hidden_layers * made.batch.tokens.shape[-1] * config.num_attention_heads * config.head_dim
     return 4 * (base + head) + 6 * lora + 6 * attention

@@ -6,44 +6,13 @@ A choice's score is the sum of the log-probabilities of its tokens after the pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from stablelora_jax.intercept import Adapted
-from stablelora_jax.likelihood import Compute, Rows, encode_pair, likelihoods, make_compute
+from stablelora_jax.likelihood import Compute, encode_pair, likelihoods
 from stablelora_jax.tasks.question import Question
-
-Scorer = Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]
-
-
-def make_scorer(model: Adapted) -> Scorer:
-    """``(params, adapters, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``; see ``make_compute``.
-
-    ``params`` and ``adapters`` are placed on all devices by :func:`stablelora_jax.parallel.replicate`.
-    """
-    compute = make_compute(model)
-    return lambda params, adapters, rows: compute({"params": params, "lora": adapters}, rows)
-
-
-def score_choices(
-    scorer: Scorer,
-    params: Any,
-    adapters: Any,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    *,
-    length: int,
-    rows: int,
-    progress: bool = False,
-) -> list[np.ndarray]:
-    """For each question, the score of each of its choices (float64). See :func:`choice_scores`."""
-
-    def compute(batch: Rows) -> tuple[np.ndarray, np.ndarray]:
-        return scorer(params, adapters, batch)
-
-    return choice_scores(compute, tokenizer, questions, max_length=length, rows=rows, progress=progress)
 
 
 def choice_scores(

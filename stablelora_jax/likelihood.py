@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stablelora_jax.data import bucket
 from stablelora_jax.errors import InputError
-from stablelora_jax.parallel import AXIS, split_rows
+from stablelora_jax.parallel import Layout, gather
 
 STEP = 16  # scored tokens of a row are padded to a multiple of it
 
@@ -48,28 +48,24 @@ class Likelihood(NamedTuple):
 Compute = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
 
 
-def make_compute(model: Any) -> Callable[[Any, Rows], tuple[np.ndarray, np.ndarray]]:
-    """``(variables, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``, the rows spread over all devices.
+def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]:
+    """``(params, others, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``, the rows spread over all devices.
 
-    ``model`` is a ``Decoder``, or an adapted one; ``variables`` are placed by ``parallel.replicate``. Logits exist at
-    the scored tokens only, (B, K, V); one compilation for each (B, T, K).
+    ``model`` is a ``Decoder``, or an adapted one; ``params`` lie as ``layout.base`` says, ``others`` are all other
+    collections (``{"lora": adapters}`` or none), placed by ``layout.state``; every process passes all rows. Logits
+    exist at the scored tokens only, (B, K, V); one compilation for each (B, T, K).
     """
 
-    def compute(variables: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(variables, rows.tokens, at=rows.at)
+    def compute(params: Any, others: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply({"params": params, **others}, rows.tokens, at=rows.at)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         chosen = jnp.take_along_axis(logits, rows.targets[..., None], axis=-1)[..., 0]
         log_probs = (chosen - jax.nn.logsumexp(logits, axis=-1)) * rows.mask
         greedy = (jnp.argmax(logits, axis=-1) == rows.targets) | (rows.mask == 0)
-        return log_probs.sum(axis=1), greedy.all(axis=1)
+        return gather((log_probs.sum(axis=1), greedy.all(axis=1)), layout.axis)
 
-    mapped = jax.pmap(compute, axis_name=AXIS, in_axes=(None, 0))
-
-    def spread(variables: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        total, greedy = mapped(variables, split_rows(rows))
-        return np.asarray(total).reshape(-1), np.asarray(greedy).reshape(-1)
-
-    return spread
+    compiled = layout.compile(compute, ("base", "state", "rows"))
+    return lambda params, others, rows: layout.fetch(compiled(params, others, layout.split(rows)))
 
 
 def likelihoods(
@@ -80,7 +76,7 @@ def likelihoods(
     Args:
       compute: what :func:`make_compute` gives, with its variables.
       requests: equal ones are computed once.
-      rows: of a batch; a multiple of the number of devices.
+      rows: of a batch; a multiple of ``layout.parts``.
       max_length: the most tokens that the model reads; of a longer text the beginning is cut.
       progress: show a bar.
 

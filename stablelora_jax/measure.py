@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from stablelora_jax.decode import decoder_of
@@ -21,7 +20,7 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.evaluate import choice_scores, correct
 from stablelora_jax.files import write_whole
 from stablelora_jax.likelihood import Compute, encode, likelihoods, make_compute, prefix_token, rolling
-from stablelora_jax.parallel import replicate
+from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.tasks import arc, gsm8k, hellaswag, merged_qa, openbookqa, social_i_qa, text
 from stablelora_jax.tasks.question import Problem, Question
 from stablelora_jax.until import generate_until
@@ -73,8 +72,11 @@ def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, p
         raise InputError("the model has no tokenizer, and all tasks are text")
     if batch_size < 1:
         raise InputError(f"batch_size must be positive, not {batch_size}")
-    inner, placed, n = make_compute(model), replicate(dict(variables)), jax.local_device_count()
-    return Subject(model, variables, lambda rows: inner(placed, rows), -(-batch_size // n) * n, progress)
+    layout = pmap_layout()
+    inner, placed = make_compute(model, layout), layout.place_base(variables["params"])
+    others = layout.state({name: own for name, own in variables.items() if name != "params"})
+    n = layout.parts
+    return Subject(model, variables, lambda rows: inner(placed, others, rows), -(-batch_size // n) * n, progress)
 
 
 def measure(

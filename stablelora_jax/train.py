@@ -1,4 +1,4 @@
-"""One step of training, as a pure function over all local devices.
+"""One step of training, as a pure function over all devices.
 
 ``params`` (the frozen base) is an argument, never part of the state; the state is donated; gradients are taken with
 respect to the adapters alone, so the base gets neither gradients nor optimizer slots.
@@ -19,7 +19,7 @@ from stablelora_jax.intercept import Adapted
 from stablelora_jax.losses import masked_cross_entropy
 from stablelora_jax.metrics import norm_summary
 from stablelora_jax.optimize import latches
-from stablelora_jax.parallel import AXIS
+from stablelora_jax.parallel import Layout, rows_here
 from stablelora_jax.stability import Stability, shrunk_adapters, stability
 from stablelora_jax.tree import Path
 
@@ -27,7 +27,9 @@ from stablelora_jax.tree import Path
 class TrainState(NamedTuple):
     """All that training changes; enough to resume exactly."""
 
-    step: jax.Array  # updates so far, int32 scalar
+    step: jax.Array  # steps so far, int32 scalar
+    skipped: jax.Array  # those that changed nothing, since something in them was not finite, int32 scalar
+    in_a_row: jax.Array  # how many of the last steps were skipped, int32 scalar
     adapters: Any
     opt_state: optax.OptState
     key: jax.Array  # raw PRNG key, uint32; never changes: randomness is folded from it by step and row
@@ -35,65 +37,105 @@ class TrainState(NamedTuple):
 
 def init_state(adapters: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), adapters, tx.init(adapters), jax.random.key_data(key))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, adapters, tx.init(adapters), jax.random.key_data(key))
 
 
 def make_train_step(
-    model: Adapted, tx: optax.GradientTransformation, trained: Callable[[Any], Any] = lambda adapters: adapters
+    model: Adapted,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    trained: Callable[[Any], Any] = lambda adapters: adapters,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
-    """``(state, params, batch) -> (state, metrics)``, jit-compiled over all local devices by ``pmap``.
+    """``(state, params, batch) -> (state, metrics)``, compiled for ``layout``.
 
-    ``state`` has one copy per device (``parallel.stack_copies``), ``params`` is replicated (``parallel.replicate``),
-    ``batch`` is split (``parallel.split_rows``). Loss and gradients are means over the loss tokens of the whole batch,
-    and dropout depends on the step and the row's number in it: the result does not depend on the number of devices.
-    ``trained`` may hold parts of the adapters constant (``optimize.freeze_a``); their gradients are zero.
+    Loss and gradients are sums over the loss tokens of the whole batch, divided by their number in it, and dropout
+    depends on the step and the row's number in the batch: so the result depends, up to rounding, neither on the
+    devices nor on ``accumulate``. A step whose loss, gradient or update is not finite changes nothing but the counts.
+
+    Args:
+      model: the adapted decoder.
+      tx: sees the gradients of the adapters.
+      layout: where state, ``params`` and the rows of ``batch``, each (B, T) int32, lie.
+      trained: may hold parts of the adapters constant (``optimize.freeze_a``); their gradients are zero.
+      accumulate: micro-batches that B is cut into, one after another; they share the memory of one.
     """
-
-    def loss_of(adapters: Any, params: Any, batch: Batch, rngs: Any, total: jax.Array) -> jax.Array:
-        variables = {"params": params, "lora": trained(adapters)}
-        logits = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
-        return masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0] / total
 
     def step(state: TrainState, params: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         chex.assert_rank(batch, 2)
         chex.assert_equal_shape(batch)
-        rngs = {"dropout": _row_keys(state, batch.tokens.shape[0])} if model.spec.dropout else None
-        learnt = jax.lax.psum(batch.loss_mask[:, 1:].sum(), AXIS)
-        loss, grads = jax.value_and_grad(loss_of)(state.adapters, params, batch, rngs, jnp.maximum(learnt, 1))
-        loss, grads = jax.lax.psum((loss, grads), AXIS)
-        updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **norm_summary(adapters)}
-        used = jax.lax.psum((batch.segment_ids > 0).sum(), AXIS)
-        space = jax.lax.psum(batch.tokens.size, AXIS)
-        metrics |= {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space, "latches": latches(opt_state)}
-        return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
+        learnt = layout.total(batch.loss_mask[:, 1:].sum())
+        rows = rows_here(batch.tokens.shape[0], layout.axis)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-    return jax.pmap(step, axis_name=AXIS, in_axes=(0, None, 0), donate_argnums=(0,))
+        def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
+            keys = {"dropout": jax.vmap(jax.random.fold_in, (None, 0))(key, rows)} if model.spec.dropout else None
+            variables = {"params": params, "lora": trained(adapters)}
+            logits = model.apply(variables, micro.tokens, micro.positions, micro.segment_ids, rngs=keys)
+            return masked_cross_entropy(logits, micro.tokens, micro.loss_mask)[0] / jnp.maximum(learnt, 1)
+
+        parts = layout.parts if layout.axis is None else 1
+        micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
+        loss, grads = layout.total(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
+        after, metrics = _updated(state, tx, loss, grads)
+        used, space = (layout.total(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
+        return after, metrics | {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space}
+
+    return layout.compile(step, ("state", "base", "rows"), donate=(0,))
 
 
 def make_stability_view(
-    model: Adapted, shrink_ratio: float | None
+    model: Adapted, shrink_ratio: float | None, layout: Layout
 ) -> Callable[[Any, Any, Any, Any, Batch], dict[Path, Stability]]:
-    """``(before, after, latches, params, batch) -> terms``, jit-compiled over all local devices by ``pmap``.
+    """``(before, after, latches, params, batch) -> terms``, compiled for ``layout``.
 
-    ``before`` and ``after`` are the adapters around the step, one copy per device (the step donates its state: copy
-    the adapters before it), ``latches`` are the step's metric, ``shrink_ratio`` is lambda where the optimizer is
-    Stable-LoRA and else None; ``params`` and ``batch`` are as in :func:`make_train_step`. Pads do not count, and z is
-    as without dropout. Nothing is compiled until the first call.
+    ``before`` and ``after`` are the adapters around the step (the step donates its state: copy the adapters before
+    it), ``latches`` are the step's metric, ``shrink_ratio`` is lambda where the optimizer is Stable-LoRA and else None;
+    ``params`` and ``batch`` are as in :func:`make_train_step`. Pads do not count, and z is as without dropout. Nothing
+    is compiled until the first call.
     """
 
     def view(before: Any, after: Any, latches: Any, params: Any, batch: Batch) -> dict[Path, Stability]:
         shrunk = shrunk_adapters(before, latches, shrink_ratio)
         inputs = (batch.tokens, batch.positions, batch.segment_ids)
         variables = {"params": params, "lora": before}
-        return stability(model, variables, shrunk, after, *inputs, token_mask=batch.segment_ids, axis_name=AXIS)
+        return stability(model, variables, shrunk, after, *inputs, token_mask=batch.segment_ids, axis_name=layout.axis)
 
-    return jax.pmap(view, axis_name=AXIS, in_axes=(0, 0, 0, None, 0))
+    return layout.compile(view, ("state", "state", "state", "base", "rows"))
 
 
-def _row_keys(state: TrainState, rows: int) -> jax.Array:
-    """One key for each row of this device, by the row's number in the whole batch."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    numbers = jax.lax.axis_index(AXIS) * rows + jnp.arange(rows)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+def _micro_batches(x: jax.Array, parts: int, count: int) -> jax.Array:
+    """(B, ...) -> (count, B / count, ...), every micro-batch with as many rows of each part."""
+    own = x.shape[0] // (parts * count)
+    return x.reshape(parts, count, own, *x.shape[1:]).swapaxes(0, 1).reshape(count, parts * own, *x.shape[1:])
+
+
+def _summed(value_and_grad: Any, adapters: Any, micros: Any) -> Any:
+    """Loss and gradients, summed over the micro-batches in the dtype of the adapters."""
+    first = jax.tree.map(lambda x: x[0], micros)
+    if len(jax.tree.leaves(micros)[0]) == 1:
+        return value_and_grad(adapters, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, adapters, *first))
+
+    def add(summed: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, summed, value_and_grad(adapters, *micro)), None
+
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def _updated(
+    state: TrainState, tx: optax.GradientTransformation, loss: jax.Array, grads: Any
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state after the update, or where anything is not finite the old one with its counts; and the metrics."""
+    norm = optax.tree.norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+    new = (optax.apply_updates(state.adapters, updates), opt_state)
+    adapters, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.adapters, state.opt_state))
+    bad = (~finite).astype(jnp.int32)
+    in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
+    after = TrainState(state.step + 1, state.skipped + bad, in_a_row, adapters, opt_state, state.key)
+    metrics = {"loss": loss, "gradient_norm": norm, "applied": state.step - state.skipped, "skipped": bad}
+    return after, {**metrics, "in_a_row": in_a_row, **norm_summary(adapters), "latches": latches(opt_state)}

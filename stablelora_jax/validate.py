@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from stablelora_jax.data import Example, templated, training_texts
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.errors import InputError
-from stablelora_jax.evaluate import Scorer, accuracies, answers, score_choices
-from stablelora_jax.likelihood import Request, likelihoods
+from stablelora_jax.evaluate import accuracies, answers, choice_scores
+from stablelora_jax.likelihood import Compute, Request, likelihoods
+from stablelora_jax.parallel import is_primary
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.tasks.question import Problem, Question
 
@@ -47,26 +46,18 @@ def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Probl
     return HeldOut(list(examples), questions)
 
 
-def validate(
-    scorer: Scorer, params: Any, adapters: Any, tokenizer: Any, held: HeldOut, *, length: int, batch_size: int
-) -> dict[str, Any]:
+def validate(compute: Compute, tokenizer: Any, held: HeldOut, *, length: int, rows: int) -> dict[str, Any]:
     """``loss`` (nats per learnt token) and, where there are questions, ``acc``, ``acc_norm`` and the ``answers``.
 
-    ``params`` and ``adapters`` are placed on all devices by ``parallel.replicate``.
+    ``compute`` is what ``make_compute`` gives, with its parameters and adapters; ``rows`` run together.
     """
-    rows = max(batch_size, 4 * jax.local_device_count())
-    rows -= rows % jax.local_device_count()
-    progress = sys.stderr.isatty()
+    progress = sys.stderr.isatty() and is_primary()
     requests = [_request(example) for example in held.examples]
-    found = likelihoods(
-        lambda batch: scorer(params, adapters, batch), requests, rows=rows, max_length=length, progress=progress
-    )
+    found = likelihoods(compute, requests, rows=rows, max_length=length, progress=progress)
     learnt = sum(len(request.continuation) for request in requests)
     result: dict[str, Any] = {"loss": -math.fsum(one.total for one in found) / learnt}
     if held.questions:
-        scores = score_choices(
-            scorer, params, adapters, tokenizer, held.questions, length=length, rows=rows, progress=progress
-        )
+        scores = choice_scores(compute, tokenizer, held.questions, max_length=length, rows=rows, progress=progress)
         result |= {**accuracies(scores, held.questions), "questions": len(scores), "answers": answers(scores)}
     return result
 

@@ -154,12 +154,10 @@ def test_any_step_on_any_number_of_hosts_is_the_same_global_batch(batching):
         order._epoch.cache_clear()
         resumed = loader(batching)
         for step in range(stop, 12):
-            shares = [batch_of_step(resumed, step, i, hosts) for i in range(hosts)]
+            shares = [batch_of_step(resumed, step, slice(i * 8 // hosts, (i + 1) * 8 // hosts)) for i in range(hosts)]
             assert {share.tokens.shape[0] for share in shares} == {8 // hosts}
             for field, whole in zip(zip(*shares, strict=True), straight[step], strict=True):
                 assert np.concatenate(field).tobytes() == whole.tobytes() and field[0].dtype == np.int32
-    with pytest.raises(InputError, match="8 rows does not divide over 3 hosts"):
-        batch_of_step(one, 0, 0, 3)
 
 
 @pytest.mark.parametrize("batching", ["bucket", "pack"])

@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 
 from stablelora_jax import LoraSpec, adapted, base_directory, init_adapters, load_pretrained
-from stablelora_jax.evaluate import accuracies, answers, make_scorer, score_choices
-from stablelora_jax.parallel import replicate
+from stablelora_jax.evaluate import accuracies, answers, choice_scores
+from stablelora_jax.likelihood import make_compute
+from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.tasks import compare_sizes
 from stablelora_jax.tasks.question import Question
 from tests.helpers import trained
 
 
-@pytest.fixture(scope="module")
-def scored():
+@pytest.fixture(scope="module", params=[pmap_layout, lambda: mesh_layout(2, 2, 2, key_value_heads=2)])
+def scored(request):
     model, params = load_pretrained(base_directory())
     spec = LoraSpec()
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=0.1)
     questions = compare_sizes.questions("validation")[:5]
     questions.append(Question("The", (" cat", " big brown bear is here"), 0, "uneven"))
-    low_rank = adapted(model, spec)
-    scores = score_choices(
-        make_scorer(low_rank), replicate(params), replicate(adapters), model.tokenizer, questions, length=128, rows=8
-    )
+    low_rank, layout = adapted(model, spec), request.param()
+    inner, placed = make_compute(low_rank, layout), (layout.place_base(params), {"lora": layout.state(adapters)})
+    scores = choice_scores(lambda rows: inner(*placed, rows), model.tokenizer, questions, max_length=128, rows=8)
     return low_rank, params, adapters, model.tokenizer, questions, scores
 
 

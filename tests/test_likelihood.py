@@ -7,15 +7,16 @@ import pytest
 from stablelora_jax import InputError, base_directory, load_pretrained
 from stablelora_jax.likelihood import Request, encode, encode_pair, likelihoods, make_compute, prefix_token, rolling
 from stablelora_jax.models.tokenizer import load_tokenizer
-from stablelora_jax.parallel import replicate
+from stablelora_jax.parallel import pmap_layout
 from tests.helpers import tiny_decoder
 
 
 @pytest.fixture(scope="module")
 def tiny():
     model, params = tiny_decoder()
-    inner, placed = make_compute(model), replicate({"params": params})
-    return model, params, lambda rows: inner(placed, rows)
+    layout = pmap_layout()
+    inner, placed = make_compute(model, layout), layout.place_base(params)
+    return model, params, lambda rows: inner(placed, {}, rows)
 
 
 def plain(model, params, read, k):

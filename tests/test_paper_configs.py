@@ -43,12 +43,14 @@ def test_a_paper_setting_says_what_the_paper_says_and_traces_at_full_size(path):
     assert optimizer.shrink_ratio in (5e-4, 1e-3, 2e-3, 5e-3) and 5e-5 <= optimizer.learning_rate <= 8e-4
     assert 2 <= loaded.lora.alpha / loaded.lora.rank <= 64
     made = shapes(loaded)
-    state, metrics = jax.eval_shape(made.step, made.state, made.params, made.batch)
+    place = made.layout.abstract
+    before, batch = place(made.state, "state"), place(made.batch, "rows")
+    state, metrics = jax.eval_shape(made.step, before, place(made.params, "base"), batch)
     parameters, trained = COUNTS[loaded.model.path]
     devices = jax.local_device_count()
     assert (size(made.params), size(state.adapters) // devices) == (parameters, trained)
     assert metrics["loss"].dtype == jnp.float32
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), made.state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
     assert {x.dtype for x in jax.tree.leaves(made.params)} == {jnp.dtype("bfloat16")}
 
 
@@ -98,7 +100,7 @@ def test_the_command_has_it():
     command = [sys.executable, ROOT / "experiments" / "train.py", "--dry-run", "steps=0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "steps must be at least 1" in done.stderr
-    with pytest.raises(InputError, match="batch_size 7 does not divide"):
+    with pytest.raises(InputError, match="a batch of 7 rows does not divide over 8 devices"):
         dry_run(RunConfig(batch_size=7))
     with pytest.raises(InputError, match="length 100000 is more than"):
         dry_run(RunConfig(length=100_000))

@@ -6,10 +6,10 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted, base_directory, init_adapters
 from stablelora_jax.data import Example, make_batch
-from stablelora_jax.evaluate import make_scorer
+from stablelora_jax.likelihood import make_compute
 from stablelora_jax.losses import masked_cross_entropy
 from stablelora_jax.models.tokenizer import load_tokenizer
-from stablelora_jax.parallel import replicate
+from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.run_config import CompareSizesTask, DataConfig, RunConfig
 from stablelora_jax.tasks.question import Problem, Question
 from stablelora_jax.validate import HeldOut, held_out, validate
@@ -25,9 +25,9 @@ def test_the_loss_is_a_mean_over_all_learnt_tokens():
     examples = [
         Example(tuple(map(int, rng.integers(0, 31, n))), int(rng.integers(0, n))) for n in rng.integers(2, 40, 41)
     ]
-    lora = adapted(model, SPEC)
-    placed = replicate(params), replicate(adapters)
-    found = validate(make_scorer(lora), *placed, None, HeldOut(examples, []), length=48, batch_size=20)
+    lora, layout = adapted(model, SPEC), pmap_layout()
+    inner, placed = make_compute(lora, layout), (layout.place_base(params), {"lora": layout.state(adapters)})
+    found = validate(lambda rows: inner(*placed, rows), None, HeldOut(examples, []), length=48, rows=24)
     batch = make_batch(examples)
     logits = lora.apply({"params": params, "lora": adapters}, batch.tokens)
     total, count = masked_cross_entropy(logits, batch.tokens, batch.loss_mask)

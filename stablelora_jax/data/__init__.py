@@ -2,8 +2,8 @@
 
 from stablelora_jax.data.batch import Batch, bucket, make_batch
 from stablelora_jax.data.encoding import Example, Text, encode, templated, training_texts
-from stablelora_jax.data.loader import Loader, batch_of_step, make_loader, statistics
-from stablelora_jax.data.order import host_rows, place_of_step, rows_of_step
+from stablelora_jax.data.loader import Loader, batch_of_step, make_loader, statistics, texts_of_rows
+from stablelora_jax.data.order import place_of_step, rows_of_step
 from stablelora_jax.data.packing import Plan, first_fit, pack, plan_of
 from stablelora_jax.data.token_cache import TokenStore, digest, tokenised
 
@@ -19,7 +19,6 @@ __all__ = [
     "digest",
     "encode",
     "first_fit",
-    "host_rows",
     "make_batch",
     "make_loader",
     "pack",
@@ -28,6 +27,7 @@ __all__ = [
     "rows_of_step",
     "statistics",
     "templated",
+    "texts_of_rows",
     "tokenised",
     "training_texts",
 ]

@@ -1,13 +1,14 @@
-"""The batches of a run, as a function of the step: padded by bucket, or packed; each host makes only its share."""
+"""The batches of a run, as a function of the step: padded by bucket, or packed; each process makes only its part."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from stablelora_jax.data.batch import Batch, bucket, make_batch
-from stablelora_jax.data.order import host_rows, rows_of_step
+from stablelora_jax.data.order import rows_of_step
 from stablelora_jax.data.packing import Plan, pack, plan_of
 from stablelora_jax.data.token_cache import TokenStore
 
@@ -34,20 +35,23 @@ def make_loader(
     return Loader(store, plan_of(store.rows) if batching == "pack" else None, length, batch_size, seed)
 
 
-def batch_of_step(loader: Loader, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-    """The rows of step ``step`` (from 0) that process ``process_index`` of ``process_count`` reads.
+def batch_of_step(loader: Loader, step: int, part: slice = slice(None)) -> Batch:
+    """The rows of step ``step`` (from 0), or of them the ``part`` that a process reads.
 
-    T is the same on every host: the row's length where rows are packed, else the bucket of the step's longest text.
-
-    Raises:
-      InputError: the rows of a step do not divide over the processes.
+    T is the same for every part: the row's length where rows are packed, else the bucket of the step's longest text.
     """
-    rows = rows_of_step(step, loader.batch_size, loader.rows, loader.seed)
-    mine, store = host_rows(rows, process_index, process_count), loader.store
+    rows, store = rows_of_step(step, loader.batch_size, loader.rows, loader.seed), loader.store
     if loader.plan is None:
-        return make_batch([store.example(row) for row in mine], longest=int(store.lengths[rows].max()))
+        return make_batch([store.example(row) for row in rows[part]], longest=int(store.lengths[rows].max()))
+    return pack([[store.example(i) for i in texts] for texts in texts_of_rows(loader, rows[part])], loader.length)
+
+
+def texts_of_rows(loader: Loader, rows: Sequence[int]) -> list[list[int]]:
+    """The numbers of the texts in each of ``rows``, in the order of the data set."""
+    if loader.plan is None:
+        return [[row] for row in rows]
     texts, starts = loader.plan
-    return pack([[store.example(i) for i in texts[starts[row] : starts[row + 1]]] for row in mine], loader.length)
+    return [[int(i) for i in texts[starts[row] : starts[row + 1]]] for row in rows]
 
 
 def statistics(loader: Loader, steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which rows a step takes: one endless sequence of shuffled epochs, cut into steps, and each step into hosts' shares.
+"""Which rows a step takes: one endless sequence of shuffled epochs, cut into steps, and each step into parts.
 
 The order is a pure function of (seed, step). So the state of the iterator is one integer that the training state holds
 anyhow: (epoch, row) is ``divmod(step * batch_size, rows)``. It is restored exactly, at any step, on any number of
@@ -12,13 +12,10 @@ hosts that wrote it, while this one is not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-
-from stablelora_jax.errors import InputError
 
 
 class Place(NamedTuple):
@@ -40,18 +37,6 @@ def rows_of_step(step: int, batch_size: int, count: int, seed: int) -> list[int]
     """
     places = (divmod(place, count) for place in range(step * batch_size, (step + 1) * batch_size))
     return [int(_epoch(epoch, count, seed)[row]) for epoch, row in places]
-
-
-def host_rows(rows: Sequence[int], process_index: int, process_count: int) -> list[int]:
-    """The share of a step's ``rows`` that process ``process_index`` reads: the shares in order are the rows.
-
-    Raises:
-      InputError: the rows do not divide over the processes.
-    """
-    if len(rows) % process_count:
-        raise InputError(f"a batch of {len(rows)} rows does not divide over {process_count} hosts")
-    share = len(rows) // process_count
-    return list(rows[process_index * share : (process_index + 1) * share])
 
 
 @lru_cache(maxsize=2)

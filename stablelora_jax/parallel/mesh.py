@@ -1,0 +1,113 @@
+"""``jit`` over a mesh ``(data, fsdp, tensor)``: rows, base and activations are split as :mod:`rules` says.
+
+Arrays are global: a compiled function is written as for one device, and the compiler puts the collectives in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from stablelora_jax.errors import InputError
+from stablelora_jax.parallel.layout import Layout, Takes
+from stablelora_jax.parallel.rules import ROWS, base_spec, constrained, gathered_embedding
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def mesh_layout(
+    data: int | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    key_value_heads: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+    """A mesh over ``devices``, by default all of all processes.
+
+    Args:
+      data: replicas of the base; None: what the other two leave.
+      fsdp: the base is split over so many, and gathered layer by layer; rows are split, too.
+      tensor: products are split over so many, which see the same rows.
+      key_value_heads: of the model; attention is split where ``tensor`` divides them.
+      devices: whose number is the product of the three.
+
+    Raises:
+      InputError: it is not.
+    """
+    every = list(devices or jax.devices())
+    sizes = _sizes(data, fsdp, tensor, len(every))
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=every)
+    heads = key_value_heads % tensor == 0
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def place(tree: Any) -> Any:
+        def put(x: Any) -> jax.Array:
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
+
+        return jax.tree.map(put, tree)
+
+    def rows(read: Callable[[slice], Any], count: int) -> Any:
+        parts = split.addressable_devices_indices_map((count,)).values()
+        spans = [part[0].indices(count) for part in parts if part is not None]
+        low, high = min(span[0] for span in spans), max(span[1] for span in spans)
+
+        def put(x: Any) -> jax.Array:
+            def part(index: Any) -> Any:
+                start, stop, _ = index[0].indices(count)
+                return x[start - low : stop - low]
+
+            return jax.make_array_from_callback((count, *x.shape[1:]), split, part)
+
+        return jax.tree.map(put, read(slice(low, high)))
+
+    def base(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, base_spec(path, shape, dict(mesh.shape), split_heads=heads))
+
+    def abstract(tree: Any, takes: Takes) -> Any:
+        def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+            keys = tuple(str(getattr(key, "key", key)) for key in path)
+            lie = {"state": whole, "rows": split, "base": base(keys, x.shape)}[takes]
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lie)
+
+        return jax.tree_util.tree_map_with_path(shape, tree)
+
+    def compiled(function: Callable[..., Any], takes: Sequence[Takes], donate: Sequence[int] = ()) -> Any:
+        def inside(*arguments: Any) -> Any:
+            given = [
+                gathered_embedding(x, mesh) if own == "base" else x for x, own in zip(arguments, takes, strict=True)
+            ]
+            with nn.intercept_methods(constrained(mesh, split_heads=heads)):
+                return function(*given)
+
+        return jax.jit(inside, out_shardings=whole, donate_argnums=tuple(donate))
+
+    return Layout(
+        title=f"a mesh of {' x '.join(f'{size} {axis}' for size, axis in zip(sizes, AXES, strict=True))} devices",
+        parts=sizes[0] * sizes[1],
+        axis=None,
+        base=base,
+        state=place,
+        rows=rows,
+        abstract=abstract,
+        fetch=lambda tree: jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), tree),
+        total=lambda tree: jax.lax.with_sharding_constraint(tree, whole),
+        compile=compiled,
+    )
+
+
+def _sizes(data: int | None, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    least = fsdp * tensor
+    if min(1 if data is None else data, fsdp, tensor) < 1:
+        raise InputError(f"a mesh needs positive sizes, not data {data}, fsdp {fsdp}, tensor {tensor}")
+    sizes = (data if data is not None else max(1, devices // least), fsdp, tensor)
+    if math.prod(sizes) != devices:
+        raise InputError(f"a mesh of {' x '.join(map(str, sizes))} (data, fsdp, tensor) is not {devices} devices")
+    return sizes

@@ -1,0 +1,86 @@
+"""However a run lies on its devices, it is the same run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stablelora_jax import InputError, checkpoint
+from stablelora_jax.parallel import mesh_layout, pmap_layout
+from stablelora_jax.train import make_train_step
+from tests.helpers import largest_difference
+from tests.parallel.cases import LAYOUTS, TX, batches, go, make, problem
+
+
+def few(name):
+    """The others take a minute and more to compile: ``--long``."""
+    short = ("one device", "pmap 8", "mesh 2 4 1", "mesh 1 1 8", "mesh 2 2 2, 4 micro-batches")
+    return name if name in short else pytest.param(name, marks=pytest.mark.long)
+
+
+NAMES = [few(name) for name in LAYOUTS]
+
+
+@pytest.fixture(scope="module")
+def wide(request):
+    """Layouts in float64 with dropout: their steps, their losses, and their state after ten of twenty steps."""
+    jax.config.update("jax_enable_x64", True)
+    model, params, start = problem(jnp.float64, 0.1)
+    found = {}
+    for name in LAYOUTS if request.config.getoption("--long") else [n for n in NAMES if isinstance(n, str)]:
+        layout, step, placed = make(name, model, params)
+        half, losses = go(step, layout, placed, start, batches()[:10])
+        end, more = go(step, layout, placed, half, batches()[10:])
+        found[name] = (layout, step, placed, half, end, np.concatenate([losses, more]))
+    yield found
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_adapters_are_those_of_one_device(wide, name):
+    _, _, _, _, end, losses = wide[name]
+    _, _, _, _, expected, wanted = wide["one device"]
+    assert np.abs(losses / wanted - 1).max() < 1e-9 and losses[-1] < losses[0]
+    assert largest_difference(end.adapters, expected.adapters) < 1e-9
+    assert largest_difference(end.opt_state, expected.opt_state) < 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_goes_on_in_every_layout(wide, name, tmp_path):
+    checkpoint.save(tmp_path / "c", 10, wide[name][3])
+    expected = wide["one device"][5]
+    for other, (layout, step, placed, half, _, _) in wide.items():
+        state = checkpoint.restore(tmp_path / "c", half)
+        _, losses = go(step, layout, placed, state, batches()[10:13])
+        assert np.abs(losses / expected[10:13] - 1).max() < 1e-9, (name, other)
+
+
+@pytest.mark.long
+def test_in_float32_without_dropout():
+    model, params, start = problem(jnp.float32, 0.0)
+    names = ["one device", "pmap 8", "mesh 2 4 1", "mesh 2 2 2", "mesh 1 1 8"]
+    found = {}
+    for name in names:
+        layout, step, placed = make(name, model, params)
+        found[name] = go(step, layout, placed, start, batches())[1]
+    assert all(np.abs(losses / found["one device"] - 1).max() < 1e-4 for losses in found.values())
+
+
+def test_what_does_not_divide_stays_whole_and_right():
+    """Two groups of heads, a vocabulary of 353 and an MLP of 36 cannot be split over eight devices."""
+    model, params, start = problem(jnp.float32, 0.0, num_key_value_heads=2, vocab_size=353, intermediate_size=36)
+    found = []
+    for layout in (pmap_layout(jax.devices()[:1]), mesh_layout(1, 1, 8, key_value_heads=2)):
+        step = make_train_step(model, TX, layout)
+        found.append(go(step, layout, layout.place_base(params), start, batches(5))[1])
+    assert np.abs(np.array(found) / found[0] - 1).max() < 1e-4
+
+
+def test_meshes_that_are_not_the_devices():
+    with pytest.raises(InputError, match=r"a mesh of 2 x 2 x 1 \(data, fsdp, tensor\) is not 8 devices"):
+        mesh_layout(2, 2)
+    with pytest.raises(InputError, match="a mesh of 2 x 3 x 1 .* is not 8 devices"):
+        mesh_layout(None, 3)
+    with pytest.raises(InputError, match="positive sizes"):
+        mesh_layout(0)
+    assert mesh_layout(None, 2).parts == 8 and mesh_layout(None, 2, 2).parts == 4
