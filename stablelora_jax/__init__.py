@@ -7,6 +7,7 @@ from stablelora_jax.bank import banked, make_bank
 from stablelora_jax.combine import combine
 from stablelora_jax.describe import describe
 from stablelora_jax.errors import InputError
+from stablelora_jax.freeze import freeze, frozen, hold
 from stablelora_jax.generate import generate
 from stablelora_jax.intercept import adapted
 from stablelora_jax.interop import load_peft, save_peft
@@ -34,6 +35,7 @@ from stablelora_jax.optimize import (
 )
 from stablelora_jax.spec import LoraSpec
 from stablelora_jax.transform import hyper, init_adapters, merge, unmerge
+from stablelora_jax.warm_start import start_adapters
 
 __all__ = [
     "InputError",
@@ -46,8 +48,11 @@ __all__ = [
     "base_directory",
     "combine",
     "describe",
+    "freeze",
     "freeze_a",
+    "frozen",
     "generate",
+    "hold",
     "hyper",
     "init_adapters",
     "load_peft",
@@ -68,6 +73,7 @@ __all__ = [
     "scales",
     "shrink_until_stable",
     "stable_lora",
+    "start_adapters",
     "stiefel_lora",
     "still_shrinking",
     "unmerge",

@@ -7,9 +7,8 @@
     RUN/loss.png         RUN/norms.png                  RUN/tensorboard/       the same numbers
     RUN/stability.png    where stability_every asks     RUN/summary.json       accuracies, losses, minutes
 
-With ``select: best`` RUN/adapter is that of the best evaluation (RUN/best holds the candidates until the end), else
-that of the last step; the checkpoints are always the last ones. The same command again goes on from the newest
-checkpoint, bit for bit; another configuration never writes into it.
+With ``select: best`` RUN/adapter is that of the best evaluation, whose checkpoint stays, else that of the last step.
+The same command again goes on from the newest checkpoint, bit for bit; another configuration never writes into it.
 """
 
 from __future__ import annotations
@@ -18,214 +17,156 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from stablelora_jax import checkpoint, parallel, report
-from stablelora_jax.build import make_optimizer, make_schedule
-from stablelora_jax.data import Loader, batch_of_step, make_loader, statistics, tokenised, training_texts
-from stablelora_jax.describe import describe
-from stablelora_jax.errors import InputError
-from stablelora_jax.evaluate import Scorer, make_scorer
-from stablelora_jax.files import write_whole
-from stablelora_jax.intercept import Adapted, adapted
-from stablelora_jax.interop.peft import require_peft_form, save_peft
+from stablelora_jax import checkpoint, report
+from stablelora_jax.errors import InputError, RunError, brief
+from stablelora_jax.files import write_whole, writing
+from stablelora_jax.interop.peft import save_peft
+from stablelora_jax.interrupt import listening
 from stablelora_jax.log import RunLog
-from stablelora_jax.models.pretrained import base_directory, load_pretrained
-from stablelora_jax.models.untie import untie
-from stablelora_jax.optimizer_config import shrink_ratio, trained_part
+from stablelora_jax.loop import about_of, evaluate, train
+from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices
+from stablelora_jax.prepare import Job, prepare
 from stablelora_jax.run_config import RunConfig
-from stablelora_jax.run_directory import SUMMARY, create, locate, read_summary
-from stablelora_jax.selection import best_step, exhausted
+from stablelora_jax.run_directory import (
+    ADAPTER,
+    CHECKPOINTS,
+    LOCK,
+    SUMMARY,
+    changed,
+    create,
+    has_adapter,
+    locate,
+    lock,
+    read_summary,
+)
+from stablelora_jax.selection import best_step
 from stablelora_jax.summary import story, summarize
-from stablelora_jax.tasks import load_questions
-from stablelora_jax.train import TrainState, init_state, make_stability_view, make_train_step
-from stablelora_jax.transform import init_adapters
-from stablelora_jax.validate import HeldOut, held_out, validate
-
-BEST = "best"  # in a run directory: the adapters that were the best so far, by step
+from stablelora_jax.trackers import require_installed
+from stablelora_jax.train import TrainState
 
 
-class Job(NamedTuple):
-    """What a run works with, once everything is loaded; nothing in it changes."""
-
-    config: RunConfig
-    directory: Path
-    base: str  # where the base came from
-    model: Adapted
-    params: Any  # replicated over the devices
-    loader: Loader
-    held: HeldOut  # validation
-    schedule: optax.Schedule
-    tx: optax.GradientTransformation
-    start: TrainState
-    scorer: Scorer
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Say in a line that host or device have too little."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        less = "a smaller batch_size, length or lora.rank, or a larger accumulate, needs less (see --dry-run)"
+        raise RunError(f"there is too little memory ({brief(error)}): {less}") from None
 
 
+@_enough_memory()
 def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Do the run, or what is left of it, and give its summary.
 
     Raises:
       InputError: anything that the user gave and that cannot be used, before anything is trained.
+      RunError: the surroundings, or numbers that are not finite, do not let it go on; what was saved is whole.
+      Interrupted: SIGTERM or SIGINT came while it trained; everything is saved.
     """
     began = time.monotonic()
+    if config.distributed is not None:
+        initialize(**asdict(config.distributed))
+    require_devices()
+    say = say if is_primary() else _nothing
     directory = locate(config)
-    if summary := read_summary(directory):
-        say(f"{directory} is finished; its adapter is in {directory / 'adapter'}. Another seed or output= trains anew.")
+    if (summary := read_summary(directory)) and has_adapter(directory) and not changed(directory, config):
+        say(f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew.")
         return summary
-    job = _prepare(config, directory, say)
-    create(directory, config)
-    with closing(checkpoint.open_manager(directory / "checkpoints", keep=config.keep_checkpoints)) as manager:
-        state = job.start if manager.latest_step() is None else TrainState(*checkpoint.restore(manager, job.start))
-        log = RunLog(directory, int(state.step), config.steps, job.schedule, config.lora)
-        log.write_data(statistics(job.loader, config.steps))
-        say(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {directory}")
+    if is_primary() and (directory / LOCK).exists():
+        with lock(directory):  # before minutes are spent on loading
+            pass
+    require_installed(config.trackers)
+    checkpoints = directory / CHECKPOINTS
+    newest = checkpoint.latest(checkpoints)
+    job = prepare(config, directory, say, resumes=newest is not None)
+    if newest is not None and newest > job.config.steps:
+        raise InputError(f"{directory} has done {newest} steps, more than steps={job.config.steps}: raise steps")
+    with ExitStack() as held:
+        if is_primary():
+            held.enter_context(lock(directory))
+        state = job.start if newest is None else _restored(job, checkpoints, newest, config.accept_changes)
+        if is_primary():
+            create(directory, config, newest or 0)
+        barrier("the run directory is there")
+        log = RunLog(
+            directory,
+            newest or 0,
+            job.config.steps,
+            job.schedule,
+            config.lora,
+            trackers=config.trackers,
+            writes=is_primary(),
+        )
+        held.enter_context(closing(log))
+        log.write_data(job.data)
+        state = _trained(job, state, checkpoints, log, say)
+        kept = _keep_adapter(job, state, checkpoints, log)
+    return _finish(job, log, int(state.step), kept, time.monotonic() - began, say)
+
+
+def _restored(job: Job, checkpoints: Path, step: int, accept_changes: bool) -> TrainState:
+    about = about_of(job, step)
+    return checkpoint.restore(checkpoints, job.start, step=step, about=about, accept_changes=accept_changes)
+
+
+def _trained(job: Job, state: TrainState, checkpoints: Path, log: RunLog, say: Callable[[str], None]) -> TrainState:
+    config = job.config
+
+    def best() -> int | None:
+        return best_step(log.evaluations(), config.metric)
+
+    say(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {job.directory}")
+    with listening() as came, checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager:
         if config.evaluate and log.evaluation(0) is None:
-            log.write_evaluation(0, _evaluate(job, job.start.adapters))
-        state = _train(job, state, manager, log)
-        kept = _keep_adapter(job, state, log)
-    log.close()
-    report.draw(directory)
-    summary = summarize(config, log, int(state.step), kept, time.monotonic() - began)
-    write_whole(directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    for line in story(config, log, job.held.questions, summary):
+            log.write_evaluation(0, evaluate(job, job.layout.state(job.start.adapters)))
+        state = train(job, state, manager, log, came)
+        checkpoint.wait(manager)
+    return state
+
+
+def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -> int:
+    """Put the last adapter, or where so configured the best, into RUN/adapter; the step that it is of."""
+    config, step = job.config, int(state.step)
+    best = best_step(log.evaluations(), config.metric) if config.select == "best" else None
+    if best not in (None, step):
+        state, step = checkpoint.restore(checkpoints, job.start, step=best), best
+    if is_primary() and not has_adapter(job.directory):
+        metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name}
+        partial = job.directory / f".{ADAPTER}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            save_peft(partial, state.adapters, config.lora, base_model=job.base, params=job.params, metadata=metadata)
+        except InputError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(f"{error}; step {state.step} is saved") from None
+        with writing(job.directory / ADAPTER):
+            os.rename(partial, job.directory / ADAPTER)
+    return step
+
+
+def _finish(job: Job, log: RunLog, steps: int, kept: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Pictures, summary and what is said at the end."""
+    summary = summarize(job.config, log, steps, kept, seconds)
+    if is_primary():
+        report.draw(job.directory)
+        with writing(job.directory / SUMMARY):
+            write_whole(job.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    for line in story(job.config, log, job.held.questions, summary):
         say(line)
-    say(f"{state.step} steps in {summary['minutes']} minutes; adapter, pictures and numbers are in {directory}")
+    say(f"{steps} steps in {summary['minutes']} minutes; adapter, pictures and numbers are in {job.directory}")
     return summary
 
 
-def _prepare(config: RunConfig, directory: Path, say: Callable[[str], None]) -> Job:
-    base = config.model.path or str(base_directory())
-    if config.batch_size % jax.device_count():
-        raise InputError(f"batch_size {config.batch_size} does not divide over {jax.device_count()} devices")
-    model, params = load_pretrained(base, dtype=jnp.dtype(config.model.dtype))
-    if config.model.untie:
-        model, params = untie(model, params)
-    if model.tokenizer is None:
-        raise InputError(f"{base} has no tokenizer")
-    if config.length > model.config.max_position_embeddings:
-        raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
-    loader = _load(config, model.tokenizer, say)
-    if int(loader.store.tokens.max()) >= model.config.vocab_size:
-        raise InputError(f"the tokenizer of {base} gives ids beyond its vocabulary of {model.config.vocab_size}")
-    held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
-    key = jax.random.key(config.seed)
-    adapters = init_adapters(key, params, config.lora)
-    require_peft_form(adapters, config.lora, params)
-    say(describe(params, adapters, config.lora))
-    schedule = make_schedule(config)
-    tx = make_optimizer(config, adapters)
-    start = jax.tree.map(np.asarray, init_state(adapters, tx, jax.random.fold_in(key, 1)))
-    low_rank, placed = adapted(model, config.lora), parallel.replicate(params)
-    return Job(config, directory, base, low_rank, placed, loader, held, schedule, tx, start, make_scorer(low_rank))
-
-
-def _load(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> Loader:
-    """The training split as batches, with a line that says what there is."""
-    data, texts = config.data, training_texts(load_questions(config.task, "train"))
-    store = tokenised(
-        tokenizer,
-        texts,
-        length=config.length,
-        truncate=data.truncate,
-        chat=data.chat_template,
-        cache=data.cache,
-        say=say,
-    )
-    loader = make_loader(
-        store, batching=data.batching, length=config.length, batch_size=config.batch_size, seed=config.seed
-    )
-    if store.cut:
-        side = {"left": "beginning", "right": "end"}[data.truncate]
-        say(f"{store.cut} of {len(texts)} training texts are longer than length={config.length}: their {side} is cut")
-    n = statistics(loader, config.steps)
-    say(
-        f"{n['texts']} texts in {n['rows']} rows: {n['tokens']} tokens, {n['loss_tokens']} of them learnt; "
-        f"{n['padding']:.1%} of a batch is padding; {config.steps} steps are {n['epochs']:.2f} epochs"
-    )
-    return loader
-
-
-def _train(job: Job, state: TrainState, manager: Any, log: RunLog) -> TrainState:
-    """Step to the end; metrics are read one step late, so that the device never waits for them."""
-    config, step = job.config, make_train_step(job.model, job.tx, trained_part(job.config.optimizer))
-    view = make_stability_view(job.model, shrink_ratio(config.optimizer))
-    copies, number, last = parallel.stack_copies(state), int(state.step), None
-    while not _evaluated_and_done(job, number, copies, log):
-        batch = batch_of_step(job.loader, number, jax.process_index(), jax.process_count())
-        batch, number = parallel.split_rows(batch), number + 1
-        due = config.stability_every is not None and number % config.stability_every == 0
-        before = jax.tree.map(jnp.copy, copies.adapters) if due else None  # the step donates its own
-        copies, metrics = step(copies, job.params, batch)
-        if due:
-            metrics["stability"] = view(before, copies.adapters, metrics["latches"], job.params, batch)
-        if last is not None:
-            log.write_step(number - 1, parallel.first_copy(last))
-        last = metrics
-        saved = number % config.checkpoint_every == 0 or number == config.steps
-        if saved or _evaluates(config, number):
-            log.write_step(number, parallel.first_copy(last))
-            last = None
-        if saved:
-            checkpoint.save(manager, number, parallel.first_copy(copies))
-    checkpoint.save(manager, number, parallel.first_copy(copies))  # where it has stopped early
-    return parallel.first_copy(copies)
-
-
-def _evaluates(config: RunConfig, step: int) -> bool:
-    every = config.evaluate_every
-    return config.evaluate and (step == config.steps or (every is not None and step > 0 and step % every == 0))
-
-
-def _evaluated_and_done(job: Job, step: int, copies: TrainState, log: RunLog) -> bool:
-    """Evaluate after step ``step`` where that is due and not logged yet; whether the run ends here.
-
-    An adapter that is the best so far is written before its evaluation is logged, so what the log says is there.
-    """
-    config = job.config
-    if _evaluates(config, step) and log.evaluation(step) is None:
-        adapters = parallel.first_copy(copies.adapters)
-        result = _evaluate(job, adapters)
-        if config.select == "best" and best_step(log.evaluations() | {step: result}, config.metric) == step:
-            _save(job, job.directory / BEST / str(step), adapters, step)
-        log.write_evaluation(step, result)
-    return step == config.steps or exhausted(log.evaluations(), config.metric, config.patience)
-
-
-def _evaluate(job: Job, adapters: Any) -> dict[str, Any]:
-    return validate(
-        job.scorer,
-        job.params,
-        parallel.replicate(adapters),
-        job.model.model.tokenizer,
-        job.held,
-        length=job.config.length,
-        batch_size=job.config.batch_size,
-    )
-
-
-def _keep_adapter(job: Job, state: TrainState, log: RunLog) -> int:
-    """Put the last adapter, or where so configured the best, into RUN/adapter; the step that it is of."""
-    step, adapter = int(state.step), job.directory / "adapter"
-    best = best_step(log.evaluations(), job.config.metric) if job.config.select == "best" else None
-    if best is None:
-        _save(job, adapter, state.adapters, step)
-        return step
-    if not adapter.exists():
-        os.rename(job.directory / BEST / str(best), adapter)
-    shutil.rmtree(job.directory / BEST, ignore_errors=True)
-    return best
-
-
-def _save(job: Job, directory: Path, adapters: Any, step: int) -> None:
-    config = job.config
-    metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name}
-    save_peft(directory, adapters, config.lora, base_model=job.base, params=job.params, metadata=metadata)
+def _nothing(text: str) -> None:
+    """What processes other than the first say."""

@@ -9,6 +9,8 @@ from typing import Literal
 from stablelora_jax.config import option, section
 from stablelora_jax.errors import InputError
 from stablelora_jax.optimizer_config import CONFIGS, OptimizerConfig
+from stablelora_jax.parallel_config import DistributedConfig, MeshConfig, PmapConfig
+from stablelora_jax.schedule_config import Cosine, ScheduleConfig, schedule_of
 from stablelora_jax.spec import LoraSpec
 
 
@@ -90,16 +92,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run, as a share of its peak."""
-
-    name: Literal["constant", "linear", "cosine"] = option(
-        "cosine", "shape after the warm-up; linear and cosine end at 0"
-    )
-    warmup_steps: int = option(0, "steps of linear rise from 0")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run: the same values give the same adapters."""
 
@@ -108,31 +100,45 @@ class RunConfig:
     data: DataConfig = section(DataConfig, "how texts become batches")
     lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's words")
     optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
-    schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over the run")
+    schedule: ScheduleConfig = section(Cosine, "the learning rate over the run")
+    freeze: tuple[str, ...] = option((), "parts of the adapters that stay: ends of names, such as layers.0 or lora_a")
+    adapter: str | None = option(None, "adapter directory or run that a new run begins with; null for fresh adapters")
+    parallel: PmapConfig | MeshConfig = section(PmapConfig, "how the run lies on its devices")
+    distributed: DistributedConfig | None = section(lambda: None, "several processes as one run")
     steps: int = option(300, "optimizer steps")
+    epochs: float | None = option(None, "passes over the training data, instead of steps; null: steps")
     batch_size: int = option(32, "rows of a step, over all devices")
+    accumulate: int = option(1, "micro-batches that a step's rows are cut into, for memory; the result stays")
     length: int = option(256, "most tokens of a row; see data.truncate")
     clip_norm: float | None = option(1.0, "largest global gradient norm; null for none")
+    max_consecutive_errors: int = option(5, "steps in a row whose loss or gradient is not finite, until the run stops")
     seed: int = option(0, "of the adapters' start, the order of rows and dropout")
-    output: str | None = option(None, "run directory; null for runs/<task>-<digest of the other keys>")
+    output: str | None = option(None, "run directory; null for runs/<task>-<digest of what decides the result>")
+    accept_changes: bool = option(False, "go on with a run although configuration, base or data are no longer its own")
     checkpoint_every: int = option(100, "steps between checkpoints; one is always made at the end")
-    keep_checkpoints: int = option(2, "newest checkpoints that stay on disk")
+    checkpoint_minutes: float | None = option(None, "minutes after which there is a checkpoint in any case; null: none")
+    keep_checkpoints: int = option(2, "newest checkpoints that stay on disk; that of the best evaluation stays as well")
     evaluate: bool = option(True, "measure validation loss, and accuracy of choices, before and after training")
     evaluate_every: int | None = option(None, "steps between further evaluations during training; null for none")
+    evaluate_minutes: float | None = option(None, "minutes between further evaluations; null for none")
     metric: Literal["loss", "acc", "acc_norm"] = option("loss", "of an evaluation, for patience and select")
     patience: int | None = option(None, "stop after so many evaluations without a better one; null: never")
     select: Literal["last", "best"] = option("last", "whose adapter is kept: of the last step or the best evaluation")
     stability_every: int | None = option(None, "steps between measurements of the stability terms; null for none")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(("tensorboard",), "who else is told")
     show: int = option(4, "validation questions to print with the answers before and after")
 
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
-        for name in ("steps", "batch_size", "length", "checkpoint_every", "keep_checkpoints"):
+        positive = ("steps", "batch_size", "accumulate", "length", "max_consecutive_errors", "checkpoint_every")
+        for name in (*positive, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("seed", "show"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2**32, not {self.seed}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"clip_norm must be positive, not {self.clip_norm}; null for no clipping")
         if self.stability_every is not None and self.stability_every < 1:
@@ -140,12 +146,18 @@ class RunConfig:
         for name in ("evaluate_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}; null for none")
-        if self.evaluate_every is not None and not self.evaluate:
-            raise InputError("evaluate_every needs evaluate: true")
-        if self.evaluate_every is None and (self.patience is not None or self.select == "best"):
+        for name in ("epochs", "checkpoint_minutes", "evaluate_minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise InputError(f"{name} must be positive, not {getattr(self, name)}; null for none")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
+        now_and_then = self.evaluate_every or self.evaluate_minutes
+        if now_and_then and not self.evaluate:
+            raise InputError(f"evaluate_{'every' if self.evaluate_every else 'minutes'} needs evaluate: true")
+        if not now_and_then and (self.patience is not None or self.select == "best"):
             raise InputError(f"{'select: best' if self.patience is None else 'patience'} needs evaluate_every")
-        if not 0 <= self.schedule.warmup_steps <= self.steps:
-            raise InputError(f"schedule.warmup_steps must be in [0, {self.steps}], not {self.schedule.warmup_steps}")
+        if self.epochs is None:
+            schedule_of(self.schedule, 1.0, self.steps)  # names the key that does not fit
         for name in ("train_limit", "validation_limit"):
             limit = getattr(self.task, name)
             if limit is not None and limit < 1:

@@ -10,11 +10,13 @@ FLOORS = [
     {"errors", "files", "tree", "config"},
     {"spec", "adapter"},
     {"parametrize", "initialize", "optimize"},
-    {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"},
-    {"optimizer_config", "run_config", "tasks", "data", "losses", "metrics", "sampling", "checkpoint", "interop"},
-    {"parallel", "run_directory", "log", "build", "train", "evaluate", "decode", "generate", "report", "summary"}
-    | {"likelihood", "until", "measure", "validate", "selection"},
-    {"run", "export", "attach", "harness", "dry_run"},
+    {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"}
+    | {"fingerprint", "freeze"},
+    {"optimizer_config", "schedule_config", "parallel_config", "run_config", "tasks", "data", "losses", "metrics"}
+    | {"sampling", "checkpoint", "interop", "interrupt", "parallel"},
+    {"run_directory", "log", "trackers", "build", "warm_start", "train", "evaluate", "decode", "generate"}
+    | {"summary", "likelihood", "until", "measure", "validate", "selection", "curves"},
+    {"prepare", "loop", "run", "export", "attach", "harness", "dry_run", "command", "report"},
 ]
 AXES = FLOORS[2]
 HEAVY = {

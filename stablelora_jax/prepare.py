@@ -1,0 +1,145 @@
+"""Everything that a run works with, loaded, checked and placed before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stablelora_jax.build import make_schedule, make_training
+from stablelora_jax.data import Loader, make_loader, statistics, tokenised, training_texts
+from stablelora_jax.describe import describe
+from stablelora_jax.errors import InputError
+from stablelora_jax.export import locate_adapter
+from stablelora_jax.fingerprint import fingerprint
+from stablelora_jax.intercept import Adapted, adapted
+from stablelora_jax.interop.peft import require_peft_form
+from stablelora_jax.likelihood import make_compute
+from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.pretrained import base_directory, load_pretrained
+from stablelora_jax.models.shapes import architecture
+from stablelora_jax.models.untie import untie
+from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
+from stablelora_jax.parallel_config import MeshConfig
+from stablelora_jax.run_config import RunConfig
+from stablelora_jax.run_directory import identity
+from stablelora_jax.tasks import load_questions
+from stablelora_jax.train import TrainState, init_state
+from stablelora_jax.transform import init_adapters
+from stablelora_jax.validate import HeldOut, held_out
+from stablelora_jax.warm_start import start_adapters
+
+
+class Job(NamedTuple):
+    """What a run works with; nothing in it changes."""
+
+    config: RunConfig  # with its steps, where it said epochs
+    directory: Path
+    base: str  # where the base came from
+    layout: Layout
+    model: Adapted
+    params: Any  # as the layout has it
+    loader: Loader
+    data: dict[str, Any]  # statistics of what is trained on
+    held: HeldOut  # validation
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+    trained: Callable[[Any], Any]  # the adapters as the loss sees them
+    start: TrainState  # host arrays
+    compute: Any  # make_compute's
+    about: dict[str, Any]  # what a checkpoint must agree with
+
+
+def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, resumes: bool = False) -> Job:
+    """Load the base and the data, and make the start; of a run that ``resumes``, only what the start looks like.
+
+    Raises:
+      InputError: anything that the user gave and that cannot be used.
+    """
+    base = config.model.path or str(base_directory())
+    layout = make_layout(config, architecture(config.model.path))
+    layout.require_rows(config.batch_size, config.accumulate)
+    model, params = load_pretrained(base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base)
+    if config.model.untie:
+        model, params = untie(model, params)
+    if model.tokenizer is None:
+        raise InputError(f"{base} has no tokenizer")
+    if config.length > model.config.max_position_embeddings:
+        raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
+    loader = _load(config, model.tokenizer, say)
+    if int(loader.store.tokens.max()) >= model.config.vocab_size:
+        raise InputError(f"the tokenizer of {base} gives ids beyond its vocabulary of {model.config.vocab_size}")
+    config, data = _with_steps(config, loader, say)
+    held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
+    key = jax.random.key(config.seed)
+    if config.adapter is None or resumes:
+        adapters = init_adapters(key, params, config.lora)
+    else:
+        adapters = start_adapters(locate_adapter(config.adapter)[0], params, config.lora)
+    require_peft_form(adapters, config.lora, params)
+    tx, trained = make_training(config, params, adapters)
+    say(describe(params, adapters, config.lora))
+    if config.freeze:
+        say(f"frozen: {', '.join(config.freeze)}")
+    low_rank = adapted(model, config.lora)
+    return Job(
+        config=config,
+        directory=directory,
+        base=base,
+        layout=layout,
+        model=low_rank,
+        params=params,
+        loader=loader,
+        data=data,
+        held=held,
+        schedule=make_schedule(config),
+        tx=tx,
+        trained=trained,
+        start=to_host(init_state(adapters, tx, jax.random.fold_in(key, 1))),
+        compute=make_compute(low_rank, layout),
+        about={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
+    )
+
+
+def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
+    """The layout that ``config.parallel`` asks for.
+
+    Raises:
+      InputError: its sizes are not those of the devices.
+    """
+    own = config.parallel
+    if not isinstance(own, MeshConfig):
+        return pmap_layout()
+    return mesh_layout(own.data, own.fsdp, own.tensor, key_value_heads=model.num_key_value_heads)
+
+
+def _load(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> Loader:
+    """The training split as batches, with a line where something of it is cut."""
+    data, texts = config.data, training_texts(load_questions(config.task, "train"))
+    how = {"length": config.length, "truncate": data.truncate, "chat": data.chat_template, "cache": data.cache}
+    store = tokenised(tokenizer, texts, **how, say=say)  # type: ignore[arg-type]
+    if store.cut:
+        side = {"left": "beginning", "right": "end"}[data.truncate]
+        say(f"{store.cut} of {len(texts)} training texts are longer than length={config.length}: their {side} is cut")
+    return make_loader(
+        store, batching=data.batching, length=config.length, batch_size=config.batch_size, seed=config.seed
+    )
+
+
+def _with_steps(config: RunConfig, loader: Loader, say: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration with its epochs as steps, and the statistics of what is trained on, which are said."""
+    if config.epochs is not None:
+        steps = max(1, math.ceil(config.epochs * loader.rows / config.batch_size))
+        config = replace(config, steps=steps, epochs=None)
+    n = statistics(loader, config.steps)
+    say(
+        f"{n['texts']} texts in {n['rows']} rows: {n['tokens']} tokens, {n['loss_tokens']} of them learnt; "
+        f"{n['padding']:.1%} of a batch is padding; {config.steps} steps are {n['epochs']:.2f} epochs"
+    )
+    return config, n
