@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -47,7 +48,15 @@ def work(arguments: argparse.Namespace) -> None:
         return
     from stablelora_jax.run import run
 
-    run(run_config)
+    run(run_config, say)
+
+
+def say(text: str) -> None:
+    """Print; where that is no longer read, or cannot be kept, training goes on in silence."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

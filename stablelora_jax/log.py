@@ -57,6 +57,7 @@ class RunLog:
         from tqdm import tqdm
 
         self.path, self.schedule, self.spec, self.writes = directory / METRICS, schedule, spec, writes
+        self.step = step
         self.data: dict[str, Any] | None = None  # what is trained on
         self._evaluations: dict[int, dict[str, Any]] = {}
         self._stopped: set[str] = set()
@@ -79,15 +80,16 @@ class RunLog:
         """Every evaluation written so far, by step."""
         return dict(self._evaluations)
 
-    def write_data(self, statistics: dict[str, Any]) -> None:
-        """Record what is trained on, once a run.
+    def write_data(self, statistics: dict[str, Any], *, accept_changes: bool = False) -> None:
+        """Record what is trained on: once a run, and where it has changed and that is accepted.
 
         Raises:
           InputError: a run that goes on has other data than it began with.
         """
-        if self.data is None:
-            self._write({"step": 0, "data": statistics})
-        elif self.data["digest"] != statistics["digest"]:
+        same = self.data is not None and self.data.get("digest") == statistics["digest"]
+        if self.data is None or (accept_changes and not same):
+            self._write({"step": self.step, "data": statistics})
+        elif not same:
             raise InputError(f"{self.path.parent} was begun with other training data: choose another output=")
 
     def write_evaluation(self, step: int, result: dict[str, Any]) -> None:

@@ -161,6 +161,8 @@ def _read(job: Job, placed: TrainState, number: int, manager: Any, log: RunLog, 
 
 
 def _save(job: Job, placed: TrainState, number: int, manager: Any) -> None:
+    if not manager.directory.is_dir():  # Orbax would make it again, of a run that has lost the rest
+        raise RunError(f"cannot write checkpoint {number}: {manager.directory} is gone; put it back or begin anew")
     checkpoint.save(manager, number, job.layout.fetch(placed), about_of(job, number))
 
 

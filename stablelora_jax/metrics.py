@@ -81,6 +81,7 @@ def keep_records_until(path: Path, step: int) -> None:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if whole and all(isinstance(record.get(key, {}), dict) for key in ("validation", "data")) else None

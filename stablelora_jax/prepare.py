@@ -69,7 +69,7 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
     if config.model.untie:
         model, params = untie(model, params)
     if model.tokenizer is None:
-        raise InputError(f"{base} has no tokenizer")
+        raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
     if config.length > model.config.max_position_embeddings:
         raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
     loader = _load(config, model.tokenizer, say)

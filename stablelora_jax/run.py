@@ -109,7 +109,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
             writes=is_primary(),
         )
         held.enter_context(closing(log))
-        log.write_data(job.data)
+        log.write_data(job.data, accept_changes=config.accept_changes)
         state = _trained(job, state, checkpoints, log, say)
         kept = _keep_adapter(job, state, checkpoints, log)
     return _finish(job, log, int(state.step), kept, time.monotonic() - began, say)
@@ -147,11 +147,12 @@ def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -
         shutil.rmtree(partial, ignore_errors=True)
         try:
             save_peft(partial, state.adapters, config.lora, base_model=job.base, params=job.params, metadata=metadata)
+            with writing(job.directory / ADAPTER):
+                os.rename(partial, job.directory / ADAPTER)
         except InputError as error:
+            raise RunError(f"{error}; step {state.step} is saved, and the same command goes on from it") from None
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise RunError(f"{error}; step {state.step} is saved") from None
-        with writing(job.directory / ADAPTER):
-            os.rename(partial, job.directory / ADAPTER)
     return step
 
 

@@ -51,7 +51,10 @@ def changed(directory: Path, run_config: RunConfig) -> list[str]:
     """What decides the result and is not as the run in ``directory`` has it; nothing where there is none."""
     if not (directory / CONFIG).is_file():
         return []
-    theirs = identity(config.load(RunConfig, directory / CONFIG))
+    try:
+        theirs = identity(config.load(RunConfig, directory / CONFIG))
+    except InputError as error:
+        raise InputError(f"{error}; put back what it was, or choose another output=") from None
     return _differences(theirs, identity(run_config))
 
 

@@ -34,7 +34,8 @@ def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: fl
         "loss_last_10": _mean(last),
         **{name: {k: v for k, v in e.items() if k != "answers"} for name, e in found.items() if e},
         "minutes": round(seconds / 60, 2),
-        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "jax": jax.__version__,
     }
     return plain(summary)

@@ -1,11 +1,18 @@
-"""Eight fake devices, warnings about nothing, and the fixtures that many tests share."""
+"""Eight fake devices, warnings about nothing, what is compiled is kept for all workers, and shared fixtures."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="compiled-")
+if OWN_CACHE:  # of the first process; workers and scripts that tests start inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from pathlib import Path  # noqa: E402
 
@@ -18,6 +25,12 @@ ROOT = Path(__file__).parents[1]
 def pytest_addoption(parser):
     """``--long`` runs everything; without it, what is marked ``long`` is left out."""
     parser.addoption("--long", action="store_true", help="also the long forms of tests, about ten minutes more")
+
+
+def pytest_unconfigure():
+    """Remove what was compiled."""
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -77,7 +77,7 @@ def test_how_a_run_that_stops_ends(monkeypatch, capsys, error, code, line):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    def stop(config):
+    def stop(config, say):
         assert config.seed == 5
         raise error
 

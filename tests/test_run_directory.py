@@ -26,7 +26,9 @@ def test_another_configuration_is_refused_and_named(tmp_path):
     mine = RunConfig(output=str(tmp_path / "r"))
     claim(mine)
     before = (tmp_path / "r" / "config.yaml").read_bytes()
-    with pytest.raises(InputError, match=r"\(lora.rank is 8 there and 2 here; seed is 0 there and 4 here\): choose another output="):
+    with pytest.raises(
+        InputError, match=r"\(lora.rank is 8 there and 2 here; seed is 0 there and 4 here\): choose another output="
+    ):
         claim(replace(mine, seed=4, lora=LoraSpec(rank=2)))
     assert (tmp_path / "r" / "config.yaml").read_bytes() == before
 

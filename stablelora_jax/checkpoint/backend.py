@@ -31,15 +31,29 @@ def _audible(record: logging.LogRecord) -> bool:
     return absl_logging.get_verbosity() >= absl_logging.INFO or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
+def silence_stragglers() -> None:
+    """For good: where a write fails, those beside it end, at any time, after Orbax has closed their event loop."""
+    hook = sys.unraisablehook
+    if getattr(hook, "silent", False):
+        return
+
+    def quiet(found: Any) -> None:
+        if "Event loop is closed" not in str(found.exc_value):
+            hook(found)
+
+    quiet.silent = True  # type: ignore[attr-defined]
+    sys.unraisablehook = quiet
+
+
 def attempt(act: Callable[[], Any]) -> tuple[Any, str | None]:
     """What ``act`` returns, and None; or None, and why Orbax could not do it.
 
-    Where one read or write fails, those beside it may end after Orbax has closed their event loop, or with an error
-    that nobody asks for; Python would show either as a traceback, at any later time. They are waited for and let go.
+    Where one read or write fails, those beside it may end with an error that nobody asks for, which Python would show
+    as a traceback at any later time. They are waited for and let go.
     """
-    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    silence_stragglers()
+    log = logging.getLogger("asyncio")
     retrieved = lambda record: "never retrieved" not in record.getMessage()  # noqa: E731
-    sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else hook(found)
     log.addFilter(retrieved)
     try:
         try:
@@ -52,7 +66,6 @@ def attempt(act: Callable[[], Any]) -> tuple[Any, str | None]:
         gc.collect()
         return None, reason
     finally:
-        sys.unraisablehook = hook
         log.removeFilter(retrieved)
 
 

@@ -32,7 +32,7 @@ def steps(where: Where) -> list[int]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {reason_of(error)}") from None
+        raise InputError(f"{path} cannot be read ({reason_of(error)}): make it readable, or remove it") from None
 
 
 def read_about(where: Where, step: int | None = None) -> dict[str, Any]:

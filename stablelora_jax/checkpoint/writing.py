@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from stablelora_jax.checkpoint.backend import Where, attempt, is_manager, orbax, path_of, reason_of
+from stablelora_jax.checkpoint.backend import Where, attempt, is_manager, orbax, path_of, reason_of, silence_stragglers
 from stablelora_jax.checkpoint.leaves import checksum_of, fetched, form, named_leaves
 from stablelora_jax.checkpoint.reading import steps
 from stablelora_jax.checkpoint.record import as_json, plain
@@ -29,6 +29,7 @@ def open_manager(
     Raises:
       InputError: the directory cannot be made or read.
     """
+    silence_stragglers()
     ocp, path = orbax(), path_of(directory)
 
     def kept(checkpoints: Any, *, context: Any) -> list[bool]:

@@ -6,6 +6,7 @@ is given. Every process must see the same run directory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -47,8 +48,11 @@ def require_devices() -> None:
     """
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise InputError(f"jax finds no device: {brief(error)}; see JAX_PLATFORMS") from None
+    except (RuntimeError, AssertionError) as error:  # the second where jax is built without that kind
+        wanted = os.environ.get("JAX_PLATFORMS") or "any kind"
+        raise InputError(
+            f"jax finds no device of {wanted}: {brief(error) or 'it is built without'}; see JAX_PLATFORMS"
+        ) from None
 
 
 def is_primary() -> bool:
