@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+
 from stablelora_jax import config
 from stablelora_jax.command import exit_code
 from stablelora_jax.run_config import RunConfig
@@ -33,9 +35,13 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that replace those of the file")
     arguments = parser.parse_args()
-    return exit_code(
+    code = exit_code(
         lambda: work(arguments), interrupted="interrupted: the same command goes on from the newest checkpoint"
     )
+    if code in (1, 2) and jax.process_count() > 1:
+        sys.stderr.flush()
+        os._exit(code)  # jax would wait for the other processes, which wait for this one
+    return code
 
 
 def work(arguments: argparse.Namespace) -> None:

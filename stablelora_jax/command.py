@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from stablelora_jax.errors import InputError, Interrupted, RunError
@@ -16,11 +20,13 @@ def exit_code(work: Callable[[], Any], *, interrupted: str = "interrupted") -> i
     """Do ``work`` and give the process's exit code: 0, or after one line on stderr what went wrong.
 
     2 for an :class:`InputError`, 1 for a :class:`RunError`, 128 + the signal's number for :class:`Interrupted`, and
-    130 for any other KeyboardInterrupt, of which the line is ``interrupted``. Other exceptions pass.
+    130 for any other KeyboardInterrupt; SIGTERM is an Interrupted, and the line of both is ``interrupted``. Other
+    exceptions pass.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about PyTorch, which is not used
     try:
-        work()
+        with _terminated(interrupted):
+            work()
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -31,6 +37,23 @@ def exit_code(work: Callable[[], Any], *, interrupted: str = "interrupted") -> i
         print(interrupted, file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _terminated(line: str) -> Iterator[None]:
+    """SIGTERM as an :class:`Interrupted`, where Python gives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, line)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

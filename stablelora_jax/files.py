@@ -29,6 +29,8 @@ def write_parts_whole(path: Path, parts: Iterable[bytes]) -> None:
     try:
         with partial.open("wb") as file:
             file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)

@@ -27,6 +27,8 @@ from stablelora_jax.selection import best_step, exhausted
 from stablelora_jax.train import TrainState, make_stability_view, make_train_step
 from stablelora_jax.validate import validate
 
+Unread = tuple[int, Any]  # the number of a step, and its metrics on the devices
+
 
 def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable[[], int]) -> TrainState:
     """Step to the end; metrics are read one step late, so that the device never waits for them.
@@ -71,9 +73,10 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
         if done:
             return job.layout.fetch(placed)
         placed, metrics = step(placed, number)
+        new = (number + 1, metrics)
         if unread:
-            _read(job, placed, number + 1, manager, log, unread)
-        number, unread = number + 1, (number + 1, metrics)
+            _read(job, placed, number + 1, manager, log, unread, new)
+        number, unread = number + 1, new
 
 
 def evaluate(job: Job, adapters: Any, stop: Callable[[], int] = lambda: 0) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def _make_step(job: Job) -> Callable[[TrainState, int], tuple[TrainState, dict[s
 
 def _evaluates(config: RunConfig, step: int, now: int) -> bool:
     every = config.evaluate_every
-    due = step == config.steps or (step > 0 and (bool(now) or (every is not None and step % every == 0)))
+    due = step in (0, config.steps) or bool(now) or (every is not None and step % every == 0)
     return config.evaluate and due
 
 
@@ -140,13 +143,17 @@ def _evaluate(job: Job, placed: TrainState, step: int, log: RunLog, came: Callab
     return 0
 
 
-def _read(job: Job, placed: TrainState, number: int, manager: Any, log: RunLog, unread: tuple[int, Any]) -> None:
-    """Log the metrics of a step; ``placed`` is the state after ``number`` steps, that step or one more."""
+def _read(
+    job: Job, placed: TrainState, number: int, manager: Any, log: RunLog, unread: Unread, new: Unread | None = None
+) -> None:
+    """Log the metrics of a step; ``placed`` is the state after ``number`` steps: that step, or ``new``, the next."""
     step, metrics = unread[0], job.layout.fetch(unread[1])
     log.write_step(step, metrics)
     bad = int(metrics["in_a_row"])
     if bad < job.config.max_consecutive_errors:
         return
+    if new:  # what is saved is logged, too
+        log.write_step(new[0], job.layout.fetch(new[1]))
     _save(job, placed, number, manager)
     checkpoint.wait(manager)
     loader = job.loader

@@ -1,8 +1,8 @@
 """One typed configuration for each optimizer, read off the optimizer itself: signature, defaults and docstring.
 
 ``optimizer: {name: lora_rite, learning_rate: 2e-3}`` in a YAML is checked against ``lora_rite``'s own arguments. Left
-out are those that no file can give: ``scale``, which comes from the adapters, and ``gradient`` of OPLoRA, whose full
-form XX
+out are those that no file can give: ``scale``, which comes from the adapters, and ``gradient`` of OPLoRA, whose
+full form needs the gradients of whole kernels.
 """
 
 from __future__ import annotations

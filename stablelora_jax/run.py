@@ -25,14 +25,14 @@ from typing import Any
 
 import jax
 
-from stablelora_jax import checkpoint, report
+from stablelora_jax import checkpoint, report, tree
 from stablelora_jax.errors import InputError, RunError, brief
 from stablelora_jax.files import write_whole, writing
 from stablelora_jax.interop.peft import save_peft
 from stablelora_jax.interrupt import listening
 from stablelora_jax.log import RunLog
-from stablelora_jax.loop import about_of, evaluate, train
-from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices
+from stablelora_jax.loop import about_of, train
+from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices, to_host
 from stablelora_jax.prepare import Job, prepare
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.run_directory import (
@@ -95,6 +95,8 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
     with ExitStack() as held:
         if is_primary():
             held.enter_context(lock(directory))
+            if checkpoint.latest(checkpoints) != newest:
+                raise InputError(f"another process has written to {directory} in the meantime: start again")
         state = job.start if newest is None else _restored(job, checkpoints, newest, config.accept_changes)
         if is_primary():
             create(directory, config, newest or 0)
@@ -128,8 +130,6 @@ def _trained(job: Job, state: TrainState, checkpoints: Path, log: RunLog, say: C
 
     say(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {job.directory}")
     with listening() as came, checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager:
-        if config.evaluate and log.evaluation(0) is None:
-            log.write_evaluation(0, evaluate(job, job.layout.state(job.start.adapters)))
         state = train(job, state, manager, log, came)
         checkpoint.wait(manager)
     return state
@@ -138,15 +138,18 @@ def _trained(job: Job, state: TrainState, checkpoints: Path, log: RunLog, say: C
 def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -> int:
     """Put the last adapter, or where so configured the best, into RUN/adapter; the step that it is of."""
     config, step = job.config, int(state.step)
-    best = best_step(log.evaluations(), config.metric) if config.select == "best" else None
+    there = {step, *checkpoint.steps(checkpoints)}  # under another metric, the best may be long gone
+    known = {own: found for own, found in log.evaluations().items() if own in there}
+    best = best_step(known, config.metric) if config.select == "best" else None
     if best not in (None, step):
         state, step = checkpoint.restore(checkpoints, job.start, step=best), best
+    params = _readable(job)
     if is_primary() and not has_adapter(job.directory):
         metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name}
         partial = job.directory / f".{ADAPTER}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            save_peft(partial, state.adapters, config.lora, base_model=job.base, params=job.params, metadata=metadata)
+            save_peft(partial, state.adapters, config.lora, base_model=job.base, params=params, metadata=metadata)
             with writing(job.directory / ADAPTER):
                 os.rename(partial, job.directory / ADAPTER)
         except InputError as error:
@@ -154,6 +157,15 @@ def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return step
+
+
+def _readable(job: Job) -> Any:
+    """The base with what an adapter's file may hold of it, embedding and head, where this process can read it."""
+    params = job.params
+    for path in (("model", "embed_tokens"), ("lm_head",)):
+        if jax.process_count() > 1 and tree.get_in(job.start.adapters, path) is not None:
+            params = tree.set_in(params, path, to_host(tree.get_in(params, path)))
+    return params
 
 
 def _finish(job: Job, log: RunLog, steps: int, kept: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,12 +10,12 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stablelora_jax import config
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, RunError
 from stablelora_jax.files import read_json_object, write_whole
 from stablelora_jax.run_config import RunConfig
 
@@ -22,7 +23,7 @@ CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json",
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 # where and how a run is computed, watched and kept: its result is the same up to rounding
 FREE = (
-    ("output", "parallel", "distributed", "accumulate", "accept_changes", "trackers", "project", "show")
+    ("output", "parallel", "distributed", "accumulate", "accept_changes", "trackers", "show")
     + ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 )  # fmt: skip
 
@@ -66,18 +67,20 @@ def create(directory: Path, run_config: RunConfig, steps: int = 0) -> None:
 
     Raises:
       InputError: it cannot be written.
+      RunError: the disk is full.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if changed(directory, run_config):
-            for name in (SUMMARY, ADAPTER, CONFIG):
+            write_whole(_unused(directory, Path(CONFIG), steps), (directory / CONFIG).read_text())
+            for name in (SUMMARY, ADAPTER):
                 if (directory / name).exists():
                     os.rename(directory / name, _unused(directory, Path(name), steps))
         text = config.dump(run_config)
         if not (directory / CONFIG).is_file() or (directory / CONFIG).read_text() != text:
             write_whole(directory / CONFIG, text)
     except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
+        raise _unwritable(directory, error) from None
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def lock(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("a+")
     except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
+        raise _unwritable(directory, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,9 +134,8 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 def identity(run_config: RunConfig) -> dict[str, Any]:
     """What decides the result: every key but :data:`FREE`; patterns as lists, since their order is meaning."""
-    free = {f.name: f.default for f in fields(run_config) if f.name in FREE}
     data = replace(run_config.data, cache=None)
-    plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in free}
+    plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in FREE}
     lora = plain["lora"]
     lists = {name: [[key, value] for key, value in lora[name].items()] for name in ("rank_pattern", "alpha_pattern")}
     return {**plain, "lora": {**lora, **lists, "alpha": float(lora["alpha"])}}
@@ -142,6 +144,11 @@ def identity(run_config: RunConfig) -> dict[str, Any]:
 def has_adapter(directory: Path) -> bool:
     """Whether a whole adapter lies in the run's directory."""
     return (directory / ADAPTER / "adapter_config.json").is_file()
+
+
+def _unwritable(directory: Path, error: OSError) -> InputError | RunError:
+    kind = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
+    return kind(f"cannot write to {directory}: {error.strerror or error}")
 
 
 def _require_usable(directory: Path) -> None:

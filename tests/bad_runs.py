@@ -161,7 +161,11 @@ CLOSED = {  # name: (what is closed, code, what is said)
     "run directory closed": (modes("run", 0o000), 2, "cannot write to run: Permission denied: choose another output="),
     "run directory read-only": (modes("run", 0o500), 2, "cannot write to run: .* no directory that can be written to"),
     "checkpoint closed": (modes("run/checkpoints/3", 0o000), 2, "checkpoints/3 cannot be read .*make it readable"),
-    "checkpoints closed": (modes("run/checkpoints", 0o000), 2, "checkpoints cannot be read .Permission denied.: make it"),
+    "checkpoints closed": (
+        modes("run/checkpoints", 0o000),
+        2,
+        "checkpoints cannot be read .Permission denied.: make it",
+    ),
     "checkpoints read-only": (modes("run/checkpoints", 0o500), 1, "cannot write checkpoint 4 in .*Permission denied"),
     "checkpoint's files closed": (modes("run/checkpoints/3/state", 0o000, below=True), 2, "make it readable"),
     "metrics.jsonl closed": (modes("run/metrics.jsonl", 0o000), 1, "metrics.jsonl: Permission denied; once that is"),

@@ -33,6 +33,12 @@ def test_what_goes_wrong_is_one_line_and_a_code(capsys, error, code, line):
     assert said.out == "" and said.err == line + "\n"
 
 
+def test_sigterm_is_a_line_and_143(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert exit_code(lambda: os.kill(os.getpid(), signal.SIGTERM), interrupted="stopped") == 143
+    assert capsys.readouterr().err == "stopped\n" and signal.getsignal(signal.SIGTERM) == before
+
+
 def test_the_rest(capsys, monkeypatch):
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY")
     assert exit_code(lambda: 7) == 0 and os.environ["TRANSFORMERS_VERBOSITY"] == "error"

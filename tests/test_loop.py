@@ -1,6 +1,5 @@
 """What ends a run before its end, and what is due between two steps."""
 
-import json
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,8 +80,8 @@ def test_numbers_that_are_not_finite_end_the_run_with_the_last_good_state(tmp_pa
     ):
         run(mine, quiet)
     assert checkpoint.latest(tmp_path / "r" / "checkpoints") == 4
-    logged = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert [record.get("skipped") for record in logged if "loss" in record] == [True] * 3
+    logged = [record for record in records(tmp_path / "r") if "loss" in record]
+    assert [(record["step"], record["skipped"]) for record in logged] == [(step, True) for step in range(1, 5)]
     assert not (tmp_path / "r" / "adapter").exists()
 
 
@@ -117,6 +116,68 @@ def test_what_is_due_after_minutes(tmp_path):
     run(replace(mine, checkpoint_minutes=1e-9, evaluate_minutes=1e-9, keep_checkpoints=9), quiet)
     assert checkpoint.steps(tmp_path / "r" / "checkpoints") == [1, 2, 3, 4]
     assert [record["step"] for record in records(tmp_path / "r") if "validation" in record] == [0, 1, 2, 3, 4]
+
+
+def test_the_clock_of_checkpoints_begins_anew_with_each(monkeypatch):
+    from stablelora_jax import loop
+
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock, found = loop._Clock(1.0), []
+    for now[0] in range(0, 200, 20):
+        found.append(clock.due())
+        if found[-1]:
+            clock.reset()
+    assert found == [False, False, False, True, False, False, True, False, False, True]
+
+
+def test_the_loop_passes_on_its_micro_batches(tmp_path, monkeypatch):
+    from stablelora_jax import loop
+
+    original, asked = loop.make_train_step, []
+
+    def made(*arguments, **options):
+        asked.append(options["accumulate"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(loop, "make_train_step", made)
+    run(replace(SHORT, output=str(tmp_path / "r"), steps=1, evaluate_every=None, evaluate=False, accumulate=2), quiet)
+    assert asked == [2]
+
+
+def test_a_crash_while_changes_are_accepted_leaves_a_run(whole, tmp_path, monkeypatch):
+    import shutil
+
+    from stablelora_jax import run_directory
+
+    shutil.copytree(whole, tmp_path / "r")
+    longer, write = replace(SHORT, output=str(tmp_path / "r"), steps=8, accept_changes=True), run_directory.write_whole
+    asked = []
+
+    def full(path, text):
+        asked.append(path.name)
+        if len(asked) == 2:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write_whole", full)
+        with pytest.raises(RunError, match="No space left"):
+            run(longer, quiet)
+    assert asked == ["config-until-6.yaml", "config.yaml"]
+    assert run(longer, quiet)["steps"] == 8 and (tmp_path / "r" / "adapter-until-6").is_dir()
+
+
+def test_changed_data_and_another_metric_are_accepted(whole, tmp_path):
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "r")
+    mine = replace(
+        SHORT, output=str(tmp_path / "r"), steps=8, task=CompareSizesTask(train_limit=48, validation_limit=8)
+    )
+    mine = replace(mine, metric="acc", select="best", keep_checkpoints=1, accept_changes=True)
+    summary = run(mine, quiet)
+    assert summary["steps"] == 8 and summary["data"]["texts"] == 48 and (tmp_path / "r" / "adapter").is_dir()
 
 
 def test_changes_are_refused_unless_accepted_and_nothing_is_lost(whole, tmp_path):

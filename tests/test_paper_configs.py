@@ -73,6 +73,9 @@ def test_a_directory_is_read_and_what_has_no_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match="must hold a JSON object"):
         architecture(str(tmp_path))
+    (tmp_path / "weights.bin").write_text("")
+    with pytest.raises(InputError, match="is a file but not a .gguf"):
+        architecture(str(tmp_path / "weights.bin"))
     with pytest.raises(InputError, match="the hub gave no config.json"):
         architecture("no/such-model")
 

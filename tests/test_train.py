@@ -97,6 +97,22 @@ def test_dropout_changes_with_step_and_row():
     assert losses[0] == pytest.approx(plain[0], rel=1e-6) and losses[1:] != plain[1:]
 
 
+def test_dropout_keys_fold_in_the_step_and_the_row():
+    """States that differ in the step alone see other masks, and so do equal rows of one batch."""
+    (model, params), layout, spec = tiny_decoder(), pmap_layout(), LoraSpec(dropout=0.5)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    step, tx = make_train_step(adapted(model, spec), optax.sgd(0.0), layout), optax.sgd(0.0)
+    begun, placed, batch = host(init_state(adapters, tx, jax.random.key(1))), layout.place_base(params), batches(1)[0]
+    loss = lambda at, b: layout.fetch(
+        step(layout.state(begun._replace(step=np.int32(at))), placed, layout.split(b))[1]["loss"]
+    )
+    assert loss(3, batch) == loss(3, batch) != loss(4, batch)
+    one = lambda i: jax.tree.map(
+        lambda x: np.concatenate([np.roll(x[:1] * 0, 1, 0)] * i + [x[:1]] + [x[:1] * 0] * (7 - i)), batch
+    )
+    assert len({float(loss(3, one(i))) for i in range(8)}) == 8
+
+
 def test_latches_and_norms_are_reported():
     from stablelora_jax import still_shrinking
 

@@ -72,7 +72,7 @@ def restore(
     asked = plain(about)
     odd = differences({key: value for key, value in record.about.items() if key in asked}, asked, shown_values)
     if odd and not accept_changes:
-        raise InputError(f"{path / str(step)} is of another run: {some(odd)}; {ours} (or accept_changes)")
+        raise InputError(f"{path / str(step)} is of another run: {some(odd)}; {ours} (or accept_changes=true)")
     values = _read(path, step, state, record)
     for name, value in values.items():
         if record.leaves[name][2] not in (None, checksum_of(value)):

@@ -27,7 +27,8 @@ def shown_forms(there: Any, here: Any) -> tuple[str, str]:
 
 def shown_values(there: Any, here: Any) -> tuple[str, str]:
     """Both as JSON."""
-    return tuple("absent" if x is ... else json.dumps(x)[:60] for x in (there, here))  # type: ignore
+    texts = ("absent" if x is ... else json.dumps(x) for x in (there, here))
+    return tuple(text if len(text) <= 60 else f"{text[:40]}..." for text in texts)  # type: ignore[return-value]
 
 
 def some(clauses: list[str]) -> str:

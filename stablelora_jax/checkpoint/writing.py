@@ -27,8 +27,10 @@ def open_manager(
     others go once the newer one is whole. What a killed writer left half-written is removed now.
 
     Raises:
-      InputError: the directory cannot be made or read.
+      InputError: the directory cannot be made or read, or ``keep`` is not positive.
     """
+    if keep < 1:
+        raise InputError(f"keep must be at least 1, not {keep}")
     silence_stragglers()
     ocp, path = orbax(), path_of(directory)
 
@@ -62,12 +64,14 @@ def save(where: Where, step: int, state: Any, about: Mapping[str, Any] | None = 
     hold: the configuration, the fingerprint of the base, the place in the data.
 
     Raises:
-      InputError: a leaf is no array, JSON cannot hold ``about``, or a later step is there.
+      InputError: the step is negative, a leaf is no array, JSON cannot hold ``about``, or a later step is there.
       RunError: this checkpoint or the last one cannot be written; those before are whole.
     """
     if not is_manager(where):
         with open_manager(where) as manager:
             return save(manager, step, state, about)
+    if step < 0:
+        raise InputError(f"a step is a number from 0, not {step}")
     wait(where)
     there = where.all_steps()
     if step in there:

@@ -44,7 +44,7 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
 
 
 def architecture(path_or_id: str | None) -> DecoderConfig:
-    """The architecture of a model directory, of a name in :data:`KNOWN`, or of a hub id; None is the package's base.
+    """The architecture of a model directory, a GGUF file, a name in :data:`KNOWN` or a hub id; None: the own base.
 
     Raises:
       InputError: there is no ``config.json`` to be had, or the decoder is not such a model.
@@ -53,6 +53,12 @@ def architecture(path_or_id: str | None) -> DecoderConfig:
     directory = Path(name).expanduser()
     if name in KNOWN and not directory.is_dir():
         return decoder_config(KNOWN[name], name)
+    if directory.is_file():
+        if directory.suffix != ".gguf":
+            raise InputError(f"{directory} is a file but not a .gguf; give the directory that holds config.json")
+        from stablelora_jax.models.gguf import read_gguf
+
+        return decoder_config(read_gguf(directory).config, str(directory))
     file = directory / "config.json" if directory.is_dir() else _from_hub(name)
     try:
         raw = json.loads(file.read_bytes())

@@ -17,6 +17,7 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.models.gguf import read_gguf
 from stablelora_jax.models.gguf_rope import llama3_scaling
 from stablelora_jax.models.gguf_tokenizer import build_tokenizer
+from stablelora_jax.models.shapes import architecture
 
 gguf = pytest.importorskip("gguf")
 quants = pytest.importorskip("gguf.quants")
@@ -246,6 +247,7 @@ def test_logits_equal_those_of_transformers(tmp_path, arch):
         rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope |= {"original_max_position_embeddings": 64}
     model, params = load_pretrained(write(tmp_path / "m.gguf", tensors, arch, keys=keys, raw=raw))
+    assert architecture(str(tmp_path / "m.gguf")) == model.config, "without the weights"
     kinds = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
     kinds["qwen3"] = (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)
     sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from stablelora_jax import InputError, checkpoint
+from stablelora_jax import InputError, base_directory, checkpoint, load_peft, load_pretrained
 from stablelora_jax.fingerprint import fingerprint
 from stablelora_jax.parallel import initialize
 from tests.conftest import ROOT
@@ -82,6 +83,22 @@ def test_a_signal_to_one_process_ends_both_at_the_same_step(tmp_path):
     assert all(f"SIGTERM after step {newest}, which is saved" in text for text in said)
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(newest + 1)), "one process writes, each step once"
+
+
+def test_an_adapted_embedding_that_is_split_over_processes_is_written_whole(tmp_path):
+    port, out = free_port(), tmp_path / "r"
+    words = ["experiments/train.py", "steps=1", "batch_size=8", "task.train_limit=64", "evaluate=false"]
+    words += ["lora.rank=2", "lora.target=[q_proj, embed_tokens]", "parallel={name: mesh, tensor: 2, fsdp: 4}"]
+    words += [f"output={out}", "distributed.processes=2", "schedule.warmup_steps=0"]
+    pair = [start(*words, f"distributed.coordinator=localhost:{port}", f"distributed.process={i}") for i in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    _, params = load_pretrained(base_directory())
+    _, spec = load_peft(out / "adapter", params)
+    assert set(spec.target) == {"embed_tokens", "q_proj"}
+    stored = load_file(out / "adapter" / "adapter_model.safetensors")
+    own = next(value for name, value in stored.items() if name.endswith("embed_tokens.base_layer.weight"))
+    np.testing.assert_array_equal(own, params["model"]["embed_tokens"]["embedding"])
 
 
 @pytest.mark.parametrize(
