@@ -6,7 +6,7 @@ See README.md for the quick start; every public name is documented where it is d
 from stablelora_jax.bank import banked, make_bank
 from stablelora_jax.combine import combine
 from stablelora_jax.describe import describe
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, RunError
 from stablelora_jax.freeze import freeze, frozen, hold
 from stablelora_jax.generate import generate
 from stablelora_jax.intercept import adapted
@@ -40,6 +40,7 @@ from stablelora_jax.warm_start import start_adapters
 __all__ = [
     "InputError",
     "LoraSpec",
+    "RunError",
     "adapted",
     "allora",
     "altlora",

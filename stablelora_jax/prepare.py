@@ -22,6 +22,7 @@ from stablelora_jax.intercept import Adapted, adapted
 from stablelora_jax.interop.peft import require_peft_form
 from stablelora_jax.likelihood import make_compute
 from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.models.shapes import architecture
 from stablelora_jax.models.untie import untie
@@ -65,23 +66,15 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
     base = config.model.path or str(base_directory())
     layout = make_layout(config, architecture(config.model.path))
     layout.require_rows(config.batch_size, config.accumulate)
-    model, params = load_pretrained(base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base)
-    if config.model.untie:
-        model, params = untie(model, params)
-    if model.tokenizer is None:
-        raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
-    if config.length > model.config.max_position_embeddings:
-        raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
+    model, params = _load_base(config, base, layout)
     loader = _load(config, model.tokenizer, say)
     if int(loader.store.tokens.max()) >= model.config.vocab_size:
         raise InputError(f"the tokenizer of {base} gives ids beyond its vocabulary of {model.config.vocab_size}")
     config, data = _with_steps(config, loader, say)
     held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
     key = jax.random.key(config.seed)
-    if config.adapter is None or resumes:
-        adapters = init_adapters(key, params, config.lora)
-    else:
-        adapters = start_adapters(locate_adapter(config.adapter)[0], params, config.lora)
+    fresh = config.adapter is None or resumes
+    adapters = init_adapters(key, params, config.lora) if fresh else _given(config, params)
     require_peft_form(adapters, config.lora, params)
     tx, trained = make_training(config, params, adapters)
     say(describe(params, adapters, config.lora))
@@ -105,6 +98,24 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
         compute=make_compute(low_rank, layout),
         about={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
     )
+
+
+def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, Any]:
+    """The base where it will lie, fit for the run's texts."""
+    model, params = load_pretrained(base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base)
+    if config.model.untie:
+        model, params = untie(model, params)
+    if model.tokenizer is None:
+        raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
+    if config.length > model.config.max_position_embeddings:
+        raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
+    return model, params
+
+
+def _given(config: RunConfig, params: Any) -> Any:
+    """The adapter that the run begins with."""
+    assert config.adapter is not None
+    return start_adapters(locate_adapter(config.adapter)[0], params, config.lora)
 
 
 def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:

@@ -101,20 +101,18 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
         if is_primary():
             create(directory, config, newest or 0)
         barrier("the run directory is there")
-        log = RunLog(
-            directory,
-            newest or 0,
-            job.config.steps,
-            job.schedule,
-            config.lora,
-            trackers=config.trackers,
-            writes=is_primary(),
-        )
-        held.enter_context(closing(log))
-        log.write_data(job.data, accept_changes=config.accept_changes)
+        log = held.enter_context(closing(_opened_log(job, newest or 0)))
         state = _trained(job, state, checkpoints, log, say)
         kept = _keep_adapter(job, state, checkpoints, log)
     return _finish(job, log, int(state.step), kept, time.monotonic() - began, say)
+
+
+def _opened_log(job: Job, step: int) -> RunLog:
+    config, writes = job.config, is_primary()
+    how = {"trackers": config.trackers, "writes": writes}
+    log = RunLog(job.directory, step, config.steps, job.schedule, config.lora, **how)  # type: ignore[arg-type]
+    log.write_data(job.data, accept_changes=config.accept_changes)
+    return log
 
 
 def _restored(job: Job, checkpoints: Path, step: int, accept_changes: bool) -> TrainState:

@@ -38,8 +38,7 @@ class Layout(NamedTuple):
         """Parameters, or any tree that is read and never changed, where the base lies."""
 
         def place(path: Any, x: Any) -> jax.Array:
-            keys = tuple(str(getattr(key, "key", key)) for key in path)
-            return jax.device_put(x, self.base(keys, jnp.shape(x)))
+            return jax.device_put(x, self.base(names_of(path), jnp.shape(x)))
 
         return jax.tree_util.tree_map_with_path(place, params)
 
@@ -60,6 +59,11 @@ class Layout(NamedTuple):
                 f"a batch of {rows} rows does not divide over {self.title}{micro}: "
                 f"batch_size must be a multiple of {self.parts * accumulate}"
             )
+
+
+def names_of(path: Any) -> tuple[str, ...]:
+    """A leaf's path of ``jax.tree_util`` as names."""
+    return tuple(str(getattr(key, "key", key)) for key in path)
 
 
 def gather(tree: Any, axis: str | None) -> Any:
