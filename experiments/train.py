@@ -38,7 +38,7 @@ def main() -> int:
     code = exit_code(
         lambda: work(arguments), interrupted="interrupted: the same command goes on from the newest checkpoint"
     )
-    if code in (1, 2) and jax.process_count() > 1:
+    if code in (1, 2) and jax.distributed.is_initialized():
         sys.stderr.flush()
         os._exit(code)  # jax would wait for the other processes, which wait for this one
     return code

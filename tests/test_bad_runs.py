@@ -413,7 +413,7 @@ def test_full_disks(mounted, name):
 
 
 def test_a_new_run_on_a_full_disk(mounted):
-    check(mounted["new"], 2, "cannot write to small/run: No space left on device")
+    check(mounted["new"], 1, "cannot write to small/run: No space left on device")
 
 
 def test_a_read_only_disk(mounted):
