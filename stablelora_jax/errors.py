@@ -33,3 +33,8 @@ class Interrupted(KeyboardInterrupt):
 def brief(error: BaseException) -> str:
     """What another library's error says, as at most 200 characters of one line."""
     return " ".join(str(error).split())[:200]
+
+
+def named(error: BaseException) -> str:
+    """:func:`brief` with the error's kind, for libraries whose texts alone say too little."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

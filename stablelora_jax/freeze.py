@@ -46,7 +46,6 @@ from stablelora_jax.optimize.stable import OFF, ON, ShrinkUntilStableState
 from stablelora_jax.optimize.stiefel import StiefelState
 from stablelora_jax.sites import extra_leaves, fitted_sites
 from stablelora_jax.spec import LoraSpec
-from stablelora_jax.tree import Path
 
 
 def frozen(params: Any, adapters: Any, spec: LoraSpec, patterns: str | Iterable[str]) -> Any:
@@ -128,7 +127,7 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransfo
             return node
 
         def settled(path: Any, latch: jax.Array) -> jax.Array:
-            one: Any = tree.get_in(mask, (*_keys(path), "lora_a"))
+            one: Any = tree.get_in(mask, (*tree.keys_of(path), "lora_a"))
             return jnp.where(one[..., 0, 0] & (latch == ON), OFF, latch).astype(latch.dtype)
 
         inside = jax.tree.map(_settle, node.inner, is_leaf=lambda n: isinstance(n, ShrinkUntilStableState))
@@ -142,14 +141,10 @@ def _require_whole_pairs(state: Any, mask: Any) -> None:
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PairwiseState))
     for pairs in (node.pairs for node in nodes if isinstance(node, PairwiseState)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(pairs, is_leaf=lambda n: isinstance(n, StiefelState)):
-            pair: Any = tree.get_in(mask, _keys(path)) if isinstance(leaf, StiefelState) else None
+            pair: Any = tree.get_in(mask, tree.keys_of(path)) if isinstance(leaf, StiefelState) else None
             if is_pair(pair) and (pair["lora_a"] != pair["lora_b"]).any():
-                name = ".".join(_keys(path))
+                name = ".".join(tree.keys_of(path))
                 raise InputError(f"freeze: stiefel_lora moves both factors of {name} at once: freeze both or neither")
-
-
-def _keys(path: Any) -> Path:
-    return tuple(str(getattr(key, "key", key)) for key in path)
 
 
 def _freezes(patterns: Sequence[str], name: str) -> bool:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from stablelora_jax.decode import decoder_of, generate_tokens
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, named
 from stablelora_jax.sampling import sampling
 
 
@@ -144,7 +144,7 @@ def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program of its own, with errors of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = named(error)
         raise InputError(f"prompt {number}: the chat template does not take it ({reason})") from None
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 

@@ -53,7 +53,6 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
     answer = agree((came(), 0, 0))
     while True:
         stop, save_now, evaluate_now = answer()
-        answer = agree((came(), saving.due(), evaluating.due()))
         evaluates = _evaluates(config, number, evaluate_now) and log.evaluation(number) is None
         saves = number > 0 and (bool(save_now) or number % config.checkpoint_every == 0)
         if unread and (evaluates or saves or stop or number == config.steps):
@@ -64,14 +63,15 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
             evaluating.reset()
         done = number == config.steps or exhausted(log.evaluations(), config.metric, config.patience)
         if saves or stop or done or (evaluates and best_step(log.evaluations(), config.metric) == number):
-            _save(job, placed, number, manager)
+            state = _save(job, placed, number, manager)
             saving.reset()
         if stop:
             checkpoint.wait(manager)
             name = signal.Signals(stop).name
             raise Interrupted(stop, f"{name} after step {number}, which is saved: the same command goes on from there")
         if done:
-            return job.layout.fetch(placed)
+            return state
+        answer = agree((came(), saving.due(), evaluating.due()))
         placed, metrics = step(placed, number)
         new = (number + 1, metrics)
         if unread:
@@ -79,7 +79,7 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
         number, unread = number + 1, new
 
 
-def evaluate(job: Job, adapters: Any, stop: Callable[[], int] = lambda: 0) -> dict[str, Any]:
+def evaluate(job: Job, adapters: Any, stop: Callable[[], int]) -> dict[str, Any]:
     """Measure ``adapters``, as they lie, on the held-out split.
 
     Raises:
@@ -167,10 +167,13 @@ def _read(
     )
 
 
-def _save(job: Job, placed: TrainState, number: int, manager: Any) -> None:
+def _save(job: Job, placed: TrainState, number: int, manager: Any) -> TrainState:
+    """Begin to save the state after ``number`` steps; the state, host arrays."""
     if not manager.directory.is_dir():  # Orbax would make it again, of a run that has lost the rest
         raise RunError(f"cannot write checkpoint {number}: {manager.directory} is gone; put it back or begin anew")
-    checkpoint.save(manager, number, job.layout.fetch(placed), about_of(job, number))
+    state = job.layout.fetch(placed)
+    checkpoint.save(manager, number, state, about_of(job, number))
+    return state
 
 
 def about_of(job: Job, step: int) -> dict[str, Any]:

@@ -25,9 +25,6 @@ class MeshConfig:
     tensor: int = option(1, "matrix products and heads are split over so many devices, which see the same rows")
 
 
-ParallelConfig = PmapConfig | MeshConfig
-
-
 @dataclass(frozen=True)
 class DistributedConfig:
     """Several processes as one run, all seeing the same run directory."""

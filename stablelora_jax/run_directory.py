@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax import config
+from stablelora_jax.checkpoint.wording import differences
 from stablelora_jax.errors import InputError, RunError
 from stablelora_jax.files import read_json_object, write_whole
 from stablelora_jax.run_config import RunConfig
@@ -56,7 +57,7 @@ def changed(directory: Path, run_config: RunConfig) -> list[str]:
         theirs = identity(config.load(RunConfig, directory / CONFIG))
     except InputError as error:
         raise InputError(f"{error}; put back what it was, or choose another output=") from None
-    return _differences(theirs, identity(run_config))
+    return differences(theirs, identity(run_config), _shown)
 
 
 def create(directory: Path, run_config: RunConfig, steps: int = 0) -> None:
@@ -175,8 +176,6 @@ def _unused(directory: Path, name: Path, steps: int) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = sorted({*theirs, *mine})
-        return [d for key in keys for d in _differences(theirs.get(key), mine.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if theirs == mine else [f"{path} is {theirs} there and {mine} here"]
+def _shown(there: Any, here: Any) -> tuple[str, str]:
+    """Both as text."""
+    return tuple("absent" if x is ... else str(x) for x in (there, here))  # type: ignore[return-value]

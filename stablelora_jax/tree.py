@@ -22,6 +22,11 @@ from stablelora_jax.errors import InputError
 Path = tuple[str, ...]
 
 
+def keys_of(path: Iterable[Any]) -> Path:
+    """A leaf's path as ``jax.tree_util`` gives it, as plain keys."""
+    return tuple(str(getattr(key, "key", key)) for key in path)
+
+
 def find_dicts(tree: Any, wanted: Any, prefix: Path = ()) -> dict[Path, Mapping[str, Any]]:
     """Every dict in ``tree`` for which ``wanted(dict)`` holds, by path, sorted; inside a find nothing is searched."""
     if not isinstance(tree, Mapping):

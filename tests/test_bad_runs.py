@@ -13,9 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from stablelora_jax import checkpoint
 from stablelora_jax.run_directory import lock
@@ -46,11 +44,6 @@ NEWEST = "run/checkpoints/3"
 def world(tmp_path_factory):
     """A base, data, an adapter, a run that was stopped after step 3, and the same run finished; it is only copied."""
     place, before = tmp_path_factory.mktemp("world"), os.getcwd()
-    keys = {"jax_compilation_cache_dir": str(place.parent / "cache"), "jax_persistent_cache_min_compile_time_secs": 0}
-    was = {key: getattr(jax.config, key) for key in keys}
-    for key, setting in keys.items():
-        jax.config.update(key, setting)
-    compilation_cache.reset_cache()
     os.chdir(place)
     try:
         bad_runs.make_world(place)
@@ -58,9 +51,6 @@ def world(tmp_path_factory):
         yield place
     finally:
         os.chdir(before)
-        for key, setting in was.items():
-            jax.config.update(key, setting)
-        compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -358,9 +348,8 @@ def goes_on(place, world):
 # what needs a process of its own
 
 
-def process(world, *command, **changes):
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(world.parent / "cache"), **changes}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
+def process(*command, **changes):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **changes}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -373,7 +362,7 @@ def ends(world, tmp_path_factory, kind, *within):
     if subprocess.run([*within, "true"], capture_output=True).returncode:
         pytest.skip(f"{within[0]} is refused here")
     scratch = tmp_path_factory.mktemp(kind)
-    done = process(world, *within, sys.executable, "-m", "tests.bad_runs", kind, str(world), str(scratch))
+    done = process(*within, sys.executable, "-m", "tests.bad_runs", kind, str(world), str(scratch))
     assert done.returncode == 0, done.stderr
     return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
 
@@ -426,21 +415,20 @@ def test_a_whole_process_whose_checkpoints_cannot_be_written(place, world):
     within = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
     if within and not shutil.which("setpriv"):
         pytest.skip("setpriv is not here")
-    done = process(world, *within, *script())
+    done = process(*within, *script())
     modes("run/checkpoints", 0o700)(place)
     one_line(done.returncode, done.stdout, done.stderr, 1, "cannot write checkpoint 4 in .*; step 3 is the newest")
 
 
 def test_devices_that_are_not_there(place, world):
     before = snapshot(place)
-    done = process(world, *script(), JAX_PLATFORMS="nonsense")
+    done = process(*script(), JAX_PLATFORMS="nonsense")
     one_line(done.returncode, done.stdout, done.stderr, 2, "jax finds no device of nonsense: .*see JAX_PLATFORMS")
     assert snapshot(place) == before
 
 
 def test_a_terminal_that_is_gone_does_not_end_a_run(place, world):
     with open("/dev/full", "w") as full:
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(world.parent / "cache")}
-        done = subprocess.run(script(), env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        done = subprocess.run(script(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert same(place / "run", world / "finished")

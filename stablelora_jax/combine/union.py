@@ -17,7 +17,7 @@ import jax
 from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.errors import InputError
 from stablelora_jax.spec import LoraSpec, items
-from stablelora_jax.tree import Path
+from stablelora_jax.tree import Path, keys_of
 
 
 def plain_sites(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, Site]:
@@ -31,7 +31,7 @@ def plain_sites(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, Site]:
     if spec.parametrization != "lora":
         raise InputError(f"{label} is {spec.parametrization} and cannot be taken together with others: {wayout}")
     for path, _ in jax.tree_util.tree_leaves_with_path(adapters):
-        name = ".".join(str(getattr(key, "key", key)) for key in path)
+        name = ".".join(keys_of(path))
         if name.rsplit(".", 1)[-1] not in ("lora_a", "lora_b"):
             raise InputError(f"{label} trains {name} and cannot be taken together with others: {wayout}")
     try:

@@ -20,8 +20,8 @@ import numpy as np
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
-from stablelora_jax.errors import InputError
-from stablelora_jax.files import write_bytes_whole
+from stablelora_jax.errors import InputError, brief
+from stablelora_jax.files import read_json_object, write_bytes_whole
 from stablelora_jax.full import unknown_full
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, Entry, is_tied, layout
@@ -107,14 +107,14 @@ def load_peft(directory: str | Path, params: Any) -> tuple[dict[str, Any], LoraS
 
 def load_metadata(directory: str | Path) -> dict[str, Any]:
     """What :func:`save_peft` was given as ``metadata``; empty for an adapter that another program wrote."""
-    return _read_json(Path(directory) / OURS) if (Path(directory) / OURS).is_file() else {}
+    return read_json_object(Path(directory) / OURS) if (Path(directory) / OURS).is_file() else {}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``adapter_config.json``."""
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory / CONFIG} does not exist: {directory} is not a PEFT adapter")
-    return _read_json(directory / CONFIG)
+    return read_json_object(directory / CONFIG)
 
 
 def require_peft_form(adapters: Any, spec: LoraSpec, params: Any = None) -> dict[tree.Path, Site]:
@@ -214,16 +214,6 @@ def _assemble(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> di
     return adapters
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} must hold a JSON object, not {type(raw).__name__}")
-    return raw
-
-
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
     """Tensors by name without prefix and without the adapter name ``default``, as they are stored."""
     from safetensors import SafetensorError
@@ -234,7 +224,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
     try:
         loaded = load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path} is not a readable safetensors file: {brief(error)}") from None
     tensors = {}
     for name, array in loaded.items():
         if not name.startswith(PREFIX):

@@ -8,7 +8,6 @@ as plain LoRA is refused: export it merged.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.errors import InputError
+from stablelora_jax.files import read_json_object
 from stablelora_jax.interop.peft import save_peft
 from stablelora_jax.interop.peft_layout import EMBEDDING, is_tied
 from stablelora_jax.sites import as_dict
@@ -80,7 +80,7 @@ def vllm_problems(directory: str | Path, max_lora_rank: int = max(RANKS)) -> lis
     from safetensors import safe_open
 
     directory = Path(directory)
-    config = json.loads((directory / "adapter_config.json").read_text())
+    config = read_json_object(directory / "adapter_config.json")
     found = [f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
     found += [f"{key} = {config[key]!r:.60} is not plain LoRA" for key in REFUSED if config.get(key)]
     if config.get("bias", "none") != "none":

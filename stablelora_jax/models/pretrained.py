@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, brief, named
 from stablelora_jax.files import write_whole
 from stablelora_jax.models.architecture import decoder_config, to_hf
 from stablelora_jax.models.decoder import Decoder
@@ -121,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path} is not JSON: {brief(error)}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(raw).__name__}")
     return raw
@@ -135,5 +135,5 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP))
     except Exception as error:  # many kinds: offline, no such repository, gated, rate limit
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = named(error)
         raise InputError(f"{name} is no local directory, and the hub did not give it ({reason})") from None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, brief, named
 from stablelora_jax.models.architecture import DecoderConfig, decoder_config
 from stablelora_jax.models.pretrained import base_directory
 
@@ -63,7 +63,7 @@ def architecture(path_or_id: str | None) -> DecoderConfig:
     try:
         raw = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())[:160]}") from None
+        raise InputError(f"{file} cannot be read: {brief(error)}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{file} must hold a JSON object, not {type(raw).__name__}")
     return decoder_config(raw, str(file))
@@ -75,5 +75,5 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # many kinds: no such name, offline, gated
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = named(error)
         raise InputError(f"{name} is no model directory, and the hub gave no config.json ({reason})") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, brief
 
 
 def load_tokenizer(directory: Path) -> Any | None:
@@ -28,5 +28,4 @@ def load_tokenizer(directory: Path) -> Any | None:
     try:
         return reader.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{directory}: its tokenizer cannot be read: {reason}") from None
+        raise InputError(f"{directory}: its tokenizer cannot be read: {brief(error)}") from None

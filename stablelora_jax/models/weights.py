@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, named
 
 LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 STACK = "layers"
@@ -52,20 +52,20 @@ def safetensors_source(directory: Path) -> TensorSource:
             handle = safe_open(str(file), framework="numpy")
             where |= {name: handle for name in handle.keys()}
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not a readable safetensors file: {_one_line(error)}") from None
+            raise InputError(f"{file} is not a readable safetensors file: {named(error)}") from None
     shapes = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in where.items()}
 
     def read(name: str) -> np.ndarray:
         try:
             return where[name].get_tensor(name)
         except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # numpy has no floats of eight bits
-            raise InputError(f"{directory}: tensor {name} cannot be read: {_one_line(error)}") from None
+            raise InputError(f"{directory}: tensor {name} cannot be read: {named(error)}") from None
 
     def read_rows(name: str, rows: slice) -> np.ndarray:
         try:
             return where[name].get_slice(name)[rows]
         except (SafetensorError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{directory}: tensor {name} cannot be read: {_one_line(error)}") from None
+            raise InputError(f"{directory}: tensor {name} cannot be read: {named(error)}") from None
 
     return TensorSource(str(directory), shapes, read, read_rows)
 
@@ -141,7 +141,7 @@ def _place(path: tuple[str, ...], array: np.ndarray, sharding: Sharding | None) 
             return jax.device_put(array).block_until_ready()
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]).block_until_ready()
     except ValueError as error:
-        raise InputError(f"{'.'.join(path)} of shape {array.shape} cannot be laid out: {_one_line(error)}") from None
+        raise InputError(f"{'.'.join(path)} of shape {array.shape} cannot be laid out: {named(error)}") from None
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -192,7 +192,7 @@ def _safetensors_files(directory: Path) -> list[Path]:
     try:
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise InputError(f"{index} has no readable weight_map: {_one_line(error)}") from None
+        raise InputError(f"{index} has no readable weight_map: {named(error)}") from None
     odd = next(
         (shard for shard in shards if not (isinstance(shard, str) and shard and Path(shard).name == shard)), None
     )
@@ -203,7 +203,3 @@ def _safetensors_files(directory: Path) -> list[Path]:
     if absent:
         raise InputError(f"{directory} lacks the shard {absent[0]:.100} that {index.name} lists")
     return [directory / shard for shard in shards]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

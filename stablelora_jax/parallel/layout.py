@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.tree import keys_of
 
 Takes = Literal["state", "base", "rows"]  # what an argument of a compiled function is
 
@@ -38,7 +39,7 @@ class Layout(NamedTuple):
         """Parameters, or any tree that is read and never changed, where the base lies."""
 
         def place(path: Any, x: Any) -> jax.Array:
-            return jax.device_put(x, self.base(names_of(path), jnp.shape(x)))
+            return jax.device_put(x, self.base(keys_of(path), jnp.shape(x)))
 
         return jax.tree_util.tree_map_with_path(place, params)
 
@@ -59,11 +60,6 @@ class Layout(NamedTuple):
                 f"a batch of {rows} rows does not divide over {self.title}{micro}: "
                 f"batch_size must be a multiple of {self.parts * accumulate}"
             )
-
-
-def names_of(path: Any) -> tuple[str, ...]:
-    """A leaf's path of ``jax.tree_util`` as names."""
-    return tuple(str(getattr(key, "key", key)) for key in path)
 
 
 def gather(tree: Any, axis: str | None) -> Any:

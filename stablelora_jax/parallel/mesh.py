@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.parallel.layout import Layout, Takes, names_of
+from stablelora_jax.parallel.layout import Layout, Takes
 from stablelora_jax.parallel.rules import ROWS, base_spec, constrained, gathered_embedding
+from stablelora_jax.tree import keys_of
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -96,7 +97,7 @@ def _abstract(mesh: Mesh, base: Callable[..., NamedSharding], tree: Any, takes: 
     fixed = {"state": NamedSharding(mesh, PartitionSpec()), "rows": NamedSharding(mesh, PartitionSpec(ROWS))}
 
     def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        lie = fixed.get(takes) or base(names_of(path), x.shape)
+        lie = fixed.get(takes) or base(keys_of(path), x.shape)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lie)
 
     return jax.tree_util.tree_map_with_path(shape, tree)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, brief, named
 
 T = TypeVar("T")
 Make = Callable[[Mapping[str, Any], str], T]
@@ -47,7 +47,7 @@ def parse(origin: str, rows: Iterable[Any], split: str, make: Make[T]) -> list[T
         try:
             found.append(make(row, str(row.get("id", f"{split}-{number}"))))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = named(error)
             raise InputError(f"{origin}: row {number + 1} is damaged ({reason})") from None
     if not found:
         raise InputError(f"{origin} has no rows")
@@ -70,7 +70,7 @@ def file_rows(file: Path) -> tuple[str, list[Any]]:
             for line in lines:
                 rows.append(json.loads(line))
     except (ValueError, EOFError, gzip.BadGzipFile, RecursionError) as error:
-        raise InputError(f"{file}: line {len(rows) + 1} is not JSON ({' '.join(str(error).split())[:160]})") from None
+        raise InputError(f"{file}: line {len(rows) + 1} is not JSON ({brief(error)})") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
     return str(file), rows
@@ -84,7 +84,7 @@ def hub_rows(hub: Hub, split: str) -> tuple[str, Iterable[Any]]:
     try:
         return origin, datasets.load_dataset(hub.repository, hub.config, split=split)
     except Exception as error:  # offline, unknown split, damaged cache: datasets raises many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = named(error)
         raise InputError(f"{origin} could not be had ({reason}); give a local directory as task.path") from None
 
 
