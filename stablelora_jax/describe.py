@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from stablelora_jax.adapter import Site
 from stablelora_jax.full import FullLeaf, full_leaves
+from stablelora_jax.quantize import is_quantized
 from stablelora_jax.sites import as_dict, extra_leaves, fitted_sites
 from stablelora_jax.spec import LoraSpec
 
@@ -17,7 +19,7 @@ def describe(params: Any, adapters: Any, spec: LoraSpec) -> str:
     """The table of adapted modules and, as its last line, PEFT's count of trained and of all parameters.
 
     A stack of layers is one row; ranks and scales that differ between its layers are shown as ranges, and padding is
-    not counted. ``all params`` includes the adapters, as in PEFT.
+    not counted. ``all params`` includes the adapters, as in PEFT. Of a quantised base a further line gives the size.
     """
     sites, leaves = fitted_sites(params, adapters, spec).values(), full_leaves(params, spec).values()
     counts = [_count(site, spec) for site in sites]
@@ -28,7 +30,21 @@ def describe(params: Any, adapters: Any, spec: LoraSpec) -> str:
     trained = sum(counts) + sum(int(np.prod(leaf.shape)) for leaf in leaves)
     total = trained + sum(int(np.prod(leaf.shape)) for leaf in flatten_dict(as_dict(params)).values())
     count = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
-    return "\n".join([*lines, count])
+    return "\n".join([*lines, count, *_quantised(params)])
+
+
+def _quantised(params: Any) -> list[str]:
+    """A line about a quantised base; none about another."""
+    leaves = jax.tree.leaves(as_dict(params), is_leaf=is_quantized)
+    own = [leaf for leaf in leaves if is_quantized(leaf)]
+    if not own:
+        return []
+    size, bits = sum(int(np.prod(leaf.shape)) for leaf in own), 8 * sum(leaf.nbytes for leaf in own)
+    kinds = ", ".join(sorted({type(leaf).__name__ for leaf in own}))
+    whole = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(leaves)) / 2**20
+    return [
+        f"quantised base: {size:,} parameters in {kinds}, {bits / size:.3f} bits each; {whole:,.1f} MiB with the rest"
+    ]
 
 
 def _count(site: Site, spec: LoraSpec) -> int:

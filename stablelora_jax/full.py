@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from stablelora_jax import tree
 from stablelora_jax.errors import InputError
+from stablelora_jax.quantize import dense
 from stablelora_jax.sites import as_dict, kernel_leaf
 from stablelora_jax.spec import LoraSpec
 from stablelora_jax.tree import Path
@@ -65,9 +66,9 @@ def full_leaves(params: Any, spec: LoraSpec) -> dict[Path, FullLeaf]:
 def init_full(params: Any, leaf: FullLeaf, dtype: DTypeLike) -> jax.Array:
     """The base's own values at ``leaf``, as its training starts."""
     value = tree.get_in(params, leaf.path)
-    if isinstance(value, jax.ShapeDtypeStruct):
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(value)):
         raise InputError(f"{'.'.join(leaf.path)} is trained in full: its start needs the base itself, not only shapes")
-    return _rows(jnp.asarray(value, dtype), leaf)
+    return _rows(jnp.asarray(dense(value), dtype), leaf)
 
 
 def lay_full(params: dict[str, Any], adapters: Any, leaves: Mapping[Path, FullLeaf], *, cast: bool) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def _rows(value: jax.Array, leaf: FullLeaf) -> jax.Array:
 def _laid(base: jax.Array, value: jax.Array, leaf: FullLeaf) -> jax.Array:
     if len(leaf.chosen) == int(np.prod(leaf.stack)):
         return value.reshape(base.shape)
-    wide = base.astype(value.dtype).reshape(-1, *leaf.own)
+    wide = dense(base).astype(value.dtype).reshape(-1, *leaf.own)
     return wide.at[np.array(leaf.chosen)].set(value).reshape(base.shape)
 
 

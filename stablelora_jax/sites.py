@@ -19,6 +19,7 @@ from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites, make_site
 from stablelora_jax.errors import InputError
 from stablelora_jax.parametrize import PARAMETRIZATIONS
+from stablelora_jax.quantize import dense
 from stablelora_jax.spec import LoraSpec, items
 from stablelora_jax.tree import Path
 
@@ -111,8 +112,11 @@ def kernel_axes(site_path: Path, module: Mapping[str, Any], spec: LoraSpec) -> t
 
 
 def to_matrix(kernel: jax.Array, depth: int, in_axes: tuple[int, ...]) -> jax.Array:
-    """``kernel`` with its contracted axes flattened to rows and the others to columns: (stack..., in, out)."""
-    moved = jnp.moveaxis(kernel, [depth + axis for axis in in_axes], range(depth, depth + len(in_axes)))
+    """``kernel`` with its contracted axes flattened to rows and the others to columns: (stack..., in, out).
+
+    A quantised kernel is dequantised.
+    """
+    moved = jnp.moveaxis(dense(kernel), [depth + axis for axis in in_axes], range(depth, depth + len(in_axes)))
     rows = int(np.prod(moved.shape[depth : depth + len(in_axes)]))
     return moved.reshape(*moved.shape[:depth], rows, -1)
 

@@ -15,11 +15,13 @@ from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError, brief, named
 from stablelora_jax.files import write_whole
+from stablelora_jax.models import bitsandbytes
 from stablelora_jax.models.architecture import decoder_config, to_hf
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.shards import write_safetensors
 from stablelora_jax.models.tokenizer import load_tokenizer
 from stablelora_jax.models.weights import ShardingRule, TensorSource, load_params, safetensors_source
+from stablelora_jax.quantize import format_of, is_quantized
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 GENERATION = "generation_config.json"
@@ -27,7 +29,11 @@ HUB_SKIP = ["original/*", "consolidated*", "onnx/*"]
 
 
 def load_pretrained(
-    path_or_id: str | Path, *, dtype: DTypeLike = jnp.float32, sharding: Sharding | ShardingRule | None = None
+    path_or_id: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | ShardingRule | None = None,
+    quantize: str | None = None,
 ) -> tuple[Decoder, Any]:
     """Load a decoder of the Llama, Mistral, Qwen2 or Qwen3 family.
 
@@ -37,6 +43,9 @@ def load_pretrained(
       dtype: of the parameters and of matrix products; norms, attention and logits use at least float32.
       sharding: where the parameters go: one ``jax.sharding.Sharding`` for all, or a function of a leaf's path (a tuple
         of names) and shape; None is the default device. Tensors are read one by one, straight into ``dtype``.
+      quantize: ``"nf4"`` or ``"int8"``: hold the kernels of the layers in 4.13 or 8 bits a number (see
+        :mod:`stablelora_jax.quantize`); None: in ``dtype``, as all else in any case. What bitsandbytes has quantised
+        to NF4 with double quantisation is taken over as it is.
 
     Returns:
       ``(model, params)``: ``model.apply({"params": params}, tokens)`` gives logits (B, T, V); ``model.config`` is a
@@ -49,12 +58,19 @@ def load_pretrained(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or (dtype.itemsize > 4 and not jax.config.read("jax_enable_x64")):
         raise InputError(f"dtype {dtype} cannot be used here; float64 needs jax.config.update('jax_enable_x64', True)")
+    if quantize is not None:
+        format_of(quantize)
     try:
         raw, source, tokenizer, origin = _open(path_or_id)
     except OSError as error:  # a name that is too long, a loop of links, no permission
         raise InputError(f"{str(path_or_id):.200} cannot be read: {error.strerror or error}") from None
+    if raw.get(bitsandbytes.KEY):
+        raw, source = bitsandbytes.unpacked(raw, source)
+        if quantize not in (None, "nf4"):
+            raise InputError(f"{path_or_id} is quantised to nf4 already: leave quantize={quantize!r} out")
+        quantize = "nf4"
     model = Decoder(decoder_config(raw, origin), dtype=dtype, tokenizer=tokenizer)
-    return model, load_params(abstract_params(model), source, dtype, sharding)
+    return model, load_params(abstract_params(model), source, dtype, sharding, quantize)
 
 
 def base_directory() -> Path:
@@ -81,14 +97,15 @@ def save_pretrained(
     Args:
       directory: made if need be; weights that it held before are replaced.
       model: whose configuration and tokenizer, if any, go with the weights.
-      params: the parameters.
+      params: the parameters; quantised kernels are written dequantised.
       dtype: of the tensors; default: that of each parameter.
       max_shard_size: bytes of one safetensors file; weights beyond it become several, with an index.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory, params, dtype, max_shard_size)
-    written = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*jax.tree.leaves(params))
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    written = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*(leaf.dtype for leaf in leaves))
     config = to_hf(model.config)
     write_whole(directory / "config.json", json.dumps(config | {"dtype": written.name}, indent=2) + "\n")
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}

@@ -9,6 +9,7 @@ their place, in their final dtype; a missing, extra or mis-shaped tensor is an e
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError, named
+from stablelora_jax.quantize import dense, encode, is_linear
 
 LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 STACK = "layers"
@@ -36,6 +38,7 @@ class TensorSource(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     rows: Callable[[str, slice], np.ndarray] | None = None  # a part of one, without reading the rest
+    quantized: Callable[[str, DTypeLike], Any] | None = None  # a layer's kernel as the file has it quantised
 
 
 def safetensors_source(directory: Path) -> TensorSource:
@@ -71,12 +74,18 @@ def safetensors_source(directory: Path) -> TensorSource:
 
 
 def load_params(
-    abstract: Any, source: TensorSource, dtype: DTypeLike, sharding: Sharding | ShardingRule | None = None
+    abstract: Any,
+    source: TensorSource,
+    dtype: DTypeLike,
+    sharding: Sharding | ShardingRule | None = None,
+    quantize: str | None = None,
 ) -> Any:
     """Fill the tree ``abstract`` (of ``jax.ShapeDtypeStruct``) from ``source``, every leaf in ``dtype``.
 
     ``sharding`` is that of every leaf, or gives that of a leaf from its path and shape; None: the default device. The
-    host holds one leaf, and one tensor of the file, beside those that are placed.
+    host holds one leaf, and one tensor of the file, beside those that are placed. With ``quantize``, the kernels of the
+    stacked layers are quantised from the file's own numbers, layer by layer, and their arrays are placed under the
+    paths ``(..., "kernel", name of the array)``.
 
     Raises:
       InputError: naming tensors that are missing, left over, of another shape, not floating-point, or not finite.
@@ -85,10 +94,7 @@ def load_params(
     wanted = {name: shape for path, leaf in leaves.items() for name, shape in hf_tensors(path, leaf.shape)}
     _check_names(wanted, source, tied="lm_head.weight" not in wanted)
     rule = sharding if callable(sharding) else lambda path, shape: sharding
-    params = {
-        path: _place(path, _read_leaf(path, leaf.shape, source, dtype), rule(path, leaf.shape))
-        for path, leaf in leaves.items()
-    }
+    params = {path: _load_leaf(path, leaf.shape, source, dtype, rule, quantize) for path, leaf in leaves.items()}
     _check_tied_head(wanted, source)
     return traverse_util.unflatten_dict(params)
 
@@ -105,21 +111,63 @@ def hf_tensors(path: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str,
 
 
 def hf_arrays(params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of :func:`load_params`: every tensor of ``params`` under its Hugging Face name and layout."""
+    """The inverse of :func:`load_params`: every tensor of ``params`` under its Hugging Face name and layout.
+
+    Quantised kernels are dequantised, one layer at a time.
+    """
     for path, leaf in traverse_util.flatten_dict(params).items():
-        array = np.asarray(leaf)
-        slices = array if STACK in path else array[None]
-        for (name, _), part in zip(hf_tensors(path, array.shape), slices, strict=True):
+        host, layers = jax.tree.map(np.asarray, leaf), range(leaf.shape[0]) if STACK in path else [...]
+        for (name, _), layer in zip(hf_tensors(path, leaf.shape), layers, strict=True):
+            part = np.asarray(dense(jax.tree.map(operator.itemgetter(layer), host)))
             yield name, np.ascontiguousarray(part.T if path[-1] == "kernel" else part)
+
+
+def _load_leaf(
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    source: TensorSource,
+    dtype: DTypeLike,
+    rule: Callable[[tuple[str, ...], tuple[int, ...]], Sharding | None],
+    quantize: str | None,
+) -> Any:
+    if quantize is None or not is_linear(path):
+        return _place(path, _read_leaf(path, shape, source, dtype), rule(path, shape))
+
+    def place(at: Any, array: np.ndarray) -> jax.Array:
+        own = (*path, str(at[0].name))
+        return _place(own, array, rule(own, array.shape))
+
+    return jax.tree_util.tree_map_with_path(place, _read_quantized(path, shape, source, dtype, quantize))
+
+
+def _read_quantized(
+    path: tuple[str, ...], shape: tuple[int, ...], source: TensorSource, dtype: DTypeLike, kind: str
+) -> Any:
+    """The leaf at ``path`` of NumPy arrays: the device quantises one tensor after another."""
+    layers = []
+    for name, _ in hf_tensors(path, shape):
+        if source.quantized is not None:
+            layers.append(source.quantized(name, dtype))
+            continue
+        tensor = _read_floats(source, name)
+        if not _finite(tensor):
+            raise InputError(f"{source.origin}: tensor {name} holds NaN or infinite numbers")
+        layers.append(jax.device_get(encode(tensor, kind, jnp.dtype(dtype))))
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
+
+
+def _read_floats(source: TensorSource, name: str) -> np.ndarray:
+    tensor = source.read(name)
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise InputError(f"{source.origin}: tensor {name} holds {tensor.dtype}, not floating-point numbers")
+    return tensor
 
 
 def _read_leaf(path: tuple[str, ...], shape: tuple[int, ...], source: TensorSource, dtype: DTypeLike) -> np.ndarray:
     out = _aligned(shape, jnp.dtype(dtype))
     slots = out if STACK in path else out[None]
     for (name, _), slot in zip(hf_tensors(path, shape), slots, strict=True):
-        tensor = source.read(name)
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise InputError(f"{source.origin}: tensor {name} holds {tensor.dtype}, not floating-point numbers")
+        tensor = _read_floats(source, name)
         with np.errstate(over="ignore"):  # which the check below finds
             slot[...] = tensor.T if path[-1] == "kernel" else tensor
         if not _finite(slot):
