@@ -74,7 +74,9 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """
     if arguments.merged and arguments.adapter is None:
         raise InputError("--merged needs --adapter, the adapter to merge")
+    from stablelora_jax import compile_cache
     from stablelora_jax.attach import attach
 
+    compile_cache.enable()
     given = {"dtype": arguments.dtype, "merged": arguments.merged, "apart": arguments.untie}
     return attach(arguments.model, arguments.adapter, **given)

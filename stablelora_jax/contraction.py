@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.lowrank import product
 
 Place = Callable[[jax.Array], jax.Array]
 
@@ -29,17 +30,19 @@ def contract(
         a = a.astype(module.dtype or kernel.dtype)
         return jnp.take(a, x, axis=0), lambda change: change
     dtype = module.dtype or jnp.promote_types(jnp.result_type(x), kernel.dtype)
-    x, a = jnp.asarray(x, dtype), a.astype(dtype)
+    x = jnp.asarray(x, dtype)
+    if isinstance(module, nn.Dense):
+        _require_axes(module, in_axes, (0,))
+        return product(x, a).astype(dtype), lambda change: change
+    a = a.astype(dtype)
     if isinstance(module, nn.Einsum):
         equation = kwargs.get("einsum_str") or (args[0] if args else None) or module.einsum_str or ""
         return _einsum(module, x, kernel, a, in_axes, equation.replace(" ", ""))
     if isinstance(module, nn.Conv):
         return _conv(module, x, kernel, a, in_axes)
-    axes: Any = (-1,)
-    if isinstance(module, nn.DenseGeneral):
-        if module.batch_dims != ():
-            raise InputError(f"{_name(module)} has batch_dims, which a pair cannot follow: exclude it")
-        axes = tuple(module.axis) if isinstance(module.axis, tuple | list) else (module.axis,)
+    if module.batch_dims != ():
+        raise InputError(f"{_name(module)} has batch_dims, which a pair cannot follow: exclude it")
+    axes = tuple(module.axis) if isinstance(module.axis, tuple | list) else (module.axis,)
     axes = tuple(sorted(axis % x.ndim for axis in axes))  # as Flax orders the axes of its kernel
     _require_axes(module, in_axes, tuple(range(len(axes))))
     a = a.reshape(*(x.shape[axis] for axis in axes), a.shape[-1])

@@ -1,32 +1,34 @@
 """A run without weights and data: its step is compiled from shapes alone, and says what it needs.
 
 Memory is what the compiler's own analysis says for one device; on a CPU its ``peak`` leaves the temporaries out. FLOPs
-a token are ``4 P + 6 P_lora + 6 L T d``: forward and backward of the frozen base, where no kernel's gradient is formed
-(P: parameters of all matrix products with the head), all of the adapters, and attention under its causal mask (L
-layers, T tokens a row, d the width of all heads together). The compiler counts a loop over layers as one layer.
+a token are those of :mod:`stablelora_jax.flops`; the compiler counts a loop over layers as one layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from stablelora_jax.adapter import pairs
-from stablelora_jax.build import make_training
+from stablelora_jax.build import make_training, numbers_of
 from stablelora_jax.data import Batch, bucket
 from stablelora_jax.errors import InputError
+from stablelora_jax.flops import flops_per_token
 from stablelora_jax.intercept import adapted
+from stablelora_jax.memory import choose_remat
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.models.shapes import architecture
 from stablelora_jax.parallel import Layout
 from stablelora_jax.prepare import make_layout
+from stablelora_jax.quantize import quantize_params
 from stablelora_jax.run_config import RunConfig
-from stablelora_jax.train import init_state, make_train_step
+from stablelora_jax.train import Numbers, init_state, make_train_step
 from stablelora_jax.transform import init_adapters
 
 
@@ -37,7 +39,8 @@ class Shapes(NamedTuple):
     step: Any  # make_train_step's
     state: Any  # without the axis of devices
     params: Any
-    batch: Batch  # the longest rows of the run, over all devices
+    batch: Batch  # the longest rows of the run, over all devices, with all of their tokens learnt
+    numbers: Numbers
     layout: Layout
 
 
@@ -55,14 +58,26 @@ def shapes(config: RunConfig) -> Shapes:
     tied = found.tie_word_embeddings and not config.model.untie
     model = Decoder(replace(found, tie_word_embeddings=tied), dtype=jnp.dtype(config.model.dtype))
     params, key = abstract_params(model), jax.random.key(0)
+    if config.model.quantize:
+        params = jax.eval_shape(partial(quantize_params, kind=config.model.quantize), params)
     adapters = jax.eval_shape(lambda p: init_adapters(key, p, config.lora), params)
     tx, trained = make_training(config, params, adapters)
-    state = jax.eval_shape(lambda a: init_state(a, tx, key), adapters)
+    numbers = jax.eval_shape(lambda a: numbers_of(config, a), adapters)
+    state = jax.eval_shape(lambda a, n: init_state(a, tx(n), key), adapters, numbers)
     T = config.length if config.data.batching == "pack" else bucket(config.length)
     row: Any = jax.ShapeDtypeStruct((config.batch_size, T), jnp.int32)
-    low_rank = adapted(model, config.lora)
+    remat, kind = str(config.model.remat), str(config.model.attention)
+    if remat == "auto":
+        sizes: dict[str, Any] = {
+            "rows": config.batch_size // (layout.parts * config.accumulate),
+            "length": T,
+            "dtype": model.dtype,
+        }
+        lying = layout.abstract(params, "base")
+        remat = choose_remat(model.config, lying, adapters, **sizes, attention=kind)
+    low_rank = adapted(model.clone(remat=remat, attention=kind), config.lora)
     step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.accumulate)
-    return Shapes(model, step, state, params, Batch(row, row, row, row), layout)
+    return Shapes(model, step, state, params, Batch(row, row, row, row), numbers, layout)
 
 
 def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -76,9 +91,7 @@ def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, 
       InputError: as :func:`shapes`.
     """
     made = shapes(config)
-    place = made.layout.abstract
-    taken = place(made.state, "state"), place(made.params, "base"), place(made.batch, "rows")
-    compiled = made.step.lower(*taken).compile()
+    compiled = made.step.lower(*arguments(made)).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     rows, T = made.batch.tokens.shape
     needs = {
@@ -89,7 +102,7 @@ def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, 
         "peak": memory.peak_memory_in_bytes,
     }
     needs["total"] = needs["arguments"] + needs["outputs"] + needs["temporaries"] - needs["aliased"]
-    found = {**needs, "flops_per_token": flops_per_token(made), "compiled_flops": cost.get("flops")}
+    found = {**needs, "flops_per_token": flops_of(made), "compiled_flops": cost.get("flops")}
     base = config.model.path or "the base of this package"
     say(f"{base}: a step of {rows} rows of {T} tokens over {made.layout.title}; for each device:")
     for name, size in needs.items():
@@ -101,12 +114,14 @@ def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, 
     return found
 
 
-def flops_per_token(made: Shapes) -> int:
-    """``4 P + 6 P_lora + 6 L T d`` of the module's docstring, for training's longest rows."""
-    config = made.model.config
-    leaves = jax.tree_util.tree_leaves_with_path(made.params)
-    base = sum(x.size for path, x in leaves if path[-1].key == "kernel")
-    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    lora = sum(p[name].size for p in pairs(made.state.adapters).values() for name in p)
-    attention = config.num_hidden_layers * made.batch.tokens.shape[-1] * config.num_attention_heads * config.head_dim
-    return 4 * (base + head) + 6 * lora + 6 * attention
+def arguments(made: Shapes) -> tuple[Any, ...]:
+    """What the step takes, as shapes and places on the devices."""
+    place = made.layout.abstract
+    state, params, numbers = place(made.state, "state"), place(made.params, "base"), place(made.numbers, "base")
+    return state, params, place(made.batch, "rows"), numbers
+
+
+def flops_of(made: Shapes) -> int:
+    """The formula's FLOPs a token, for training's longest rows with all of their tokens learnt."""
+    numbers = sum(p[name].size for p in pairs(made.state.adapters).values() for name in p)
+    return round(flops_per_token(made.model.config, numbers, made.batch.tokens.shape[-1]))

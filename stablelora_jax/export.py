@@ -108,12 +108,14 @@ def open_source(
 ) -> Source:
     """Load adapter and base of a run directory or of an adapter in PEFT's layout; ``apart`` unties a tied head first.
 
-    ``base`` and ``dtype`` (of the model) are those of the run, or what the adapter names and float32, unless given.
+    ``base`` and ``dtype`` (of the model) are those of the run, or what the adapter names and float32, unless given. The
+    base of a run is quantised as the run's was.
 
     Raises:
       InputError: neither is there, or the base is not named or cannot be loaded.
     """
     directory, run_config = locate_adapter(path)
+    quantize = None if run_config is None else run_config.model.quantize  # the base that the adapter was trained on
     if run_config is None:
         named, usual = base or read_config(directory).get("base_model_name_or_path"), "float32"
     else:
@@ -121,7 +123,7 @@ def open_source(
         apart = apart or run_config.model.untie
     if not named or not isinstance(named, str):
         raise InputError(f"{directory / CONFIG} does not name its base: give --base MODEL")
-    model, params = load_pretrained(named, dtype=jnp.dtype(usual if dtype is None else dtype))
+    model, params = load_pretrained(named, dtype=jnp.dtype(usual if dtype is None else dtype), quantize=quantize)
     if apart:
         model, params = untie(model, params)
     adapters, spec = load_peft(directory, params)

@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site
@@ -157,6 +158,7 @@ def _changed(
     input after dropout, as in PEFT.
     """
     z, place = down(own["lora_a"])
+    z = checkpoint_name(z, "lora_xa")
     change = member.delta(z, own, own["lora_scale"])
     if "lora_bias" in own:
         change = change + own["lora_bias"].astype(change.dtype) * own["lora_scale"].astype(change.dtype)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from stablelora_jax.data import bucket
 from stablelora_jax.errors import InputError
+from stablelora_jax.losses import token_scores
 from stablelora_jax.parallel import Layout, gather
 
 STEP = 16  # scored tokens of a row are padded to a multiple of it
@@ -53,16 +53,16 @@ def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple
 
     ``model`` is a ``Decoder``, or an adapted one; ``params`` lie as ``layout.base`` says, ``others`` are all other
     collections (``{"lora": adapters}`` or none), placed by ``layout.state``; every process passes all rows. Logits
-    exist at the scored tokens only, (B, K, V); one compilation for each (B, T, K).
+    exist for a tile of the scored tokens at a time; one compilation for each (B, T, K).
     """
 
     def compute(params: Any, others: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply({"params": params, **others}, rows.tokens, at=rows.at)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        chosen = jnp.take_along_axis(logits, rows.targets[..., None], axis=-1)[..., 0]
-        log_probs = (chosen - jax.nn.logsumexp(logits, axis=-1)) * rows.mask
-        greedy = (jnp.argmax(logits, axis=-1) == rows.targets) | (rows.mask == 0)
-        return gather((log_probs.sum(axis=1), greedy.all(axis=1)), layout.axis)
+        variables, parts = {"params": params, **others}, layout.parts if layout.axis is None else 1
+        x = model.apply(variables, rows.tokens, at=rows.at, method="hidden")
+        head = lambda x: model.apply(variables, x, method="logits")  # noqa: E731
+        log_probs, likeliest = token_scores(head, x, rows.targets, parts=parts)
+        greedy = likeliest | (rows.mask == 0)
+        return gather(((log_probs * rows.mask).sum(axis=1), greedy.all(axis=1)), layout.axis)
 
     compiled = layout.compile(compute, ("base", "state", "rows"))
     return lambda params, others, rows: layout.fetch(compiled(params, others, layout.split(rows)))

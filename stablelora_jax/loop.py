@@ -120,7 +120,7 @@ def _make_step(job: Job) -> Callable[[TrainState, int], tuple[TrainState, dict[s
         batch = layout.rows(lambda part: batch_of_step(job.loader, number, part), config.batch_size)
         due = config.stability_every is not None and (number + 1) % config.stability_every == 0
         before = jax.tree.map(jnp.copy, state.adapters) if due else None  # the step donates its own
-        state, metrics = step(state, job.params, batch)
+        state, metrics = step(state, job.params, batch, job.numbers)
         if due:
             metrics["stability"] = view(before, state.adapters, metrics["latches"], job.params, batch)
         return state, metrics

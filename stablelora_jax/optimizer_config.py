@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_type_hints
 
@@ -19,7 +19,6 @@ import optax
 from stablelora_jax import optimize
 from stablelora_jax.config import option
 from stablelora_jax.errors import InputError
-from stablelora_jax.spec import LoraSpec
 
 
 def adamw(
@@ -63,14 +62,26 @@ FREEZES_A = ("lora_fa",)  # the loss sees freeze_a(adapters)
 PEAKS = {"scaled_gd": 1e-2, "lora_rite": 2e-3, "altlora": 1e-3, "oplora": 1e-2, "lora_fa": 1e-3}  # others 1e-4
 
 
+def learning_rates(config: Any) -> dict[str, float]:
+    """The learning rates of ``config``, by the names of its keys."""
+    return {key: rate for key, rate in _arguments(config).items() if key.endswith("learning_rate") and rate is not None}
+
+
 def make_optimizer(
-    config: Any, schedule: Callable[[float], optax.Schedule], adapters: Any, spec: LoraSpec
+    config: Any, schedule: Callable[[Any], optax.Schedule], rates: Mapping[str, Any], scale: Callable[[], Any]
 ) -> optax.GradientTransformation:
-    """The optimizer that ``config``, one of :data:`CONFIGS`, describes; ``schedule`` makes one from a peak."""
+    """The optimizer that ``config``, one of :data:`CONFIGS`, describes.
+
+    Args:
+      config: all but its learning rates.
+      schedule: makes one from a peak.
+      rates: the peaks, concrete or traced, with the names of :func:`learning_rates`.
+      scale: gives the LoRA scale of each pair, where the optimizer asks for it.
+    """
     function, given = function_of(config), _arguments(config)
-    given = {key: schedule(value) if key.endswith("learning_rate") else value for key, value in given.items()}
+    given |= {key: schedule(rate) for key, rate in rates.items()}
     if "scale" in inspect.signature(function).parameters:
-        given["scale"] = optimize.scales(adapters, spec)
+        given["scale"] = scale()
     tx = function(**given)
     ratio = getattr(config, "shrink_until_stable", 0)
     return optimize.shrink_until_stable(tx, ratio) if ratio else tx

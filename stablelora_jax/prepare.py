@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stablelora_jax.build import make_schedule, make_training
-from stablelora_jax.data import Loader, make_loader, statistics, tokenised, training_texts
+from stablelora_jax.build import make_schedule, make_training, numbers_of
+from stablelora_jax.data import Loader, longest_row, make_loader, most_segments, statistics, tokenised, training_texts
 from stablelora_jax.describe import describe
 from stablelora_jax.errors import InputError
 from stablelora_jax.export import locate_adapter
@@ -21,7 +21,9 @@ from stablelora_jax.fingerprint import fingerprint
 from stablelora_jax.intercept import Adapted, adapted
 from stablelora_jax.interop.peft import require_peft_form
 from stablelora_jax.likelihood import make_compute
+from stablelora_jax.memory import choose_remat
 from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.attention import best_here
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.models.shapes import architecture
@@ -31,7 +33,7 @@ from stablelora_jax.parallel_config import MeshConfig
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.run_directory import identity
 from stablelora_jax.tasks import load_questions
-from stablelora_jax.train import TrainState, init_state
+from stablelora_jax.train import Numbers, TrainState, init_state
 from stablelora_jax.transform import init_adapters
 from stablelora_jax.validate import HeldOut, held_out
 from stablelora_jax.warm_start import start_adapters
@@ -50,7 +52,8 @@ class Job(NamedTuple):
     data: dict[str, Any]  # statistics of what is trained on
     held: HeldOut  # validation
     schedule: optax.Schedule
-    tx: optax.GradientTransformation
+    tx: Callable[[Numbers], optax.GradientTransformation]
+    numbers: Numbers  # as the layout has them
     trained: Callable[[Any], Any]  # the adapters as the loss sees them
     start: TrainState  # host arrays
     compute: Any  # make_compute's
@@ -80,7 +83,8 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
     say(describe(params, adapters, config.lora))
     if config.freeze:
         say(f"frozen: {', '.join(config.freeze)}")
-    low_rank = adapted(model, config.lora)
+    model = _fitted(model, config, layout, loader, params, adapters)
+    low_rank, numbers = adapted(model, config.lora), numbers_of(config, adapters)
     return Job(
         config=config,
         directory=directory,
@@ -93,8 +97,9 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
         held=held,
         schedule=make_schedule(config),
         tx=tx,
+        numbers=layout.place_base(numbers),
         trained=trained,
-        start=to_host(init_state(adapters, tx, jax.random.fold_in(key, 1))),
+        start=to_host(init_state(adapters, tx(numbers), jax.random.fold_in(key, 1))),
         compute=make_compute(low_rank, layout),
         about={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
     )
@@ -102,7 +107,9 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
 
 def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, Any]:
     """The base where it will lie, fit for the run's texts."""
-    model, params = load_pretrained(base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base)
+    model, params = load_pretrained(
+        base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base, quantize=config.model.quantize
+    )
     if config.model.untie:
         model, params = untie(model, params)
     if model.tokenizer is None:
@@ -110,6 +117,20 @@ def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, A
     if config.length > model.config.max_position_embeddings:
         raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
     return model, params
+
+
+def _fitted(model: Decoder, config: RunConfig, layout: Layout, loader: Loader, params: Any, adapters: Any) -> Decoder:
+    """``model`` with the attention and the remat policy that suit the run's batches and devices."""
+    segments, kind = most_segments(loader), str(config.model.attention)
+    if kind == "auto" and isinstance(config.parallel, MeshConfig):
+        packed = segments if segments > 1 else 0
+        kind = best_here(model.dtype, model.config, config.length, packed, partitioned=True)
+    remat: str = config.model.remat
+    if remat == "auto":
+        rows = config.batch_size // (layout.parts * config.accumulate)
+        sizes: dict[str, Any] = {"rows": rows, "length": longest_row(loader), "dtype": model.dtype}
+        remat = choose_remat(model.config, params, adapters, **sizes, attention=kind)
+    return model.clone(attention=kind, segments=segments, remat=remat)
 
 
 def _given(config: RunConfig, params: Any) -> Any:

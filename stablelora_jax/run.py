@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from stablelora_jax import checkpoint, report, tree
+from stablelora_jax import checkpoint, compile_cache, report, tree
 from stablelora_jax.errors import InputError, RunError, brief
 from stablelora_jax.files import write_whole, writing
 from stablelora_jax.interop.peft import save_peft
@@ -75,6 +75,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
       Interrupted: SIGTERM or SIGINT came while it trained; everything is saved.
     """
     began = time.monotonic()
+    compile_cache.enable()
     if config.distributed is not None:
         initialize(**asdict(config.distributed))
     require_devices()

@@ -21,6 +21,13 @@ class ModelConfig:
     path: str | None = option(None, "model directory, .gguf file or hub id; null for the small base of this package")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the base and of matrix products")
     untie: bool = option(False, "give a head tied to the embedding its own weights, so that either may change alone")
+    quantize: Literal["nf4", "int8"] | None = option(None, "hold the layers' kernels in 4.13 or 8 bits; null: in dtype")
+    remat: Literal["auto", "everything", "useful", "no_mlp", "attention", "nothing"] = option(
+        "auto", "what the backward pass finds again, from all to nothing; auto: the fastest that memory allows"
+    )
+    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = option(
+        "auto", "xla: dense; blocks: flash in XLA; cudnn: of NVIDIA GPUs; splash: of TPUs; auto: the best one here"
+    )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ FREE = (
     ("output", "parallel", "distributed", "accumulate", "accept_changes", "trackers", "show")
     + ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 )  # fmt: skip
+FREE_OF_MODEL = ("remat", "attention")
 
 
 def locate(run_config: RunConfig) -> Path:
@@ -135,8 +136,10 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 def identity(run_config: RunConfig) -> dict[str, Any]:
     """What decides the result: every key but :data:`FREE`; patterns as lists, since their order is meaning."""
-    data = replace(run_config.data, cache=None)
+    data, model = replace(run_config.data, cache=None), config.to_dict(run_config.model)
     plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in FREE}
+    quantized = model["quantize"] is not None  # runs from before there was this key go on
+    plain["model"] = {k: own for k, own in model.items() if k not in FREE_OF_MODEL and (k != "quantize" or quantized)}
     lora = plain["lora"]
     lists = {name: [[key, value] for key, value in lora[name].items()] for name in ("rank_pattern", "alpha_pattern")}
     return {**plain, "lora": {**lora, **lists, "alpha": float(lora["alpha"])}}

@@ -6,7 +6,7 @@ respect to the adapters alone, so the base gets neither gradients nor optimizer 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -16,12 +16,13 @@ import optax
 
 from stablelora_jax.data import Batch
 from stablelora_jax.intercept import Adapted
-from stablelora_jax.losses import masked_cross_entropy
+from stablelora_jax.losses import tile_length, tiled_cross_entropy
 from stablelora_jax.metrics import norm_summary
+from stablelora_jax.models.decoder import head_path
 from stablelora_jax.optimize import latches
-from stablelora_jax.parallel import Layout, rows_here
+from stablelora_jax.parallel import Layout, Takes, rows_here
 from stablelora_jax.stability import Stability, shrunk_adapters, stability
-from stablelora_jax.tree import Path
+from stablelora_jax.tree import Path, get_in, set_in
 
 
 class TrainState(NamedTuple):
@@ -35,6 +36,16 @@ class TrainState(NamedTuple):
     key: jax.Array  # raw PRNG key, uint32; never changes: randomness is folded from it by step and row
 
 
+class Numbers(NamedTuple):
+    """What a sweep varies, as arrays: another value needs no new compilation."""
+
+    rates: Mapping[str, Any]  # the optimizer's learning rates at their peak, scalars, by name
+    hyper: Any  # scales and dropout rates, as transform.hyper makes them; None: those of the spec
+
+
+MakeOptimizer = Callable[[Numbers], optax.GradientTransformation]
+
+
 def init_state(adapters: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step."""
     zero = jnp.zeros((), jnp.int32)
@@ -43,12 +54,12 @@ def init_state(adapters: Any, tx: optax.GradientTransformation, key: jax.Array) 
 
 def make_train_step(
     model: Adapted,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | MakeOptimizer,
     layout: Layout,
     *,
     trained: Callable[[Any], Any] = lambda adapters: adapters,
     accumulate: int = 1,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """``(state, params, batch) -> (state, metrics)``, compiled for ``layout``.
 
     Loss and gradients are sums over the loss tokens of the whole batch, divided by their number in it, and dropout
@@ -57,33 +68,70 @@ def make_train_step(
 
     Args:
       model: the adapted decoder.
-      tx: sees the gradients of the adapters.
-      layout: where state, ``params`` and the rows of ``batch``, each (B, T) int32, lie.
+      tx: sees the gradients of the adapters. Or a function that makes it from :class:`Numbers`: then the step takes
+        them as its fourth argument, placed like ``params``, and compiles once for all of them.
+      layout: where state, ``params`` and the rows of ``batch`` lie.
       trained: may hold parts of the adapters constant (``optimize.freeze_a``); their gradients are zero.
       accumulate: micro-batches that B is cut into, one after another; they share the memory of one.
     """
 
-    def step(state: TrainState, params: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        chex.assert_rank(batch, 2)
-        chex.assert_equal_shape(batch)
-        learnt = layout.total(batch.loss_mask[:, 1:].sum())
+    def step(
+        state: TrainState, params: Any, batch: Batch, numbers: Numbers | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         rows = rows_here(batch.tokens.shape[0], layout.axis)
+        parts = layout.parts if layout.axis is None else 1
+        learnt = layout.total(_learnt(batch)[1].sum())
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
-            keys = {"dropout": jax.vmap(jax.random.fold_in, (None, 0))(key, rows)} if model.spec.dropout else None
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if model.spec.dropout else None
             variables = {"params": params, "lora": trained(adapters)}
-            logits = model.apply(variables, micro.tokens, micro.positions, micro.segment_ids, rngs=keys)
-            return masked_cross_entropy(logits, micro.tokens, micro.loss_mask)[0] / jnp.maximum(learnt, 1)
+            variables |= {"lora_hp": numbers.hyper} if numbers and numbers.hyper is not None else {}
+            return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(learnt, 1)
 
-        parts = layout.parts if layout.axis is None else 1
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
         loss, grads = layout.total(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
-        after, metrics = _updated(state, tx, loss, grads)
+        after, metrics = _updated(state, made(numbers), loss, grads)
         used, space = (layout.total(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
         return after, metrics | {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space}
 
-    return layout.compile(step, ("state", "base", "rows"), donate=(0,))
+    fixed = isinstance(tx, optax.GradientTransformation)
+    made: Any = (lambda numbers: tx) if fixed else tx
+    takes: tuple[Takes, ...] = ("state", "base", "rows", "base")
+    return layout.compile(step, takes[:3] if fixed else takes, donate=(0,))
+
+
+def summed_loss(
+    model: Adapted, variables: Mapping[str, Any], batch: Batch, keys: jax.Array | None = None, *, parts: int = 1
+) -> jax.Array:
+    """The sum over ``batch`` of ``-log p`` of the learnt tokens, a scalar; logits exist for a tile of tokens at a time.
+
+    Args:
+      model: the adapted decoder.
+      variables: its ``params``, ``lora`` and, optionally, ``lora_hp``.
+      batch: where ``batch.at`` is given, the head reads at those places alone.
+      keys: (B,) dropout keys of the rows; None: no dropout.
+      parts: over so many devices the rows are split, in a program that sees all of them.
+    """
+    at, weights = _learnt(batch)
+    rngs = None if keys is None else {"dropout": keys}
+    inputs = (batch.tokens, batch.positions, batch.segment_ids)
+    reads = None if batch.at is None else jnp.maximum(at - 1, 0)
+    x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
+    targets = jnp.take_along_axis(batch.tokens, at, axis=1)
+    config = model.model.config
+    tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size)
+    path = head_path(config)
+    head = get_in(variables["lora"], path) or {}
+    frozen = jax.lax.stop_gradient(dict(variables)), None if keys is None or not head else jax.random.key_data(keys)
+
+    def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
+        variables, keys = frozen
+        lora = set_in(variables["lora"], path, head) if head else variables["lora"]
+        rngs = None if keys is None else {"dropout": _folded(keys, number)}
+        return model.apply({**variables, "lora": lora}, x, rngs=rngs, method="logits")
+
+    return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
 
 
 def make_stability_view(
@@ -101,9 +149,28 @@ def make_stability_view(
         shrunk = shrunk_adapters(before, latches, shrink_ratio)
         inputs = (batch.tokens, batch.positions, batch.segment_ids)
         variables = {"params": params, "lora": before}
-        return stability(model, variables, shrunk, after, *inputs, token_mask=batch.segment_ids, axis_name=layout.axis)
+        how: dict[str, Any] = (
+            {} if get_in(before, head_path(model.model.config)) else {"method": "hidden"}
+        )  # no logits for nothing
+        how |= {"token_mask": batch.segment_ids, "axis_name": layout.axis}
+        return stability(model, variables, shrunk, after, *inputs, **how)
 
     return layout.compile(view, ("state", "state", "state", "base", "rows"))
+
+
+def _learnt(batch: Batch) -> tuple[Any, Any]:
+    """``(at, weights)``, (B, K): the places of tokens that may be learnt, and 1 where one is."""
+    chex.assert_rank((batch.tokens, batch.loss_mask, batch.segment_ids, batch.positions), 2)
+    chex.assert_equal_shape((batch.tokens, batch.loss_mask, batch.segment_ids, batch.positions))
+    if batch.at is not None:
+        return batch.at, batch.at > 0
+    T = batch.tokens.shape[1]
+    at = jnp.broadcast_to((jnp.arange(T) + 1) % T, batch.tokens.shape)
+    return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
+
+
+def _folded(keys: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys), number)
 
 
 def _micro_batches(x: jax.Array, parts: int, count: int) -> jax.Array:

@@ -72,7 +72,8 @@ def merge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> d
     """Parameters with the adapters folded in: ``W0 + s A B``, computed at least in float32, in the base's dtype.
 
     This is the definition of what adapters mean. A parameter that two modules share (an embedding that is the head,
-    too) is changed for both.
+    too) is changed for both. Adapted kernels of a quantised base come back dense, merged into what they dequantise to:
+    that is the model that was trained. The others stay quantised (:func:`stablelora_jax.quantize.dense` is for them).
 
     Args:
       params: the base; not changed.
@@ -115,6 +116,13 @@ def hyper(spec: LoraSpec, adapters: Any) -> dict[str, Any]:
     return numbers
 
 
+def lora_scales(numbers: Any) -> Any:
+    """The LoRA scale of each pair, as optimizers take it, from what :func:`hyper` gives."""
+    if "lora_scale" in numbers:
+        return numbers["lora_scale"]
+    return {name: lora_scales(node) for name, node in numbers.items()}
+
+
 def _init_site(key: jax.Array, site: Site, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
     keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names])
     kernel = jax.ShapeDtypeStruct(site.size, dtype)
@@ -132,7 +140,7 @@ def _init_extra(params: Any, pair: dict[str, jax.Array], site: Site, spec: LoraS
     if not wanted:
         return zeros
     module = tree.get_in(params, site.path)
-    if isinstance(module[site.leaf], jax.ShapeDtypeStruct):
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(module[site.leaf])):
         raise InputError(f"{spec.parametrization} starts from the values of {'.'.join(site.path)}, not only its shape")
     matrix = to_matrix(module[site.leaf], *kernel_axes(site.path, module, spec))
     made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, site.scale())

@@ -1,6 +1,6 @@
-"""experiments/bench.py on shapes so small that only its tables are looked at."""
+"""experiments/bench.py: its front, and its tables of optimizers on shapes so small that only these are looked at."""
 
-import importlib.util
+import sys
 
 import pytest
 
@@ -10,20 +10,23 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "experiments" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "bench", module)
-    spec.loader.exec_module(module)
+def experiments(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+
+
+@pytest.fixture
+def optimizers(experiments, monkeypatch):
+    import bench_optimizers
+
     small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
-    monkeypatch.setattr(module, "QWEN2_05B", small)
-    monkeypatch.setattr(module, "LLAMA_15M", small)
-    return module
+    monkeypatch.setattr(bench_optimizers, "QWEN2_05B", small)
+    monkeypatch.setattr(bench_optimizers, "LLAMA_15M", small)
+    return bench_optimizers
 
 
-def test_tables_hold_a_row_for_each_optimizer_asked_for(bench):
+def test_tables_hold_a_row_for_each_optimizer_asked_for(optimizers):
     asked = ("stable_lora", "lora_fa", "stable_lora, all latches off")
-    lines = bench.measure(bench.BenchConfig(repeats=2, step_repeats=2, steps=1, rows=1, length=4, only=asked))
+    lines = optimizers.measure(optimizers.BenchConfig(repeats=2, step_repeats=2, steps=1, rows=1, length=4, only=asked))
     tables = "\n".join(lines).split("### ")[1:]
     assert len(tables) == 3
     for table in tables:
@@ -32,9 +35,54 @@ def test_tables_hold_a_row_for_each_optimizer_asked_for(bench):
     assert int(more["stable_lora"]) == 2 * 7  # one byte a pair
 
 
-def test_every_optimizer_can_be_measured_and_others_are_refused(bench):
-    assert set(OPTIMIZERS) - {"adamw"} <= set(bench.ROWS)
+def test_every_optimizer_can_be_measured_and_others_are_refused(optimizers):
+    assert set(OPTIMIZERS) - {"adamw"} <= set(optimizers.ROWS)
     with pytest.raises(InputError, match="'nope' is none of"):
-        bench.BenchConfig(only=("nope",))
+        optimizers.BenchConfig(only=("nope",))
     with pytest.raises(InputError, match="there is no folder no/such"):
-        bench.BenchConfig(output="no/such/table.md")
+        optimizers.BenchConfig(output="no/such/table.md")
+
+
+BAD = {
+    "": "arguments are required: what",
+    "nope": "invalid choice: 'nope'",
+    "optimizers repeats=0": "repeats must be at least 1",
+    "train --shape nope": "invalid choice: 'nope'",
+    "train --batch x": "invalid int value: 'x'",
+    "train --attention nope": "invalid choice: 'nope'",
+    "train --steps 0": "--steps must be at least 1, not 0",
+    "train --length 9000": "--length 9000 is more than the model's 8192",
+    "train --loss-fraction 1.5": "--loss-fraction must leave a token to learn and be at most 1, not 1.5",
+    "train --loss-fraction 0.001": "--loss-fraction must leave a token",
+    "train --documents 200": "--length 256 is less than two tokens for each of 200 documents",
+    "train --peak-flops 0": "--peak-flops must be positive",
+    "train --peer peft --peer-modes fast": "--peer-modes takes eager and compile, not fast",
+    "curves": "arguments are required: --output",
+    "curves --output no/such/place": "there is no folder no/such",
+    "curves --output place --rounds 0": "--rounds must be at least 1",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_arguments_are_one_line_and_exit_code_2(experiments, monkeypatch, capsys, tmp_path, line):
+    import bench
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *line.split()])
+    try:
+        code = bench.main()
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    assert code == 2 and said.out == "" and not list(tmp_path.iterdir())
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and BAD[line] in said.err
+
+
+def test_each_command_has_its_help(experiments, monkeypatch, capsys):
+    import bench
+
+    for what in bench.WHAT:
+        monkeypatch.setattr(sys, "argv", ["bench.py", what, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            bench.main()
+        assert f"usage: bench.py {what}" in capsys.readouterr().out

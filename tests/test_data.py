@@ -18,12 +18,14 @@ from stablelora_jax.data import (
     first_fit,
     make_batch,
     make_loader,
+    most_segments,
     order,
     place_of_step,
     rows_of_step,
     templated,
     training_texts,
 )
+from stablelora_jax.data.batch import learnt_places
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.tasks.question import Problem, Question
 
@@ -72,7 +74,8 @@ def test_training_texts_hold_the_right_answer(tokenizer):
 
 def test_a_batch_is_padded_and_masked_by_length():
     batch = make_batch([Example((5, 6, 7), 1), Example((8, 0), 1)], rows=3)
-    assert batch.tokens.shape == (3, 32) and {field.dtype for field in batch} == {np.dtype(np.int32)}
+    assert batch.tokens.shape == (3, 32) and {field.dtype for field in batch[:4]} == {np.dtype(np.int32)}
+    assert batch.at is None
     assert batch.tokens[:, :4].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.loss_mask[:, :4].tolist() == [[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.segment_ids[:, :4].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
@@ -177,3 +180,59 @@ def test_a_place_is_epoch_and_row():
     assert place_of_step(0, 8, 37) == (0, 0) and place_of_step(5, 8, 37) == (1, 3)
     rows = rows_of_step(5, 8, 37, 0)
     assert rows == [row for step in range(37 * 2) for row in rows_of_step(step, 1, 37, 0)][37 + 3 : 37 + 11]
+
+
+def places_by_hand(mask, most):
+    """Row by row."""
+    found = [[t for t, learnt in enumerate(row) if learnt] for row in mask]
+    return [row + [0] * (most - len(row)) for row in found]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 4), st.integers(1, 12), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_learnt_places_are_where_the_mask_is(rows, length, spare, random):
+    mask = np.array([[random.randint(0, 1) for _ in range(length)] for _ in range(rows)], np.int32)
+    mask = mask.reshape(rows, length)
+    most = min(length, int(mask.sum(axis=1).max(initial=0)) + spare)
+    found = learnt_places(mask, most)
+    assert found.dtype == np.int32 and found.shape == (rows, most) and found.tolist() == places_by_hand(mask, most)
+
+
+def test_more_learnt_places_than_room_are_refused():
+    with pytest.raises(InputError, match="a row learns 3 tokens, and there is room for 2"):
+        learnt_places(np.array([[0, 1, 1, 1], [0, 0, 1, 0]]), 2)
+
+
+TEXTS = st.lists(st.integers(2, 48).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))), min_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXTS, st.integers(1, 5), st.sampled_from(["bucket", "pack"]))
+def test_there_is_room_for_all_that_is_learnt_and_little_more(texts, batch_size, batching):
+    """One K for each T, never too small (``learnt_places`` would say so), and less than 16 above what a row needs."""
+    lengths, answers = (np.array(column, np.int32) for column in zip(*texts, strict=True))
+    tokens = np.arange(lengths.sum(), dtype=np.int32)
+    store = TokenStore(tokens, lengths, answers, first_fit(lengths, 48), np.cumsum(lengths), 0, "")
+    made = make_loader(store, batching=batching, length=48, batch_size=batch_size, seed=1)
+    needed, learnt = {}, 0
+    for step in range(made.rows):  # batch_size epochs
+        batch = batch_of_step(made, step)
+        rows, T = batch.tokens.shape
+        assert batch.at.shape == (rows, made.learnt[T]) and batch.at.dtype == np.int32
+        assert batch.at.tolist() == places_by_hand(batch.loss_mask, made.learnt[T])
+        assert (batch.loss_mask[:, 0] == 0).all() and batch.segment_ids.max() <= most_segments(made)
+        needed[T] = max(needed.get(T, 0), int(batch.loss_mask.sum(axis=1).max()))
+        learnt += int((batch.at > 0).sum())
+    assert learnt == batch_size * int((lengths - np.maximum(answers, 1)).sum())
+    longest = made.learnt[max(made.learnt)] - needed[max(needed)]
+    assert 0 <= longest < 16 and set(needed) <= set(made.learnt)
+    assert all(K <= T and (K % 16 == 0 or K == T) for T, K in made.learnt.items())
+
+
+def test_a_text_that_is_learnt_whole_has_room():
+    """Without a prompt and without a BOS token, the first token is nobody's to predict."""
+    store = TokenStore(
+        np.arange(17, dtype=np.int32), np.array([17]), np.array([0]), np.array([0]), np.array([17]), 0, ""
+    )
+    made = make_loader(store, batching="bucket", length=48, batch_size=2, seed=1)
+    assert made.learnt == {32: 16} and batch_of_step(made, 0).at.tolist() == [list(range(1, 17))] * 2

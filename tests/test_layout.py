@@ -8,15 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stablelora_jax"
 FLOORS = [
     {"errors", "files", "tree", "config"},
-    {"spec", "adapter"},
+    {"spec", "adapter", "lowrank", "quantize"},
     {"parametrize", "initialize", "optimize"},
     {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"}
     | {"fingerprint", "freeze"},
     {"optimizer_config", "schedule_config", "parallel_config", "run_config", "tasks", "data", "losses", "metrics"}
     | {"sampling", "checkpoint", "interop", "interrupt", "parallel"},
     {"run_directory", "log", "trackers", "build", "warm_start", "train", "evaluate", "decode", "generate"}
-    | {"summary", "likelihood", "until", "measure", "validate", "selection", "curves"},
-    {"prepare", "loop", "run", "export", "attach", "harness", "dry_run", "command", "report"},
+    | {"memory", "flops", "summary", "likelihood", "until", "measure", "validate", "selection", "curves"},
+    {"prepare", "loop", "run", "export", "attach", "harness", "dry_run", "command", "report", "compile_cache"},
 ]
 AXES = FLOORS[2]
 HEAVY = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
 from stablelora_jax.data import Example, first_fit, pack, plan_of
 from stablelora_jax.losses import masked_cross_entropy
-from tests.helpers import largest_difference, tiny_decoder, trained
+from tests.helpers import jit, largest_difference, tiny_decoder, trained
 
 SPEC = LoraSpec(target="all-linear", rank=2)
 
@@ -61,7 +61,17 @@ def test_a_packed_row_by_hand():
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0] * 7]
     assert batch.loss_mask.tolist() == [[0, 1, 1, 0, 1, 0, 0], [0] * 7], "nothing predicts a text's first token"
-    assert {field.dtype for field in batch} == {np.dtype(np.int32)}
+    assert {field.dtype for field in batch[:4]} == {np.dtype(np.int32)} and batch.at is None
+
+
+def test_learnt_places_of_a_packed_row():
+    """Those of all its texts, and never a text's first token."""
+    rows = [[Example((5, 6, 7), 0), Example((8, 9), 1)], [Example((1,), 0)]]
+    batch = pack(rows, 7, learnt=4)
+    assert batch.at.tolist() == [[1, 2, 4, 0], [0] * 4] and batch.at.dtype == np.int32
+    assert [x.tolist() for x in batch[:4]] == [x.tolist() for x in pack(rows, 7)[:4]]
+    with pytest.raises(InputError, match="a row learns 3 tokens, and there is room for 2"):
+        pack(rows, 7, learnt=2)
 
 
 def test_packed_loss_and_gradients_are_the_sum_over_the_texts(x64):
@@ -76,13 +86,14 @@ def test_packed_loss_and_gradients_are_the_sum_over_the_texts(x64):
         logits = lora.apply({"params": params, "lora": adapters}, tokens, *where)
         return masked_cross_entropy(logits, tokens, mask)
 
-    together = jax.value_and_grad(loss, has_aux=True)
+    together = jit(jax.value_and_grad(loss, has_aux=True))
     inputs = (batch.tokens, batch.loss_mask, batch.positions, batch.segment_ids)
     (total, count), grads = together(start, *inputs)
     alone = []
-    for example in examples:
-        mask = (np.arange(len(example.tokens)) >= example.answer).astype(np.int32)
-        alone.append(together(start, np.array([example.tokens], np.int32), mask[None]))
+    for example in examples:  # padded at the end, where causality hides it, to be one compilation
+        n, row = len(example.tokens), np.zeros((2, 1, 12), np.int32)
+        row[0, 0, :n], row[1, 0, example.answer : n] = example.tokens, 1
+        alone.append(together(start, *row))
     assert count == sum(c for (_, c), _ in alone) > 0
     np.testing.assert_allclose(total / count, sum(t for (t, _), _ in alone) / count, rtol=1e-9)
     expected = jax.tree.map(lambda *g: sum(g) / count, *[g for _, g in alone])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from stablelora_jax import InputError, base_directory, config, init_adapters, load_pretrained
-from stablelora_jax.dry_run import dry_run, flops_per_token, shapes
+from stablelora_jax.dry_run import arguments, dry_run, flops_of, shapes
 from stablelora_jax.models.shapes import KNOWN, architecture
 from stablelora_jax.run_config import RunConfig
 from tests.conftest import ROOT
@@ -43,9 +43,8 @@ def test_a_paper_setting_says_what_the_paper_says_and_traces_at_full_size(path):
     assert optimizer.shrink_ratio in (5e-4, 1e-3, 2e-3, 5e-3) and 5e-5 <= optimizer.learning_rate <= 8e-4
     assert 2 <= loaded.lora.alpha / loaded.lora.rank <= 64
     made = shapes(loaded)
-    place = made.layout.abstract
-    before, batch = place(made.state, "state"), place(made.batch, "rows")
-    state, metrics = jax.eval_shape(made.step, before, place(made.params, "base"), batch)
+    before, *others = arguments(made)
+    state, metrics = jax.eval_shape(made.step, before, *others)
     parameters, trained = COUNTS[loaded.model.path]
     devices = jax.local_device_count()
     assert (size(made.params), size(state.adapters) // devices) == (parameters, trained)
@@ -91,7 +90,7 @@ def test_a_dry_run_says_what_the_step_needs():
     kernels += size([body["mlp"][n]["kernel"] for n in ("gate_proj", "up_proj", "down_proj")])
     attention = c.num_hidden_layers * 32 * c.num_attention_heads * c.head_dim
     by_hand = 4 * (kernels + c.vocab_size * c.hidden_size) + 6 * size(adapters) + 6 * attention
-    assert found["flops_per_token"] == by_hand == flops_per_token(shapes(loaded))
+    assert found["flops_per_token"] == by_hand == flops_of(shapes(loaded))
     # on one device: the base, the adapters with two moments each, and the batch
     batch = 4 * 32 * 4
     least = 4 * (size(params) + 3 * size(adapters)) + batch

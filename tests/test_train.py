@@ -1,5 +1,7 @@
 """One step of training: many devices equal one, the base is untouched, one compilation, dropout by row."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,13 @@ import pytest
 
 from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora, tree
 from stablelora_jax.adapter import pairs
-from stablelora_jax.data import Example, make_batch
+from stablelora_jax.data import Batch, Example, make_batch, pack
+from stablelora_jax.data.batch import learnt_places
 from stablelora_jax.losses import masked_cross_entropy
+from stablelora_jax.models.decoder import head_path
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.stability import stability
-from stablelora_jax.train import init_state, make_stability_view, make_train_step
+from stablelora_jax.train import init_state, make_stability_view, make_train_step, summed_loss
 from tests.helpers import jit, largest_difference, tiny_decoder, trained
 
 SPEC = LoraSpec(
@@ -83,7 +87,7 @@ def test_eight_devices_equal_one_written_by_hand(tx, tolerance):
 def test_compiles_once_and_counts_tokens(monkeypatch):
     from stablelora_jax import train as module
 
-    monkeypatch.setattr(module, "masked_cross_entropy", chex.assert_max_traces(masked_cross_entropy, n=1))
+    monkeypatch.setattr(module, "summed_loss", chex.assert_max_traces(module.summed_loss, n=1))
     metrics = train(SPEC, stable_lora(1e-3))[5]
     assert [int(m["tokens"]) for m in metrics] == [int(b.segment_ids.sum()) for b in batches()]
 
@@ -205,3 +209,123 @@ def test_an_update_that_is_not_finite_is_left_out():
     _, _, _, adapters, state, metrics, layout = train(SPEC, burst)
     assert largest_difference(layout.fetch(state).adapters, adapters) == 0
     assert [int(m["in_a_row"]) for m in metrics] == [1, 2, 3, 4] and np.isfinite([m["loss"] for m in metrics]).all()
+
+
+def packed_batches():
+    """Rows of 32 with two to four texts each."""
+    rng = np.random.default_rng(4)
+    text = lambda n: Example(tuple(map(int, rng.integers(0, 31, n))), int(rng.integers(0, n - 1)))
+    return [pack([[text(int(n)) for n in rng.integers(3, 9, rng.integers(2, 5))] for _ in range(8)], 32)]
+
+
+def with_places(batch, learnt):
+    return batch._replace(at=learnt_places(batch.loss_mask, learnt))
+
+
+@pytest.mark.parametrize(
+    "layout,accumulate,make",
+    [("pmap", 1, lambda: batches(1)), ("pmap", 1, packed_batches), ("mesh", 2, packed_batches)],
+    ids=["pmap-bucket", "pmap-pack", "mesh-pack-micro"],
+)
+def test_the_places_of_learnt_tokens_change_nothing(layout, accumulate, make):
+    """The loss at the learnt places alone is the loss over all logits, and so is its gradient."""
+    (batch,) = make()
+    (model, params), tx = tiny_decoder(), optax.sgd(1.0)
+    begun = trained(init_adapters(jax.random.key(0), params, SPEC), SPEC)
+
+    def loss(adapters):
+        variables = {"params": params, "lora": adapters}
+        logits = adapted(model, SPEC).apply(variables, batch.tokens, batch.positions, batch.segment_ids)
+        total, count = masked_cross_entropy(logits, batch.tokens, batch.loss_mask)
+        return total / count
+
+    value, gradient = jit(jax.value_and_grad(loss))(begun)
+    place = LAYOUTS[layout]()
+    step = make_train_step(adapted(model, SPEC), tx, place, accumulate=accumulate)
+    placed, state = place.place_base(params), place.state(host(init_state(begun, tx, jax.random.key(1))))
+    state, metrics = step(state, placed, place.split(with_places(batch, 31)))
+    assert metrics["loss_tokens"].ravel()[0] == batch.loss_mask[:, 1:].sum()
+    np.testing.assert_allclose(place.fetch(metrics)["loss"], value, rtol=1e-6)
+    moved = jax.tree.map(lambda a, b: a - b, begun, place.fetch(state).adapters)
+    assert largest_difference(moved, gradient) < 1e-5
+    assert max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-3
+
+
+HEADS = {
+    "alone": ({}, LoraSpec(target=["lm_head"], rank=2)),
+    "untied": ({}, LoraSpec(target=["lm_head", "v_proj"], rank=2)),
+    "dora": ({}, LoraSpec(target=["lm_head", "v_proj"], rank=2, parametrization="dora")),
+    "tied": ({"tie_word_embeddings": True}, LoraSpec(target=["embed_tokens", "v_proj"], rank=2)),
+    "saved": ({}, LoraSpec(target=["v_proj"], rank=2, modules_to_save=["lm_head"])),
+    "saved_tied": (
+        {"tie_word_embeddings": True},
+        LoraSpec(target=["v_proj"], rank=2, modules_to_save=["embed_tokens"]),
+    ),
+}
+
+
+def head_case(name, dropout=0.0):
+    """``(tiled loss, loss over all logits, adapters)`` in float64, of 2 rows of 16 in 8 tiles; the head is trained."""
+    changes, spec = HEADS[name]
+    spec = replace(spec, dropout=dropout)
+    model, params = tiny_decoder(jnp.float64, num_hidden_layers=1, **changes)
+    begun = trained(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64), spec)
+    low_rank, rng = adapted(model, spec), np.random.default_rng(2)
+    made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(2)])
+    batch = with_places(jax.tree.map(lambda x: x[:, :16], made), 15)
+
+    def plain(adapters):
+        variables = {"params": params, "lora": adapters}
+        logits = low_rank.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
+        return masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0]
+
+    def tiled(adapters, key=None):
+        keys = None if key is None else jax.random.split(key, 2)
+        return summed_loss(low_rank, {"params": params, "lora": adapters}, batch, keys)
+
+    return tiled, plain, begun
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_adapted_head_learns_as_over_all_logits(name, x64):
+    tiled, plain, adapters = head_case(name)
+    (value, found), (total, expected) = (jit(jax.value_and_grad(f))(adapters) for f in (tiled, plain))
+    np.testing.assert_allclose(value, total, rtol=1e-10)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-9)
+    head = tree.get_in(expected, head_path(tiny_decoder(**HEADS[name][0])[0].config))
+    assert min(float(np.abs(g).max()) for g in jax.tree.leaves(head)) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["untied", "dora"])
+def test_an_adapted_head_with_dropout_learns_what_it_computes(name, x64):
+    tiled, _, adapters = head_case(name, 0.4)
+    loss = jit(jax.value_and_grad(tiled))
+    (value, gradient), (again, _), (other, _) = (loss(adapters, jax.random.key(k)) for k in (0, 0, 1))
+    assert value == again != other and np.isfinite(value)
+    rng = np.random.default_rng(6)
+    way = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), adapters)
+    if name == "dora":  # its norms are constants to the gradient, not to a difference
+        still = lambda path, x: x if path[-1].key == "lora_magnitude_vector" else x * 0
+        way = jax.tree_util.tree_map_with_path(still, way)
+    at = lambda h: loss(jax.tree.map(lambda x, d: x + h * d, adapters, way), jax.random.key(0))[0]
+    slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True))
+    np.testing.assert_allclose((at(1e-5) - at(-1e-5)) / 2e-5, slope, rtol=1e-6)
+    head = gradient["lm_head"]
+    assert min(float(np.abs(g).max()) for g in jax.tree.leaves(head)) > 1e-3
+
+
+def test_tiles_of_an_adapted_head_drop_differently(x64):
+    """Equal tokens of a row in other tiles see other masks: else dropout would act on a tile and not on tokens."""
+    spec = replace(HEADS["untied"][1], dropout=0.5)
+    model, params = tiny_decoder(jnp.float64, num_hidden_layers=1)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64), spec)
+    adapters["model"] = jax.tree.map(lambda x: x * 0, adapters["model"])
+    ones, keys = np.ones((1, 16), np.int32), jax.random.split(jax.random.key(0), 1)
+
+    def loss(column):
+        """Of token 1 after token 0, asked for in one of 15 columns; all others count for nothing."""
+        batch = Batch(3 * ones, ones, ones, ones, jnp.zeros((1, 15), jnp.int32).at[0, column].set(1))
+        return summed_loss(adapted(model, spec), {"params": params, "lora": adapters}, batch, keys)
+
+    compiled = jit(loss)
+    assert len({round(float(compiled(column)), 12) for column in range(15)}) == 15

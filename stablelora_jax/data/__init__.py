@@ -2,7 +2,15 @@
 
 from stablelora_jax.data.batch import Batch, bucket, make_batch
 from stablelora_jax.data.encoding import Example, Text, encode, templated, training_texts
-from stablelora_jax.data.loader import Loader, batch_of_step, make_loader, statistics, texts_of_rows
+from stablelora_jax.data.loader import (
+    Loader,
+    batch_of_step,
+    longest_row,
+    make_loader,
+    most_segments,
+    statistics,
+    texts_of_rows,
+)
 from stablelora_jax.data.order import place_of_step, rows_of_step
 from stablelora_jax.data.packing import Plan, first_fit, pack, plan_of
 from stablelora_jax.data.token_cache import TokenStore, digest, tokenised
@@ -19,8 +27,10 @@ __all__ = [
     "digest",
     "encode",
     "first_fit",
+    "longest_row",
     "make_batch",
     "make_loader",
+    "most_segments",
     "pack",
     "place_of_step",
     "plan_of",

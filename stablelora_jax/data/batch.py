@@ -12,32 +12,47 @@ from typing import NamedTuple
 import numpy as np
 
 from stablelora_jax.data.encoding import Example
+from stablelora_jax.errors import InputError
 
 SHORTEST = 32  # rows are padded to 32, 64, 96, 128, 192, 256, 384, 512, ...: a run compiles a handful of shapes
 
 
 class Batch(NamedTuple):
-    """Rows of tokens as the model takes them; every field (B, T) int32."""
+    """Rows of tokens as the model takes them; every field but the last is (B, T) int32."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray  # 1 where the token is to be predicted
     segment_ids: np.ndarray  # 1, 2, ... on the tokens of a row's texts, 0 on pads
     positions: np.ndarray  # 0, 1, 2, ... in each segment
+    at: np.ndarray | None = None  # (B, K) int32: where loss_mask is 1, then 0s; the head then reads nothing else
 
 
-def make_batch(examples: Sequence[Example], rows: int | None = None, longest: int | None = None) -> Batch:
+def make_batch(
+    examples: Sequence[Example], rows: int | None = None, longest: int | None = None, learnt: int | None = None
+) -> Batch:
     """Pad ``examples`` to one batch, one a row; further empty rows up to ``rows`` count for nothing.
 
     T is :func:`bucket` of ``longest``, by default of the longest example here; a host that holds a part of a batch
-    passes the longest of the whole.
+    passes the longest of the whole. ``learnt`` is the K of ``at``; None: no ``at``.
     """
     T = bucket(longest or max(len(example.tokens) for example in examples))
     tokens, mask, segments = (np.zeros((rows or len(examples), T), np.int32) for _ in range(3))
     for i, example in enumerate(examples):
         n = len(example.tokens)
-        tokens[i, :n], segments[i, :n], mask[i, example.answer : n] = example.tokens, 1, 1
+        tokens[i, :n], segments[i, :n] = example.tokens, 1
+        mask[i, max(1, example.answer) : n] = 1  # nothing predicts the first token
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
-    return Batch(tokens, mask, segments, np.ascontiguousarray(positions))
+    at = None if learnt is None else learnt_places(mask, learnt)
+    return Batch(tokens, mask, segments, np.ascontiguousarray(positions), at)
+
+
+def learnt_places(loss_mask: np.ndarray, most: int) -> np.ndarray:
+    """Where ``loss_mask`` (B, T) is 1, in order, and then 0s: (B, most) int32."""
+    counts = loss_mask.sum(axis=1)
+    if counts.max(initial=0) > most:
+        raise InputError(f"a row learns {counts.max()} tokens, and there is room for {most}")
+    order = np.argsort(1 - loss_mask, axis=1, kind="stable")[:, :most]
+    return np.where(np.arange(most) < counts[:, None], order, 0).astype(np.int32)
 
 
 def bucket(length: int) -> int:

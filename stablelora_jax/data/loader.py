@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +11,8 @@ from stablelora_jax.data.batch import Batch, bucket, make_batch
 from stablelora_jax.data.order import rows_of_step
 from stablelora_jax.data.packing import Plan, pack, plan_of
 from stablelora_jax.data.token_cache import TokenStore
+
+STEP = 16  # room for learnt tokens is a multiple of it
 
 
 class Loader(NamedTuple):
@@ -21,6 +23,7 @@ class Loader(NamedTuple):
     length: int  # of a packed row, the most of another
     batch_size: int  # rows of a step, over all hosts
     seed: int
+    learnt: Mapping[int, int]  # T -> the most learnt tokens of a row of T, rounded up: one shape for each T
 
     @property
     def rows(self) -> int:
@@ -32,7 +35,8 @@ def make_loader(
     store: TokenStore, *, batching: Literal["bucket", "pack"], length: int, batch_size: int, seed: int
 ) -> Loader:
     """A loader over ``store``, whose texts have at most ``length`` tokens."""
-    return Loader(store, plan_of(store.rows) if batching == "pack" else None, length, batch_size, seed)
+    plan = plan_of(store.rows) if batching == "pack" else None
+    return Loader(store, plan, length, batch_size, seed, _most_learnt(store, plan, length))
 
 
 def batch_of_step(loader: Loader, step: int, part: slice = slice(None)) -> Batch:
@@ -42,8 +46,11 @@ def batch_of_step(loader: Loader, step: int, part: slice = slice(None)) -> Batch
     """
     rows, store = rows_of_step(step, loader.batch_size, loader.rows, loader.seed), loader.store
     if loader.plan is None:
-        return make_batch([store.example(row) for row in rows[part]], longest=int(store.lengths[rows].max()))
-    return pack([[store.example(i) for i in texts] for texts in texts_of_rows(loader, rows[part])], loader.length)
+        longest = int(store.lengths[rows].max())
+        examples = [store.example(row) for row in rows[part]]
+        return make_batch(examples, longest=longest, learnt=loader.learnt[bucket(longest)])
+    packed = [[store.example(i) for i in texts] for texts in texts_of_rows(loader, rows[part])]
+    return pack(packed, loader.length, learnt=loader.learnt[loader.length])
 
 
 def texts_of_rows(loader: Loader, rows: Sequence[int]) -> list[list[int]]:
@@ -52,6 +59,29 @@ def texts_of_rows(loader: Loader, rows: Sequence[int]) -> list[list[int]]:
         return [[row] for row in rows]
     texts, starts = loader.plan
     return [[int(i) for i in texts[starts[row] : starts[row + 1]]] for row in rows]
+
+
+def most_segments(loader: Loader) -> int:
+    """The most segments of a row, the pads of a packed one included; 1 where a row is a text."""
+    return 1 if loader.plan is None else int(np.diff(loader.plan.starts).max()) + 1
+
+
+def longest_row(loader: Loader) -> int:
+    """The greatest T of a batch."""
+    return max(loader.learnt)
+
+
+def _most_learnt(store: TokenStore, plan: Plan | None, length: int) -> dict[int, int]:
+    lengths = np.asarray(store.lengths)
+    counts = lengths - np.maximum(np.asarray(store.answers), 1)
+    if plan is not None:
+        return {length: _rounded(int(np.add.reduceat(counts[plan.texts], plan.starts[:-1]).max()), length)}
+    rows = np.array([bucket(int(n)) for n in range(int(lengths.max()) + 1)])[lengths]
+    return {int(T): _rounded(int(counts[rows <= T].max()), int(T)) for T in np.unique(rows)}
+
+
+def _rounded(count: int, most: int) -> int:
+    return min(most, -(-max(count, 1) // STEP) * STEP)
 
 
 def statistics(loader: Loader, steps: int) -> dict[str, Any]:

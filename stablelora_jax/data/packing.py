@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stablelora_jax.data.batch import Batch
+from stablelora_jax.data.batch import Batch, learnt_places
 from stablelora_jax.data.encoding import Example
 from stablelora_jax.errors import InputError
 
@@ -64,12 +64,13 @@ def plan_of(row_of: np.ndarray) -> Plan:
     return Plan(np.argsort(row_of, kind="stable"), np.concatenate([[0], np.cumsum(counts)]))
 
 
-def pack(rows: Sequence[Sequence[Example]], length: int) -> Batch:
+def pack(rows: Sequence[Sequence[Example]], length: int, learnt: int | None = None) -> Batch:
     """One batch of ``(len(rows), length)``: the texts of each row one after another, segments 1, 2, ... and then pads.
 
-    A text's first token is never learnt: what stands before it belongs to another text.
+    A text's first token is never learnt: what stands before it belongs to another text. ``learnt`` is the K of ``at``;
+    None: no ``at``.
     """
-    batch = Batch(*(np.zeros((len(rows), length), np.int32) for _ in Batch._fields))
+    batch = Batch(*(np.zeros((len(rows), length), np.int32) for _ in range(4)))
     for i, examples in enumerate(rows):
         start = 0
         for segment, example in enumerate(examples, 1):
@@ -78,4 +79,4 @@ def pack(rows: Sequence[Sequence[Example]], length: int) -> Batch:
             batch.positions[i, start:end] = np.arange(end - start)
             batch.loss_mask[i, start + max(1, example.answer) : end] = 1
             start = end
-    return batch
+    return batch if learnt is None else batch._replace(at=learnt_places(batch.loss_mask, learnt))

@@ -14,6 +14,7 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import adapted
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import load_pretrained, save_pretrained
+from stablelora_jax.quantize import dense
 from stablelora_jax.spec import LoraSpec
 from stablelora_jax.transform import merge
 
@@ -36,7 +37,7 @@ def save_merged(
     Args:
       directory: made if needed.
       model: the base.
-      params: of the base.
+      params: of the base; quantised kernels are dequantised, since that is what the adapters were trained on.
       adapters: as made for ``spec``; of any parametrisation that has an exact merge.
       spec: the spec of the adapters.
       dtype: of the written weights; that of ``params`` by default.
@@ -47,7 +48,7 @@ def save_merged(
     Raises:
       InputError: adapters that do not fit, or a merged kernel that is not finite.
     """
-    dtype = jnp.dtype(model.dtype if dtype is None else dtype)
+    dtype, params = jnp.dtype(model.dtype if dtype is None else dtype), dense(params)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, dtype)), params)
     merged = jax.tree.map(lambda leaf: leaf.astype(dtype), merge(wide, adapters, spec))
     save_pretrained(directory, model.clone(dtype=dtype), merged)

@@ -25,13 +25,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.lowrank import product
 from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.attention import SEGMENTS, attend, best_here, self_attention
 from stablelora_jax.models.cache import Cache, write
-from stablelora_jax.models.masks import FAR, cached_mask, causal_mask, windowed
-from stablelora_jax.models.rope import rotate
+from stablelora_jax.models.dequantized import dequantized
+from stablelora_jax.models.masks import FAR, cached_mask, windowed
+from stablelora_jax.models.remat import rematerialised
+from stablelora_jax.models.rope import angles, rotate
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
@@ -54,29 +59,25 @@ class RMSNorm(nn.Module):
         return (y * scale.astype(y.dtype)).astype(x.dtype)
 
 
-def attend(q, k, v, mask):
-    """Grouped-query attention: q (B, T, H, hd), k and v (B, S, K, hd), mask (B, T, S) bool; gives (B, T, H, hd)."""
-    B, T, H, hd = q.shape
-    q = q.reshape(B, T, k.shape[2], H // k.shape[2], hd)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * hd**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1), v).reshape(B, T, H, hd)
-
-
 class Attention(nn.Module):
     """Self-attention with rotary positions; projections named as in Hugging Face."""
 
     config: DecoderConfig
     dtype: DTypeLike
+    kind: str
+    segments: int | None
 
     @nn.compact
-    def __call__(self, x, positions, mask, past=None, slot=None):
-        """Map x (B, T, D) to ``((B, T, D), None)``; with ``past``, a cache's k and v, to that and the new k and v."""
+    def __call__(self, x, turns, seen, window, slot=None, past=None):
+        """Map x (B, T, D) to ``((B, T, D), None)``; with ``past``, a cache's k and v, to that and the new k and v.
+
+        ``seen`` are the segment ids (B, T) of whole rows, or with ``past`` the mask (B, T, S) of the cache's slots.
+        """
         c = self.config
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
 
         def heads(name, count):
-            y = dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
+            y = checkpoint_name(dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x), name)
             return y.reshape(*x.shape[:2], count, c.head_dim).astype(wide(self.dtype))
 
         q, k = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
@@ -84,12 +85,22 @@ class Attention(nn.Module):
         if c.qk_norm:
             norm = partial(RMSNorm, c.rms_norm_eps, self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        q, k, new = rotate(q, positions, c.rope), rotate(k, positions, c.rope), None
-        if past is not None:
+        q, k, new = rotate(q, turns), rotate(k, turns), None
+        if past is None:
+            y = self._whole_rows(*(x.astype(self.dtype) for x in (q, k, v)), seen, window)
+        else:
             new = jax.tree.map(lambda old, own: own.astype(old.dtype), past, (k, v))
             k, v = (write(old, own, slot, axis=1).astype(q.dtype) for old, own in zip(past, new, strict=True))
-        y = attend(q, k, v, mask).reshape(*x.shape[:2], -1).astype(self.dtype)
+            y = attend(q, k, v, seen)
+        y = y.reshape(*x.shape[:2], -1).astype(self.dtype)
         return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(y), new
+
+    def _whole_rows(self, q, k, v, segment_ids, window):
+        c, kind = self.config, self.kind
+        segment_ids = None if self.segments == 1 else segment_ids
+        most = 0 if segment_ids is None else self.segments or SEGMENTS + 1
+        kind = best_here(q.dtype, c, q.shape[1], most) if kind == "auto" else kind
+        return self_attention(q, k, v, segment_ids, window, kind, min(most, SEGMENTS))
 
 
 class MLP(nn.Module):
@@ -103,8 +114,7 @@ class MLP(nn.Module):
         """Map x (B, T, D) to (B, T, D)."""
         c = self.config
         dense = partial(nn.Dense, use_bias=c.mlp_bias, dtype=self.dtype, param_dtype=self.dtype)
-        gate = dense(c.intermediate_size, name="gate_proj")(x)
-        up = dense(c.intermediate_size, name="up_proj")(x)
+        gate, up = (checkpoint_name(dense(c.intermediate_size, name=n)(x), n) for n in ("gate_proj", "up_proj"))
         return dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
 
 
@@ -113,15 +123,19 @@ class Block(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike
+    kind: str
+    segments: int | None
 
     @nn.compact
-    def __call__(self, x, positions, mask, slot, window, past):
-        """Map the residual stream x (B, T, D) to ``((B, T, D), new)``; ``window`` where ``mask`` is distances."""
+    def __call__(self, x, turns, seen, slot, window, past):
+        """Map the residual stream x (B, T, D) to ``((B, T, D), new)``; ``window`` where layers have their own."""
         norm = partial(RMSNorm, self.config.rms_norm_eps, self.dtype)
-        attention = Attention(self.config, self.dtype, name="self_attn")
-        mask = mask if window is None else mask < window
-        y, new = attention(norm(name="input_layernorm")(x), positions, mask, past, slot)
-        x = x + y
+        attention = Attention(self.config, self.dtype, self.kind, self.segments, name="self_attn")
+        if past is not None and window is not None:
+            seen = seen < window  # distances
+        window = max(self.config.windows, default=0) or None if window is None else window
+        y, new = attention(norm(name="input_layernorm")(x), turns, seen, window, slot, past)
+        x = checkpoint_name(x + y, "residual")
         x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
         return x, new
 
@@ -131,8 +145,7 @@ class Embed(nn.Embed):
 
     def attend(self, query):
         """Logits (..., V) of ``query`` (..., D)."""
-        embedding = self.embedding.astype(self.dtype)
-        return jnp.einsum("...d,vd->...v", query, embedding, preferred_element_type=wide(self.dtype))
+        return product(query, self.embedding.T)
 
 
 class Body(nn.Module):
@@ -140,27 +153,31 @@ class Body(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike
+    remat: str
+    kind: str
+    segments: int | None
 
     def setup(self):
         """Build the submodules."""
         c, dtype = self.config, self.dtype
         scanned = nn.scan(
-            Block,
+            rematerialised(dequantized(Block, self.variables, self.remat), self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=c.num_hidden_layers,
         )
         self.embed_tokens = Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype)
-        self.layers = scanned(c, dtype)
+        self.layers = scanned(c, dtype, self.kind, self.segments)
         self.norm = RMSNorm(c.rms_norm_eps, dtype)
 
-    def __call__(self, tokens, positions, mask, cache=None):
+    def __call__(self, tokens, positions, seen, cache=None):
         """Map tokens (B, T) to final hidden states (B, T, D) and, with a cache, new k and v (L, B, T, K, hd)."""
         windows = self.config.windows
         own = jnp.array([w or FAR for w in windows], jnp.int32) if len(set(windows)) > 1 else None
         past, slot = (None, None) if cache is None else ((cache.k, cache.v), cache.used)
-        x, new = self.layers(self.embed_tokens(tokens), positions, mask, slot, own, past)
+        turns = angles(positions, self.config.rope, self.config.head_dim, wide(self.dtype))
+        x, new = self.layers(self.embed_tokens(tokens), turns, seen, slot, own, past)
         return self.norm(x), new
 
 
@@ -170,17 +187,20 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
     tokenizer: Any = dataclasses.field(default=None, compare=False, repr=False)
+    remat: str = "useful"  # what the backward pass finds again, see models/remat.py
+    attention: str = "auto"  # of whole rows: auto, or one of models/attention.py
+    segments: int | None = None  # the most of a row with segment_ids: 1: pads at its end alone; None: unknown
 
     def setup(self):
         """Build the submodules."""
-        self.model = Body(self.config, self.dtype)
+        self.model = Body(self.config, self.dtype, self.remat, self.attention, self.segments)
         if not self.config.tie_word_embeddings:
             self.lm_head = nn.Dense(
                 self.config.vocab_size,
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.dtype,
-                dot_general=partial(jax.lax.dot_general, preferred_element_type=wide(self.dtype)),
+                dot_general=lambda x, kernel, dimensions, precision: product(x, kernel),
             )
 
     def __call__(self, tokens, positions=None, segment_ids=None, cache=None, at=None):
@@ -194,23 +214,33 @@ class Decoder(nn.Module):
           cache: the :class:`Cache` of the tokens before these, with T slots to spare (beyond its end, nothing warns).
           at: (B, K) int32, indices into T: logits for these tokens alone, (B, K, V).
         """
+        if cache is None:
+            return self.logits(self.hidden(tokens, positions, segment_ids, at))
+        if positions is None or segment_ids is not None:
+            raise InputError("with a cache, give positions (-1 at pads) and no segment_ids")
         tokens = jnp.asarray(tokens)
-        if cache is None:
-            if positions is None:
-                positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-            keys, mask = positions, causal_mask(positions, segment_ids)
-        else:
-            if positions is None or segment_ids is not None:
-                raise InputError("with a cache, give positions (-1 at pads) and no segment_ids")
-            keys = write(cache.positions, positions, cache.used, axis=1)
-            mask = cached_mask(positions, keys)
-        x, new = self.model(tokens, positions, windowed(mask, positions, keys, self.config.windows), cache)
-        x = x if at is None else jnp.take_along_axis(x, at[:, :, None], axis=1)
-        logits = self._logits(x)
-        if cache is None:
-            return logits
+        keys = write(cache.positions, positions, cache.used, axis=1)
+        mask = windowed(cached_mask(positions, keys), positions, keys, self.config.windows)
+        x, new = self.model(tokens, positions, mask, cache)
         k, v = (write(old, own, cache.used, axis=2) for old, own in zip((cache.k, cache.v), new, strict=True))
-        return logits, Cache(k, v, keys, cache.used + tokens.shape[1])
+        return self.logits(_taken(x, at)), Cache(k, v, keys, cache.used + tokens.shape[1])
 
-    def _logits(self, x):
+    def hidden(self, tokens, positions=None, segment_ids=None, at=None):
+        """What the head reads, (B, T, D) or (B, K, D); the arguments are those of a call without a cache."""
+        tokens = jnp.asarray(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return _taken(self.model(tokens, positions, segment_ids)[0], at)
+
+    def logits(self, x):
+        """Logits (..., V) of what :meth:`hidden` gives (..., D)."""
         return self.model.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+
+
+def head_path(config):
+    """Where in the parameters the head lies."""
+    return ("model", "embed_tokens") if config.tie_word_embeddings else ("lm_head",)
+
+
+def _taken(x, at):
+    return x if at is None else jnp.take_along_axis(x, at[:, :, None], axis=1)

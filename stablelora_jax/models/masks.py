@@ -1,19 +1,10 @@
-"""What sees what: causality, segments, the slots of a cache, and sliding windows."""
+"""What tokens see of the slots of a cache, under sliding windows; of whole rows, see ``attention.py``."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
 FAR = jnp.iinfo(jnp.int32).max
-
-
-def causal_mask(positions, segment_ids):
-    """What each token of a whole row sees: (B, T, T) bool."""
-    B, T = positions.shape
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return mask
 
 
 def cached_mask(positions, keys):

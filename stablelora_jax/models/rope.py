@@ -8,9 +8,10 @@ layout of q and k.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from stablelora_jax.models.architecture import Rope
 
@@ -28,10 +29,15 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return freq
 
 
-def rotate(x: jnp.ndarray, positions: ArrayLike, rope: Rope) -> jnp.ndarray:
-    """Rotate queries or keys ``x`` (B, T, heads, head_dim) to ``positions`` (B, T) int32; keeps the dtype of ``x``."""
-    freq = jnp.asarray(frequencies(rope, x.shape[-1]), x.dtype)
-    angle = jnp.asarray(positions)[..., None, None].astype(x.dtype) * freq[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+def angles(positions: ArrayLike, rope: Rope, head_dim: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (B, T, 1, head_dim // 2) of the turns at ``positions`` (B, T) int32; all layers share them."""
+    freq = jnp.asarray(frequencies(rope, head_dim), dtype)
+    turn = jnp.asarray(positions)[..., None, None].astype(dtype) * freq
+    return jnp.cos(turn), jnp.sin(turn)
+
+
+def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate queries or keys ``x`` (B, T, heads, head_dim) by ``turns`` of :func:`angles`; keeps the dtype of ``x``."""
+    cos, sin = turns
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.parallel.layout import Layout, Takes
-from stablelora_jax.parallel.rules import ROWS, base_spec, constrained, gathered_embedding
+from stablelora_jax.parallel.rules import ROWS, base_spec, constrained, gathered_ends
 from stablelora_jax.tree import keys_of
 
 AXES = ("data", "fsdp", "tensor")
@@ -107,7 +107,7 @@ def _compiled(
     mesh: Mesh, heads: bool, function: Callable[..., Any], takes: Sequence[Takes], donate: Sequence[int] = ()
 ) -> Callable[..., Any]:
     def inside(*arguments: Any) -> Any:
-        given = [gathered_embedding(x, mesh) if own == "base" else x for x, own in zip(arguments, takes, strict=True)]
+        given = [gathered_ends(x, mesh) if own == "base" else x for x, own in zip(arguments, takes, strict=True)]
         with nn.intercept_methods(constrained(mesh, split_heads=heads)):
             return function(*given)
 

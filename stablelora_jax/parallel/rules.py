@@ -10,11 +10,11 @@ embedding (V, D)            embed_tokens          V: tensor, D: fsdp        (dat
 everything else             norms, biases         replicated                (data+fsdp, -, -)
 =========================== ===================== ========================= =======================
 
-The embedding is gathered along fsdp once a step, before the look-up. An axis that does not divide stays whole, and so
-do the four projections of attention, over ``tensor``, unless whole groups of heads fit (it divides
-``num_key_value_heads``). Rows go over data and fsdp. With the outputs fixed, the only way to multiply is to gather one
-layer's kernels along fsdp just before use, forwards and backwards (ZeRO-3, arXiv 1910.02054), and to sum twice a layer
-over tensor, each way (Megatron, arXiv 1909.08053); a test counts this in the compiled program.
+Embedding and head are gathered along fsdp once a step, before the look-up and the loop over tiles of logits. An axis
+that does not divide stays whole, and so do the four projections of attention, over ``tensor``, unless whole groups of
+heads fit (it divides ``num_key_value_heads``). Rows go over data and fsdp. With the outputs fixed, the only way to
+multiply is to gather one layer's kernels along fsdp just before use, forwards and backwards (ZeRO-3, arXiv 1910.02054),
+and to sum twice a layer over tensor, each way (Megatron, arXiv 1909.08053); a test counts this in the compiled program.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stablelora_jax.errors import InputError
+from stablelora_jax.tree import keys_of
+
 ROWS = ("data", "fsdp")
 INWARD = ("o_proj", "down_proj")  # their input is what tensor splits
 OUTWARD = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -35,7 +38,14 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def base_spec(
     path: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int], *, split_heads: bool
 ) -> PartitionSpec:
-    """The split of the parameter ``path``; ``sizes`` are those of the mesh's axes."""
+    """The split of the parameter ``path``; ``sizes`` are those of the mesh's axes.
+
+    Raises:
+      InputError: the array is part of a quantised kernel, and there is an axis to split it over.
+    """
+    if "kernel" in path[:-1] and (sizes["fsdp"] > 1 or sizes["tensor"] > 1):
+        name = ".".join(path[: path.index("kernel")])
+        raise InputError(f"{name} is quantised, which only data can spread: set fsdp and tensor to 1, or quantize none")
     module, leaf = path[-2] if len(path) > 1 else "", path[-1]
     if leaf not in ("kernel", "embedding") or len(shape) < 2:
         return PartitionSpec()
@@ -46,14 +56,20 @@ def base_spec(
     return PartitionSpec(*(None,) * (len(shape) - 2), *kept)
 
 
-def gathered_embedding(params: Any, mesh: Mesh) -> Any:
-    """``params`` with embeddings whole along fsdp: no look-up can be split well by features and by rows at once."""
+def gathered_ends(params: Any, mesh: Mesh) -> Any:
+    """``params`` with embeddings and head whole along fsdp.
+
+    No look-up can be split well by features and by rows at once, and a loop over logits would gather in each turn.
+    """
 
     def gather(path: Any, x: jax.Array) -> jax.Array:
-        if getattr(path[-1], "key", None) != "embedding":
+        keys = keys_of(path)
+        if keys[-1] != "embedding" and keys[-2:] != ("lm_head", "kernel"):
             return x
-        vocabulary = "tensor" if x.shape[0] % mesh.shape["tensor"] == 0 else None
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(vocabulary, None)))
+        axis = 0 if keys[-1] == "embedding" else 1  # the vocabulary's
+        split = "tensor" if x.shape[axis] % mesh.shape["tensor"] == 0 else None
+        spec = PartitionSpec(split, None) if axis == 0 else PartitionSpec(None, split)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(gather, params)
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from stablelora_jax.lowrank import product
+
 Adapter = Mapping[str, jax.Array]
 
 
@@ -25,9 +27,8 @@ def gain(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array | None:
 
 def delta(z: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
     """``s z B``: z = x A (..., r) in the module's compute dtype; B (r, out); gives (..., out), at least float32."""
-    wide = jnp.promote_types(z.dtype, jnp.float32)
-    product = jnp.matmul(z, adapter["lora_b"].astype(z.dtype), preferred_element_type=wide)
-    return product * jnp.asarray(scale, wide)
+    b = adapter["lora_b"]
+    return product(z, b * jnp.asarray(scale, b.dtype))  # of the two, B is the small one to scale
 
 
 def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
@@ -39,5 +40,5 @@ def merged(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
     """:func:`merge` before it is rounded to the dtype of ``w``."""
     a, b = adapter["lora_a"], adapter["lora_b"]
     wide = jnp.promote_types(jnp.promote_types(w.dtype, a.dtype), jnp.float32)
-    product = jnp.matmul(a.astype(wide), b.astype(wide)) * jnp.asarray(scale, wide)[..., None, None]
-    return w.astype(wide) + product
+    change = jnp.matmul(a.astype(wide), b.astype(wide)) * jnp.asarray(scale, wide)[..., None, None]
+    return w.astype(wide) + change

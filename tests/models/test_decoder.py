@@ -9,7 +9,7 @@ from stablelora_jax import load_pretrained
 from stablelora_jax.errors import InputError
 from stablelora_jax.models.architecture import Rope
 from stablelora_jax.models.cache import Cache, empty_cache, positions_of
-from stablelora_jax.models.rope import frequencies, rotate
+from stablelora_jax.models.rope import angles, frequencies, rotate
 from tests.helpers import ROPE_LLAMA3, largest_difference, tiny_decoder, tokens
 
 
@@ -176,9 +176,10 @@ def test_rotation_is_relative():
     """Scores depend on the difference of positions only, and position 0 is no rotation."""
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-    score = lambda i, j: (rotate(q, jnp.array([[i]]), Rope()) * rotate(k, jnp.array([[j]]), Rope())).sum()
+    turned = lambda x, i: rotate(x, angles(jnp.array([[i]]), Rope(), 8, jnp.float32))
+    score = lambda i, j: (turned(q, i) * turned(k, j)).sum()
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
-    assert np.array_equal(rotate(q, jnp.array([[0]]), Rope()), q)
+    assert np.array_equal(turned(q, 0), q)
 
 
 def test_frequencies_of_llama3_keep_short_and_divide_long_wavelengths():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from stablelora_jax.losses import tile_length
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.train import make_train_step
 from tests.parallel.cases import HEADS, SHAPE, TX, batches, problem
@@ -85,8 +86,10 @@ def test_tensor_parallel():
     assert set(found) == {("all-reduce", True), ("all-reduce", False), ("all-gather", False)}
     stream = Counter({shape: n for shape, n in found["all-reduce", True].items() if shape[-1] == D})
     B, T = 16, 32
-    assert stream == {(B, T, D): 2 + 5}, "after o and down forwards; into q, k, v, gate and up backwards"
-    assert messages["all-reduce", True] == 4
+    tile = tile_length(B, T, V)
+    layers = "after o and down forwards; into q, k, v, gate and up backwards; into the head, tile by tile"
+    assert stream == {(B, T, D): 2 + 5, (B, tile, D): 1}, layers
+    assert messages["all-reduce", True] == 4 + 3, "of a layer; of a tile its maximum, its sums and its gradient"
     assert set(found["all-reduce", True]) == {(B, T, D), (B, T, R)}
     gathered = Counter([(L, R, D)] * 3 + [(L, R, F)] * 2 + [(L, D, R), (L, F, R)])
     assert turned(found["all-gather", False]) == turned(gathered), (

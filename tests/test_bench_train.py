@@ -1,0 +1,180 @@
+"""bench.py train and curves: what both sides are given, what is made of their numbers, and the whole on few tokens."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stablelora_jax import InputError
+from stablelora_jax.flops import flops_per_token
+from stablelora_jax.models.architecture import decoder_config
+from tests.conftest import ROOT
+
+KEYS = {"tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes", "compile_seconds"}
+BLOCKED = ("transformers", "datasets", "orbax", "tensorboardX", "torch", "peft", "safetensors", "gguf", "matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def experiments(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+
+
+def work(*flags):
+    import argparse
+
+    import bench_train
+
+    parser = argparse.ArgumentParser()
+    bench_train.add_options(parser)
+    return bench_train.work_of(parser.parse_args([str(flag) for flag in flags]))
+
+
+def run(*flags, **environment):
+    command = [sys.executable, ROOT / "experiments" / "bench.py", "train", "--json", *flags]
+    env = {**os.environ, **environment}
+    return subprocess.run([str(x) for x in command], env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_shapes_are_those_of_the_models():
+    """Parameters as their authors count them, in millions."""
+    from bench_shapes import SHAPES
+
+    counts = {"llama-15m": 15.2, "smollm2-135m": 134.5, "qwen2-0.5b": 494.0, "qwen2-1.5b": 1543.7}
+    counts |= {"llama3.2-1b": 1235.8, "llama3.2-3b": 3212.7, "llama3.1-8b": 8030.3}
+    assert set(counts) == set(SHAPES)
+    for name, millions in counts.items():
+        config = decoder_config(SHAPES[name], name)
+        heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        small = 2 * config.hidden_size + heads * config.qkv_bias
+        again = config.vocab_size * config.hidden_size * (not config.tie_word_embeddings)
+        total = flops_per_token(config, 0, 0) / 4 + config.num_hidden_layers * small + config.hidden_size + again
+        assert round(total / 1e6, 1) == millions, name
+
+
+def test_what_is_learnt_is_the_end_of_each_text():
+    from bench_work import arrays, dumped, loaded
+
+    made = work("--batch", 2, "--length", 10, "--documents", 2, "--loss-fraction", 0.4)
+    found = arrays(made)
+    assert loaded(dumped(made)) == made and made.tokens_per_step == 20 and made.attended == 5
+    np.testing.assert_array_equal(found["positions"], [[0, 1, 2, 3, 4] * 2] * 2)
+    np.testing.assert_array_equal(found["segment_ids"], [[1] * 5 + [2] * 5] * 2)
+    np.testing.assert_array_equal(found["loss_mask"], [[0, 0, 0, 1, 1] * 2] * 2)
+    assert found["tokens"].dtype == np.int32 and len(np.unique(found["tokens"])) == 20
+    whole = arrays(work("--batch", 1, "--length", 4))
+    np.testing.assert_array_equal(whole["loss_mask"], [[0, 1, 1, 1]])  # nothing predicts the first
+
+
+def test_ratios_are_of_the_rounds_and_of_the_fastest_peer():
+    import bench_report
+
+    made = work("--batch", 1, "--length", 32)
+    about = {"device": "NVIDIA H200", "lora_parameters": 7, "versions": {}, "compile_seconds": 3.0}
+    memory = {"peak_memory_bytes": 100, "steps_bytes": 80, "before_bytes": 30}
+    found = {
+        "stablelora_jax": {**about, **memory, "round_seconds": [1.0, 2.0, 4.0]},
+        "peft eager": {**about, "peak_memory_bytes": 300, "round_seconds": [9.0, 9.0, 9.0]},
+        "peft compile": {**about, **memory, "steps_bytes": 130, "round_seconds": [3.0, 4.0, 4.0]},
+    }
+    sides = {name: bench_report.summary(side, made, 1e9) for name, side in found.items()}
+    whole = bench_report.result(sides, made)
+    assert whole["peer"]["name"] == "peft compile" and set(whole["peers"]) == {"peft eager", "peft compile"}
+    assert whole["ratio"] == 2.0 and whole["ratio_rounds"] == [3.0, 2.0, 1.0] and whole["memory_ratio"] == 1
+    assert whole["memory_ratio_beyond_imports"] == 0.5 and whole["ratio_quartiles"] == [1.5, 2.5]
+    assert whole["step_seconds"] == 2.0 and whole["tokens_per_second"] == 16.0
+    assert whole["mfu"] == pytest.approx(16 * whole["model_flops_per_token"] / 1e9)
+    assert bench_report.summary(found["peft eager"], made, None)["mfu"] is None
+    assert "2.00 times peft compile (quartiles 1.50 to 2.50), 1.00 of its" in bench_report.table(sides, whole)
+
+
+def test_memory_forgets_what_was_before_the_steps():
+    from bench_side import host_memory, resident
+
+    before = resident()
+    if before is None:
+        pytest.skip("the system does not say")
+    held = np.ones(200_000_000, np.int8)
+    del held
+    memory = host_memory(before)
+    now = np.ones(50_000_000, np.int8)
+    found = memory()
+    assert found["peak_memory_bytes"] >= before + 200_000_000 - 2**24 and len(now)
+    assert found["steps_bytes"] is None or 45e6 < found["steps_bytes"] - found["before_bytes"] < 100e6
+
+
+def test_a_line_of_json_needs_no_data_sets_and_no_torch(tmp_path, monkeypatch):
+    """From a process and its worker in which the optional packages cannot be imported."""
+    import bench_turns
+
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {BLOCKED}: raise ModuleNotFoundError(f'{{name}} is blocked')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    flags = "--batch 1 --length 32 --steps 1 --rounds 2 --peak-flops 1e12 --optimizer stable_lora".split()
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = run(*flags, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1 and KEYS <= set(found) and "peer" not in found
+    assert all(found[key] > 0 for key in KEYS) and found["shape"] == "llama-15m" and found["optimizer"] == "stable_lora"
+    assert found["tokens_per_second"] == pytest.approx(32 / found["step_seconds"])
+    assert "| stablelora_jax |" in done.stderr
+    monkeypatch.setenv("PYTHONPATH", paths)
+    with pytest.raises(InputError, match="^peft eager: torch is blocked$"):
+        bench_turns.measured(["peft eager"], work(), 1, 1, False)
+
+
+def test_the_peer_does_the_same_work():
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package)
+    flags = "--batch 2 --length 32 --documents 2 --loss-fraction 0.25 --steps 1 --rounds 1 --peer peft".split()
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert KEYS <= set(found["peer"]) and found["peer"]["name"] == "peft eager" and found["ratio"] > 0
+    assert found["lora_parameters"] == found["peer"]["lora_parameters"] == 6 * 8 * (4 * 2 * 288 + 3 * (288 + 768))
+    assert found["ratio_rounds"] == [
+        b / a for a, b in zip(found["round_seconds"], found["peer"]["round_seconds"], strict=True)
+    ]
+    assert found["mfu"] is None and found["memory_ratio"] > 0
+
+
+def test_a_side_that_cannot_says_so():
+    import bench_turns
+
+    with pytest.raises(InputError, match="stablelora_jax: .*nope"):
+        bench_turns.measured(["stablelora_jax"], work("--target", "nope", "--batch", 1, "--length", 32), 1, 1, False)
+
+
+def test_curves_change_one_number_at_a_time(monkeypatch, tmp_path, capsys):
+    import bench
+    import bench_curves
+
+    seen = []
+
+    def measured(names, made, steps, rounds, apart):
+        seen.append(made)
+        cost = made.batch * made.length * made.config["num_hidden_layers"]
+        memory = {"peak_memory_bytes": cost, "steps_bytes": cost + 5, "before_bytes": 5}
+        return {names[0]: {"round_seconds": [cost] * rounds, "compile_seconds": 2.0, **memory}}
+
+    monkeypatch.setattr(bench_curves, "measured", measured)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "curves", "--output", str(tmp_path / "out"), "--batch", "2"])
+    assert bench.main() == 0
+    points = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert [p["value"] for p in points if p["axis"] == "layers"] == [3, 6, 12, 24]
+    assert [p["value"] for p in points if p["axis"] == "batch"] == [1, 2, 4, 8]
+    assert [p["step"] for p in points if p["axis"] == "length"] == [2 * T * 6 for T in (64, 128, 256, 512)]
+    assert {made.rank for made in seen} == {4, 8, 16, 32} and len(seen) == 16
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "curves.md").read_text() == capsys.readouterr().out
+    for axes in bench_curves.figure([bench_curves.Point(**p) for p in points], "").axes:
+        (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+        xs, ys = axes.lines[0].get_data()
+        assert x0 == y0 == 0 and max(xs) < x1 and max(ys) < y1 and len(xs) == 4
