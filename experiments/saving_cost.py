@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench import LLAMA_15M, decoder, machine
+from bench_optimizers import LLAMA_15M, decoder, machine
 
 from stablelora_jax import LoraSpec, adapted, checkpoint, config, init_adapters, stable_lora
 from stablelora_jax.command import exit_code

@@ -1,0 +1,128 @@
+"""Our side of ``bench.py train``: the library's own training step, on one device."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bench_side import Side, host_memory, resident, serve
+from bench_work import Work, arrays
+
+from stablelora_jax import LoraSpec, adapted, init_adapters
+from stablelora_jax.adapter import pairs
+from stablelora_jax.build import make_training, numbers_of
+from stablelora_jax.data import Batch
+from stablelora_jax.data.batch import learnt_places
+from stablelora_jax.models.architecture import decoder_config
+from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.optimizer_config import CONFIGS, FREEZES_A
+from stablelora_jax.parallel import Layout, pmap_layout
+from stablelora_jax.quantize import is_linear, quantize
+from stablelora_jax.run_config import RunConfig
+from stablelora_jax.schedule_config import Constant
+from stablelora_jax.train import init_state, make_train_step
+from stablelora_jax.tree import keys_of
+
+
+class Ready(NamedTuple):
+    """The training step and what it takes."""
+
+    step: Any  # make_train_step's
+    state: Any
+    params: Any
+    batch: Any
+    numbers: Any
+    lora: int  # numbers in the adapters
+    held: int  # those that have no gradient
+
+
+def drawn(model: Decoder, layout: Layout, kind: str | None) -> Any:
+    """Parameters as Hugging Face initialises them (normal, 0.02), drawn where they lie; quantised as ``kind``."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    count = iter(range(10_000))
+
+    def draw(path: Any, leaf: Any) -> Any:
+        keys, lie = keys_of(path), layout.base(keys_of(path), leaf.shape)
+        if keys[-1] in ("scale", "bias"):
+            return jnp.full(leaf.shape, keys[-1] == "scale", leaf.dtype, device=lie)
+        seeds = jax.random.split(jax.random.key(next(count), impl="rbg"), math.prod(leaf.shape[:-2]))
+
+        def make(seeds: jax.Array) -> Any:  # a matrix at a time: the random bits are as large again
+            found = jax.lax.map(lambda key: 0.02 * jax.random.normal(key, leaf.shape[-2:], leaf.dtype), seeds)
+            kernel = found.reshape(leaf.shape)
+            return quantize(kernel, kind) if kind and is_linear(keys) else kernel
+
+        return jax.jit(make, out_shardings=lie)(seeds)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def batch_of(work: Work) -> Batch:
+    """The tokens; where only some are learnt also their places, as the loader gives them."""
+    found = arrays(work)
+    mask = found["loss_mask"]
+    return Batch(**found, at=None if work.loss_fraction == 1 else learnt_places(mask, int(mask.sum(1).max())))
+
+
+def ready(work: Work, device: jax.Device) -> Ready:
+    """The step that ``experiments/train.py`` takes with the same settings, without clipping."""
+    layout = pmap_layout([device])
+    options = {key: getattr(work, key) for key in ("remat", "attention") if getattr(work, key)}
+    model = Decoder(decoder_config(work.config, work.shape), dtype=jnp.dtype(work.dtype), **options)
+    params = drawn(model, layout, work.quantize)
+    spec = LoraSpec(target=work.target, rank=work.rank, alpha=2 * work.rank)
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    run = RunConfig(lora=spec, optimizer=CONFIGS[work.optimizer](), schedule=Constant(), clip_norm=None)
+    tx, trained = make_training(run, params, adapters)
+    numbers = numbers_of(run, adapters)
+    step = make_train_step(adapted(model, spec), tx, layout, trained=trained)
+    state = layout.state(jax.tree.map(np.asarray, init_state(adapters, tx(numbers), jax.random.key(1))))
+    lora = sum(x.size for x in jax.tree.leaves(adapters))
+    held = sum(pair["lora_a"].size for pair in pairs(adapters).values()) if work.optimizer in FREEZES_A else 0
+    return Ready(step, state, params, layout.split(batch_of(work)), layout.place_base(numbers), lora, held)
+
+
+def prepare(work: Work) -> Side:
+    """Compile the step and take it twice."""
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are of compiling
+    device = jax.devices()[0]
+    before = resident()
+    made = ready(work, device)
+    state = made.state
+    began = time.perf_counter()
+    compiled = made.step.lower(state, made.params, made.batch, made.numbers).compile()
+    seconds = time.perf_counter() - began
+
+    def run(count: int) -> float:
+        nonlocal state
+        for _ in range(count):
+            state, metrics = compiled(state, made.params, made.batch, made.numbers)
+        jax.block_until_ready((state, metrics))
+        return float(metrics["loss"][0])
+
+    run(2)
+    about = {"compile_seconds": seconds, "device": device.device_kind, "platform": device.platform}
+    about |= {"lora_parameters": made.lora, "held": made.held, "versions": versions()}
+    return Side(run, about, host_memory(before) if device.platform == "cpu" else lambda: device_memory(device))
+
+
+def device_memory(device: jax.Device) -> dict[str, Any]:
+    """What the allocator has counted since the process began: drawing and compiling included."""
+    return {"peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use")}
+
+
+def versions() -> dict[str, str]:
+    """Of what our side is made of."""
+    made = {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__}
+    return {**made, "optax": optax.__version__}
+
+
+if __name__ == "__main__":
+    serve(prepare)

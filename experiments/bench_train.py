@@ -1,0 +1,106 @@
+"""``bench.py train``: tokens a second, model FLOPs, memory and compile time of the training step, alone or beside PEFT.
+
+Each side is a process of its own (:mod:`bench_side`). Times are means over the steps of a round, so that steps may
+queue up as they do in training; what is said of them are medians and quartiles over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+from bench_report import result, summary, table
+from bench_shapes import SHAPES
+from bench_turns import OURS, measured
+from bench_work import Work
+
+from stablelora_jax.errors import InputError
+from stablelora_jax.flops import peak_flops
+from stablelora_jax.models.attention import KINDS
+from stablelora_jax.models.remat import Remat
+from stablelora_jax.optimizer_config import CONFIGS
+from stablelora_jax.quantize import FORMATS
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``bench.py train``."""
+    add = parser.add_argument
+    add("--shape", choices=sorted(SHAPES), default="llama-15m", help="whose architecture; weights are random")
+    add("--batch", type=int, default=8, metavar="B", help="rows of a step (default 8)")
+    add("--length", type=int, default=256, metavar="T", help="tokens of a row (default 256)")
+    add("--documents", type=int, default=1, metavar="N", help="texts packed into each row (default 1)")
+    add("--rank", type=int, default=8, metavar="R", help="of every pair (default 8)")
+    add("--target", default="all-linear", help='module names with commas between, or "all-linear" (default)')
+    add(
+        "--loss-fraction",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="the last share of each text is learnt (default 1)",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base and of products")
+    add("--optimizer", choices=sorted(CONFIGS), default="adamw", help="ours; the peer's is always AdamW")
+    add("--steps", type=int, default=5, metavar="N", help="timed steps of a round (default 5)")
+    add("--rounds", type=int, default=7, metavar="N", help="rounds of each side, in turn (default 7)")
+    add("--remat", choices=get_args(Remat), help="what the backward pass finds again (default: the model's)")
+    add("--attention", choices=KINDS, help="how attention is computed (default: the model's)")
+    add("--quantize", choices=tuple(FORMATS), help="keep the base in this format, on our side alone")
+    add("--peer", choices=("peft",), help="do the same work in PyTorch, in turn")
+    add("--peer-modes", metavar="MODES", help="eager, compile or both with a comma; default: eager, on a GPU both")
+    add("--apart", action="store_true", help="one side after the other, where memory does not hold them together")
+    add("--peak-flops", type=float, metavar="X", help="the device's FLOP/s, for MFU, where it is not known")
+    add("--json", action="store_true", help="one line of JSON on stdout, the table on stderr")
+
+
+def work_of(given: argparse.Namespace) -> Work:
+    """The work that the flags describe.
+
+    Raises:
+      InputError: a number out of range, or a target that is no linear module.
+    """
+    for name in ("batch", "length", "documents", "rank", "steps", "rounds"):
+        if getattr(given, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(given, name)}")
+    if given.length < 2 * given.documents:
+        raise InputError(f"--length {given.length} is less than two tokens for each of {given.documents} documents")
+    if not 0 < given.loss_fraction <= 1 or round(given.loss_fraction * given.length / given.documents) < 1:
+        raise InputError(f"--loss-fraction must leave a token to learn and be at most 1, not {given.loss_fraction}")
+    if given.peak_flops is not None and not given.peak_flops > 0:
+        raise InputError(f"--peak-flops must be positive, not {given.peak_flops}")
+    if unknown := set((given.peer_modes or "eager").split(",")) - {"eager", "compile"}:
+        raise InputError(f"--peer-modes takes eager and compile, not {', '.join(sorted(unknown))}")
+    config = dict(SHAPES[given.shape])
+    if given.length > config["max_position_embeddings"]:
+        raise InputError(f"--length {given.length} is more than the model's {config['max_position_embeddings']}")
+    target = given.target if given.target == "all-linear" else given.target.split(",")
+    same = {key: getattr(given, key) for key in Work.__dataclass_fields__ if key not in ("config", "target")}
+    return Work(**same, config=config, target=target)
+
+
+def bench(given: argparse.Namespace) -> None:
+    """What ``bench.py train`` does."""
+    work = work_of(given)
+    names = [OURS]
+    if given.peer:
+        modes = given.peer_modes or ("eager,compile" if on_gpu() else "eager")
+        names += [f"{given.peer} {mode}" for mode in modes.split(",")]
+    found = measured(names, work, given.steps, given.rounds, given.apart)
+    known = peak_flops(found[OURS]["device"]) if work.dtype == "bfloat16" else None
+    sides = {name: summary(side, work, given.peak_flops or known) for name, side in found.items()}
+    whole = result(sides, work)
+    about = f"{work.shape}, {work.batch} x {work.length} tokens, {work.documents} a row, r={work.rank} {given.target}, "
+    about += f"loss on {work.loss_fraction:.0%}, {work.dtype}, {work.optimizer}; {whole['device']}"
+    versions = {key: value for side in sides.values() for key, value in side["versions"].items()}
+    about += "; " + ", ".join(f"{key} {value}" for key, value in versions.items())
+    text = f"{about}\n\n{table(sides, whole)}"
+    print(text, file=sys.stderr if given.json else sys.stdout)
+    if given.json:
+        print(json.dumps(whole))
+
+
+def on_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, without taking it."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists()
