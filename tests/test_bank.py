@@ -94,8 +94,9 @@ def products(jaxpr):
         if equation.primitive.name == "dot_general":
             yield tuple(v.aval.shape for v in equation.invars)
         for value in equation.params.values():
-            if hasattr(value, "jaxpr"):
-                yield from products(value.jaxpr)
+            inner = getattr(value, "jaxpr", value)  # of a remat it is open
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
 
 
 def test_positions_segments_and_chosen_tokens_go_with_their_rows():

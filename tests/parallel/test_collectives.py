@@ -90,7 +90,7 @@ def test_tensor_parallel():
     layers = "after o and down forwards; into q, k, v, gate and up backwards; into the head, tile by tile"
     assert stream == {(B, T, D): 2 + 5, (B, tile, D): 1}, layers
     assert messages["all-reduce", True] == 4 + 3, "of a layer; of a tile its maximum, its sums and its gradient"
-    assert set(found["all-reduce", True]) == {(B, T, D), (B, T, R)}
+    assert set(found["all-reduce", True]) == {(B, T, D), (B, T, R), (B, tile, D), (B, tile, 1), (B, tile)}
     gathered = Counter([(L, R, D)] * 3 + [(L, R, F)] * 2 + [(L, D, R), (L, F, R)])
     assert turned(found["all-gather", False]) == turned(gathered), (
         "gradients of the factors that lie on a split side, once a step"
