@@ -75,7 +75,8 @@ def ready(work: Work, device: jax.Device) -> Ready:
     """The step that ``experiments/train.py`` takes with the same settings, without clipping."""
     layout = pmap_layout([device])
     options = {key: getattr(work, key) for key in ("remat", "attention") if getattr(work, key)}
-    model = Decoder(decoder_config(work.config, work.shape), dtype=jnp.dtype(work.dtype), **options)
+    known = {"dtype": jnp.dtype(work.dtype), "segments": work.documents}  # as a run counts them in its data
+    model = Decoder(decoder_config(work.config, work.shape), **known, **options)
     params = drawn(model, layout, work.quantize)
     spec = LoraSpec(target=work.target, rank=work.rank, alpha=2 * work.rank)
     adapters = init_adapters(jax.random.key(0), params, spec)
@@ -96,6 +97,7 @@ def prepare(work: Work) -> Side:
     before = resident()
     made = ready(work, device)
     state = made.state
+    jax.block_until_ready((state, made.params))  # else the compiler shares the cores with the drawing of weights
     began = time.perf_counter()
     compiled = made.step.lower(state, made.params, made.batch, made.numbers).compile()
     seconds = time.perf_counter() - began
