@@ -149,10 +149,8 @@ def make_stability_view(
         shrunk = shrunk_adapters(before, latches, shrink_ratio)
         inputs = (batch.tokens, batch.positions, batch.segment_ids)
         variables = {"params": params, "lora": before}
-        how: dict[str, Any] = (
-            {} if get_in(before, head_path(model.model.config)) else {"method": "hidden"}
-        )  # no logits for nothing
-        how |= {"token_mask": batch.segment_ids, "axis_name": layout.axis}
+        method = None if get_in(before, head_path(model.model.config)) else "hidden"  # logits for an adapted head alone
+        how: dict[str, Any] = {"token_mask": batch.segment_ids, "axis_name": layout.axis, "method": method}
         return stability(model, variables, shrunk, after, *inputs, **how)
 
     return layout.compile(view, ("state", "state", "state", "base", "rows"))

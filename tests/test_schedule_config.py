@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -401,3 +402,33 @@ def test_the_run_uses_it():
     expected = schedule_of(chosen.schedule, chosen.optimizer.learning_rate, STEPS)
     assert [own(t) for t in (0, 5, 30, 70)] == [expected(t) for t in (0, 5, 30, 70)]
     np.testing.assert_allclose(other(70), 0.2, rtol=1e-6)
+
+
+SCHEDULES = [
+    Constant(warmup_steps=3),
+    Linear(end=0.1, warmup_ratio=0.2),
+    Cosine(end=0.1, exponent=2.0, warmup_steps=2, warmup_start=0.5),
+    Polynomial(power=2.0, end=0.1, hold_steps=3),
+    Exponential(decay_rate=0.5, decay_steps=4, end=0.2),
+    Exponential(staircase=True, decay_steps=4),
+    Piecewise(points={5: 0.5, 9: 0.1}),
+    Piecewise(points={5: 0.5, 9: 0.1}, between="linear"),
+    Piecewise(points={5: 0.5, 9: 0.1}, between="cosine"),
+    Restarts(cycles=2, cycle_peak=0.5, cycle_warmup_steps=2, end=0.1),
+    InverseSqrt(warmup_steps=4),
+    Wsd(decay="cosine", decay_steps=5),
+    Wsd(decay="linear", end=0.1, decay_steps=5),
+    Wsd(decay="sqrt", decay_steps=5),
+    OneCycle(),
+    OneCycle(between="linear"),
+]
+
+
+def test_every_schedule_takes_a_traced_peak():
+    """One program for all peaks, equal to the schedule of each; all kinds are here."""
+    assert {type(config) for config in SCHEDULES} == set(get_args(ScheduleConfig))
+    counts = range(22)
+    traced = jax.jit(lambda peak: [[schedule_of(config, peak, 20)(count) for count in counts] for config in SCHEDULES])
+    for peak in (1e-4, 0.03):
+        expected = [[schedule_of(config, peak, 20)(count) for count in counts] for config in SCHEDULES]
+        np.testing.assert_allclose(np.array(traced(jnp.float32(peak))), np.array(expected), rtol=2e-6, atol=1e-12)

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from stablelora_jax.errors import InputError
 from stablelora_jax.quantize import int8, nf4
 from stablelora_jax.quantize.leaf import Quantized, is_quantized
+from stablelora_jax.tree import keys_of
 
 FORMATS = {"int8": int8, "nf4": nf4}
 KINDS = {int8.Int8: int8, nf4.NF4: nf4}
@@ -69,8 +70,10 @@ def quantize_params(params: Any, kind: str) -> Any:
     Raises:
       InputError: there is no such kind.
     """
-    keys = lambda path: tuple(getattr(key, "key", None) for key in path)  # noqa: E731
-    change = lambda path, leaf: quantize(leaf, kind) if is_linear(keys(path)) and not is_quantized(leaf) else leaf  # noqa: E731
+
+    def change(path: Any, leaf: Any) -> Any:
+        return quantize(leaf, kind) if is_linear(keys_of(path)) and not is_quantized(leaf) else leaf
+
     return jax.tree_util.tree_map_with_path(change, params, is_leaf=is_quantized)
 
 
