@@ -130,7 +130,19 @@ def _fitted(model: Decoder, config: RunConfig, layout: Layout, loader: Loader, p
         rows = config.batch_size // (layout.parts * config.accumulate)
         sizes: dict[str, Any] = {"rows": rows, "length": longest_row(loader), "dtype": model.dtype}
         remat = choose_remat(model.config, params, adapters, **sizes, attention=kind)
-    return model.clone(attention=kind, segments=segments, remat=remat)
+    model = model.clone(attention=kind, segments=segments, remat=remat)
+    if (config.model.attention, config.model.remat) != ("auto", "auto"):
+        _try(model, params, longest_row(loader))
+    return model
+
+
+def _try(model: Decoder, params: Any, length: int) -> None:
+    """Trace what was chosen by hand, so that what cannot be is said before anything is written."""
+    backend, needed = jax.default_backend(), {"cudnn": "gpu", "splash": "tpu"}.get(model.attention)
+    if needed not in (None, backend):
+        raise InputError(f"model.attention={model.attention} needs a {needed}, and here is a {backend}: choose auto")
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    jax.eval_shape(lambda p, row: model.apply({"params": p}, row, row, row, method="hidden"), params, row)
 
 
 def _given(config: RunConfig, params: Any) -> Any:

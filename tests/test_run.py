@@ -321,3 +321,18 @@ def test_shipped_configurations_load_and_build(path):
     pair = {"p": {"lora_a": np.ones((4, 2), np.float32), "lora_b": np.zeros((2, 4), np.float32)}}
     tx = make_optimizer(loaded, pair)
     jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), pair)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"attention": "cudnn"}, "model.attention=cudnn needs a gpu, and here is a cpu: choose auto"),
+        ({"attention": "splash"}, "model.attention=splash needs a tpu, and here is a cpu: choose auto"),
+        ({"remat": "everything", "quantize": "nf4"}, "choose useful"),
+    ],
+)
+def test_a_way_that_cannot_be_taken_here_is_refused_before_anything_is_written(changes, message, tmp_path):
+    config = replace(SHORT, model=replace(SHORT.model, **changes), output=str(tmp_path / "r"))
+    with pytest.raises(InputError, match=message):
+        run(config, print)
+    assert not (tmp_path / "r").exists()
