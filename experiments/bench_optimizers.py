@@ -24,18 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bench_shapes import SHAPES
 from tqdm import tqdm
 
 from stablelora_jax import InputError, LoraSpec, adapted, config, init_adapters, optimize
 from stablelora_jax.config import option
 from stablelora_jax.files import write_whole
-from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.optimizer_config import CONFIGS, OPTIMIZERS
 
-QWEN2_05B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
-LLAMA_15M = dict(hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6)
-SHAPES = {
+ADAPTERS = {
     "q_proj, v_proj, r=8": LoraSpec(target=["q_proj", "v_proj"], rank=8),
     "all-linear, r=16": LoraSpec(target="all-linear", rank=16),
 }
@@ -81,13 +81,10 @@ class Program(NamedTuple):
     state_bytes: int
 
 
-def decoder(shape: dict[str, int], **more: Any) -> tuple[Decoder, Any]:
-    """A Llama of this shape and the shapes of its parameters."""
-    sizes = dict(num_key_value_heads=shape["num_attention_heads"], vocab_size=32000, tie_word_embeddings=True)
-    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
-    model = Decoder(DecoderConfig(**{"model_type": "llama", "head_dim": head_dim, **sizes, **shape, **more}))
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return model, jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+def decoder(name: str) -> tuple[Decoder, Any]:
+    """The model of a shape that ``bench_shapes`` knows, and the shapes of its parameters."""
+    model = Decoder(decoder_config(SHAPES[name], name))
+    return model, abstract_params(model)
 
 
 def trained_adapters(params: Any, spec: LoraSpec, latched: bool = True) -> Any:
@@ -146,11 +143,12 @@ def in_turns(program: Program, baseline: Program, repeats: int) -> tuple[float, 
 
 def step_seconds(settings: BenchConfig, spec: LoraSpec) -> tuple[float, Any]:
     """Median seconds of loss, gradients and AdamW on the 15M Llama, and the shapes of its parameters."""
-    model, shapes = decoder(LLAMA_15M)
+    model, shapes = decoder("llama-15m")
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(0.02 * rng.normal(size=s.shape), s.dtype), shapes)
     adapters, lora, tx = init_adapters(jax.random.key(0), params, spec), adapted(model, spec), optax.adamw(1e-4)
-    tokens = jnp.asarray(rng.integers(0, 32000, (settings.rows, settings.length + 1)), jnp.int32)
+    size = (settings.rows, settings.length + 1)
+    tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, size), jnp.int32)
 
     def step(adapters: Any, state: Any, params: Any, tokens: Any) -> tuple[Any, Any]:
         def loss(adapters: Any) -> jax.Array:
@@ -171,8 +169,8 @@ def measure(settings: BenchConfig) -> list[str]:
     rows = [row for row in ROWS if not settings.only or row in settings.only]
     bar = tqdm(total=3 * len(rows), disable=not sys.stderr.isatty(), desc="bench", unit="optimizer")
     lines = []
-    _, qwen = decoder(QWEN2_05B, num_key_value_heads=2)
-    for title, spec in SHAPES.items():
+    _, qwen = decoder("qwen2-0.5b")
+    for title, spec in ADAPTERS.items():
         base = prepare("adamw", qwen, spec)
         lines += [f"### Qwen2-0.5B, {title}", "", "| optimizer | update, ms | beside AdamW | state, MB | compile, s |"]
         lines += ["| --- | --- | --- | --- | --- |"]

@@ -22,6 +22,7 @@ from stablelora_jax.data import Batch
 from stablelora_jax.data.batch import learnt_places
 from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.optimizer_config import CONFIGS, FREEZES_A
 from stablelora_jax.parallel import Layout, pmap_layout
 from stablelora_jax.quantize import is_linear, quantize
@@ -45,7 +46,6 @@ class Ready(NamedTuple):
 
 def drawn(model: Decoder, layout: Layout, kind: str | None) -> Any:
     """Parameters as Hugging Face initialises them (normal, 0.02), drawn where they lie; quantised as ``kind``."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     count = iter(range(10_000))
 
     def draw(path: Any, leaf: Any) -> Any:
@@ -61,7 +61,7 @@ def drawn(model: Decoder, layout: Layout, kind: str | None) -> Any:
 
         return jax.jit(make, out_shardings=lie)(seeds)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(model))
 
 
 def batch_of(work: Work) -> Batch:

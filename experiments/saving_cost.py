@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_optimizers import LLAMA_15M, decoder, machine
+from bench_optimizers import decoder, machine
 
 from stablelora_jax import LoraSpec, adapted, checkpoint, config, init_adapters, stable_lora
 from stablelora_jax.command import exit_code
@@ -46,7 +46,7 @@ class Loop:
 
     def __init__(self, settings: SavingConfig) -> None:
         self.layout = pmap_layout(jax.devices()[:1])
-        model, shapes = decoder(LLAMA_15M)
+        model, shapes = decoder("llama-15m")
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda s: jnp.asarray(0.02 * rng.normal(size=s.shape), s.dtype), shapes)
         spec, tx = LoraSpec(target="all-linear", rank=settings.rank), stable_lora(1e-4)

@@ -18,8 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from stablelora_jax.data import bucket
 from stablelora_jax.errors import InputError
+from stablelora_jax.models.block import wide
 from stablelora_jax.models.cache import Cache, empty_cache, positions_of
-from stablelora_jax.models.decoder import Decoder, wide
+from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.sampling import Sampling, choose, row_keys
 
 Watch = Callable[[np.ndarray, np.ndarray], np.ndarray]

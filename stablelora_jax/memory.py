@@ -19,7 +19,7 @@ from stablelora_jax.adapter import pairs
 from stablelora_jax.losses import TILE_BYTES
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here
-from stablelora_jax.models.decoder import wide
+from stablelora_jax.models.block import wide
 
 POLICIES = ("useful", "no_mlp", "attention", "nothing")  # from the fastest to the smallest
 SHARE = 0.9  # of a device's memory that is counted on

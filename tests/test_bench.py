@@ -19,8 +19,9 @@ def optimizers(experiments, monkeypatch):
     import bench_optimizers
 
     small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
-    monkeypatch.setattr(bench_optimizers, "QWEN2_05B", small)
-    monkeypatch.setattr(bench_optimizers, "LLAMA_15M", small)
+    small |= dict(num_key_value_heads=2, vocab_size=32)
+    shapes = {name: {**bench_optimizers.SHAPES[name], **small} for name in ("qwen2-0.5b", "llama-15m")}
+    monkeypatch.setattr(bench_optimizers, "SHAPES", shapes)
     return bench_optimizers
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.models.weights import TensorSource
+from stablelora_jax.models.tensors import TensorSource
 from stablelora_jax.quantize import nf4
 
 KEY = "quantization_config"

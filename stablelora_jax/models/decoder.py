@@ -12,132 +12,27 @@
               "lm_head": {"kernel": (D, V)}}        # absent when the head is tied to the embedding
 
 Modules carry Hugging Face's names; layers are scanned, so their parameters have a leading layer axis and compile time
-does not grow with depth. Matrix products run in ``dtype``; norms, rotary positions, attention and logits run in
-``promote_types(dtype, float32)``. (RMSNorm: arXiv 1910.07467; SwiGLU: 2002.05202; GQA: 2305.13245.)
+does not grow with depth. Matrix products run in ``dtype``, logits in ``promote_types(dtype, float32)``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.lowrank import product
 from stablelora_jax.models.architecture import DecoderConfig
-from stablelora_jax.models.attention import SEGMENTS, attend, best_here, self_attention
+from stablelora_jax.models.block import Block, RMSNorm, wide
 from stablelora_jax.models.cache import Cache, write
 from stablelora_jax.models.dequantized import dequantized
 from stablelora_jax.models.masks import FAR, cached_mask, windowed
 from stablelora_jax.models.remat import rematerialised
-from stablelora_jax.models.rope import angles, rotate
-
-
-def wide(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of norms, attention, logits and loss for a model that computes in ``dtype``."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x**2) + eps) * scale`` over the last axis, computed at least in float32."""
-
-    eps: float
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x):
-        """Normalise ``x`` (..., D); keeps its dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        y = x.astype(wide(self.dtype))
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale.astype(y.dtype)).astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Self-attention with rotary positions; projections named as in Hugging Face."""
-
-    config: DecoderConfig
-    dtype: DTypeLike
-    kind: str
-    segments: int | None
-
-    @nn.compact
-    def __call__(self, x, turns, seen, window, slot=None, past=None):
-        """Map x (B, T, D) to ``((B, T, D), None)``; with ``past``, a cache's k and v, to that and the new k and v.
-
-        ``seen`` are the segment ids (B, T) of whole rows, or with ``past`` the mask (B, T, S) of the cache's slots.
-        """
-        c = self.config
-        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
-
-        def heads(name, count):
-            y = checkpoint_name(dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x), name)
-            return y.reshape(*x.shape[:2], count, c.head_dim).astype(wide(self.dtype))
-
-        q, k = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
-        v = heads("v_proj", c.num_key_value_heads)
-        if c.qk_norm:
-            norm = partial(RMSNorm, c.rms_norm_eps, self.dtype)
-            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        q, k, new = rotate(q, turns), rotate(k, turns), None
-        if past is None:
-            y = self._whole_rows(*(x.astype(self.dtype) for x in (q, k, v)), seen, window)
-        else:
-            new = jax.tree.map(lambda old, own: own.astype(old.dtype), past, (k, v))
-            k, v = (write(old, own, slot, axis=1).astype(q.dtype) for old, own in zip(past, new, strict=True))
-            y = attend(q, k, v, seen)
-        y = y.reshape(*x.shape[:2], -1).astype(self.dtype)
-        return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(y), new
-
-    def _whole_rows(self, q, k, v, segment_ids, window):
-        c, kind = self.config, self.kind
-        segment_ids = None if self.segments == 1 else segment_ids
-        most = 0 if segment_ids is None else self.segments or SEGMENTS + 1
-        kind = best_here(q.dtype, c, q.shape[1], most) if kind == "auto" else kind
-        return self_attention(q, k, v, segment_ids, window, kind, min(most, SEGMENTS))
-
-
-class MLP(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
-
-    config: DecoderConfig
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x):
-        """Map x (B, T, D) to (B, T, D)."""
-        c = self.config
-        dense = partial(nn.Dense, use_bias=c.mlp_bias, dtype=self.dtype, param_dtype=self.dtype)
-        gate, up = (checkpoint_name(dense(c.intermediate_size, name=n)(x), n) for n in ("gate_proj", "up_proj"))
-        return dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """One pre-norm layer, shaped as a scan body: carry in, carry and the new keys and values out."""
-
-    config: DecoderConfig
-    dtype: DTypeLike
-    kind: str
-    segments: int | None
-
-    @nn.compact
-    def __call__(self, x, turns, seen, slot, window, past):
-        """Map the residual stream x (B, T, D) to ``((B, T, D), new)``; ``window`` where layers have their own."""
-        norm = partial(RMSNorm, self.config.rms_norm_eps, self.dtype)
-        attention = Attention(self.config, self.dtype, self.kind, self.segments, name="self_attn")
-        if past is not None and window is not None:
-            seen = seen < window  # distances
-        window = max(self.config.windows, default=0) or None if window is None else window
-        y, new = attention(norm(name="input_layernorm")(x), turns, seen, window, slot, past)
-        x = checkpoint_name(x + y, "residual")
-        x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
-        return x, new
+from stablelora_jax.models.rope import angles
 
 
 class Embed(nn.Embed):

@@ -19,8 +19,9 @@ from stablelora_jax.models import bitsandbytes
 from stablelora_jax.models.architecture import decoder_config, to_hf
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.shards import write_safetensors
+from stablelora_jax.models.tensors import TensorSource, safetensors_source
 from stablelora_jax.models.tokenizer import load_tokenizer
-from stablelora_jax.models.weights import ShardingRule, TensorSource, load_params, safetensors_source
+from stablelora_jax.models.weights import ShardingRule, load_params
 from stablelora_jax.quantize import format_of, is_quantized
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from stablelora_jax import InputError, load_pretrained, save_pretrained
-from stablelora_jax.models import weights
+from stablelora_jax.models import tensors, weights
 from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.models.untie import untie
 from stablelora_jax.models.weights import hf_arrays, hf_tensors
@@ -226,7 +226,7 @@ def test_a_tied_head_is_compared_in_parts(tmp_path, monkeypatch):
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0}))
     monkeypatch.setattr(weights, "PART", 48)
     chex.assert_trees_all_equal(load_pretrained(tmp_path)[1], params)
-    source = weights.safetensors_source(tmp_path)
+    source = tensors.safetensors_source(tmp_path)
     assert source.rows("lm_head.weight", slice(30, 31)).shape == (1, 16)
     weights._check_tied_head({}, source._replace(read=None))
     rewrite(tmp_path, lambda t: t["lm_head.weight"].__setitem__((30, 15), 9.0))
