@@ -62,7 +62,7 @@ def works(given: argparse.Namespace) -> list[tuple[str, int, Work]]:
     parser = argparse.ArgumentParser()
     add_train_options(parser)
     flags = {key: getattr(given, key) for key in ("shape", "batch", "length", "rank", "dtype")}
-    middle = work_of(argparse.Namespace(**{**vars(parser.parse_args([])), **flags}))
+    middle = work_of(argparse.Namespace(**{**vars(parser.parse_args([])), **flags, "devices": 1}))
     here = {axis: getattr(middle, axis, middle.config["num_hidden_layers"]) for axis in AXES}
     found = []
     for axis in AXES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import optax
 from bench_side import Side, host_memory, resident, serve
 from bench_work import Work, arrays
 
-from stablelora_jax import LoraSpec, adapted, init_adapters
+from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
 from stablelora_jax.adapter import pairs
 from stablelora_jax.build import make_training, numbers_of
 from stablelora_jax.data import Batch
@@ -71,9 +72,28 @@ def batch_of(work: Work) -> Batch:
     return Batch(**found, at=None if work.loss_fraction == 1 else learnt_places(mask, int(mask.sum(1).max())))
 
 
-def ready(work: Work, device: jax.Device) -> Ready:
+def local_devices(work: Work) -> list[jax.Device]:
+    """Where our side runs; a CPU is cut into the devices that are asked for, or one for each core if rows divide so.
+
+    On a CPU many operations take one thread each: with a device for each core they run side by side.
+
+    Raises:
+      InputError: there are fewer.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cut = work.devices or math.gcd(work.batch, cores)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", cut)
+    found = jax.local_devices()
+    wanted = work.devices or (min(cut, len(found)) if found[0].platform == "cpu" else 1)
+    if len(found) < wanted:
+        raise InputError(f"--devices {wanted}: there are {len(found)} here")
+    return found[:wanted]
+
+
+def ready(work: Work, devices: list[jax.Device]) -> Ready:
     """The step that ``experiments/train.py`` takes with the same settings, without clipping."""
-    layout = pmap_layout([device])
+    layout = pmap_layout(devices)
     options = {key: getattr(work, key) for key in ("remat", "attention") if getattr(work, key)}
     known = {"dtype": jnp.dtype(work.dtype), "segments": work.documents}  # as a run counts them in its data
     model = Decoder(decoder_config(work.config, work.shape), **known, **options)
@@ -93,9 +113,9 @@ def ready(work: Work, device: jax.Device) -> Ready:
 def prepare(work: Work) -> Side:
     """Compile the step and take it twice."""
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are of compiling
-    device = jax.devices()[0]
-    before = resident()
-    made = ready(work, device)
+    devices = local_devices(work)
+    device, before = devices[0], resident()
+    made = ready(work, devices)
     state = made.state
     jax.block_until_ready((state, made.params))  # else the compiler shares the cores with the drawing of weights
     began = time.perf_counter()
@@ -111,12 +131,12 @@ def prepare(work: Work) -> Side:
 
     run(2)
     about = {"compile_seconds": seconds, "device": device.device_kind, "platform": device.platform}
-    about |= {"lora_parameters": made.lora, "held": made.held, "versions": versions()}
+    about |= {"devices": len(devices), "lora_parameters": made.lora, "held": made.held, "versions": versions()}
     return Side(run, about, host_memory(before) if device.platform == "cpu" else lambda: device_memory(device))
 
 
 def device_memory(device: jax.Device) -> dict[str, Any]:
-    """What the allocator has counted since the process began: drawing and compiling included."""
+    """What the allocator of the first device has counted since the process began: drawing and compiling included."""
     return {"peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use")}
 
 

@@ -17,12 +17,13 @@ from stablelora_jax.models.architecture import decoder_config
 
 
 def summary(found: dict[str, Any], work: Work, peak: float | None) -> dict[str, Any]:
-    """What is reported of a side, from what :func:`measured` gives; ``peak`` is the device's FLOP/s."""
+    """What is reported of a side, from what :func:`measured` gives; ``peak`` is a device's FLOP/s."""
     low, middle, high = quartiles(found["round_seconds"])
     config = decoder_config(work.config, work.shape)
     share = {"learnt": work.loss_fraction, "held": found.get("held", 0)}
     flops = flops_per_token(config, found["lora_parameters"], work.attended, **share)
-    rate = work.tokens_per_step / middle
+    rate, devices = work.tokens_per_step / middle, found.get("devices", 1)
+    peak = peak and peak * (1 if found["device"] == "cpu" else devices)  # a CPU is cut into devices
     return {
         "tokens_per_second": rate,
         "step_seconds": middle,
@@ -30,6 +31,7 @@ def summary(found: dict[str, Any], work: Work, peak: float | None) -> dict[str, 
         "mfu": rate * flops / peak if peak else None,
         "peak_memory_bytes": found["peak_memory_bytes"],
         "compile_seconds": found["compile_seconds"],
+        "devices": devices,
         **{key: found[key] for key in ("device", "lora_parameters", "versions", "round_seconds")},
         "model_flops_per_token": flops,
         **({key: found[key] for key in ("steps_bytes", "before_bytes")} if "steps_bytes" in found else {}),
@@ -45,7 +47,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def result(sides: dict[str, dict[str, Any]], work: Work) -> dict[str, Any]:
     """The one line of JSON: our side, and under ``peer`` the fastest of the others, with the ratios to that."""
     ours, peers = sides[OURS], {name: side for name, side in sides.items() if name != OURS}
-    about = {key: value for key, value in vars(work).items() if key != "config"}
+    about = {key: value for key, value in vars(work).items() if key not in ("config", "devices")}
     if not peers:
         return {**ours, **about}
     best = min(peers, key=lambda name: peers[name]["step_seconds"])

@@ -48,10 +48,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--remat", choices=get_args(Remat), help="what the backward pass finds again (default: the model's)")
     add("--attention", choices=KINDS, help="how attention is computed (default: the model's)")
     add("--quantize", choices=tuple(FORMATS), help="keep the base in this format, on our side alone")
+    add("--devices", type=int, metavar="N", help="of our side (default: 1; a CPU's cores, if they divide the rows)")
     add("--peer", choices=("peft",), help="do the same work in PyTorch, in turn")
     add("--peer-modes", metavar="MODES", help="eager, compile or both with a comma; default: eager, on a GPU both")
     add("--apart", action="store_true", help="one side after the other, where memory does not hold them together")
-    add("--peak-flops", type=float, metavar="X", help="the device's FLOP/s, for MFU, where it is not known")
+    add(
+        "--peak-flops",
+        type=float,
+        metavar="X",
+        help="a device's FLOP/s (a whole CPU's), for MFU, where it is not known",
+    )
     add("--json", action="store_true", help="one line of JSON on stdout, the table on stderr")
 
 
@@ -61,13 +67,15 @@ def work_of(given: argparse.Namespace) -> Work:
     Raises:
       InputError: a number out of range, or a target that is no linear module.
     """
-    for name in ("batch", "length", "documents", "rank", "steps", "rounds"):
-        if getattr(given, name) < 1:
+    for name in ("batch", "length", "documents", "rank", "devices", "steps", "rounds"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(given, name)}")
     if given.length < 2 * given.documents:
         raise InputError(f"--length {given.length} is less than two tokens for each of {given.documents} documents")
     if not 0 < given.loss_fraction <= 1 or round(given.loss_fraction * given.length / given.documents) < 1:
         raise InputError(f"--loss-fraction must leave a token to learn and be at most 1, not {given.loss_fraction}")
+    if given.devices and given.batch % given.devices:
+        raise InputError(f"--batch {given.batch} rows cannot be spread over --devices {given.devices} alike")
     if given.peak_flops is not None and not given.peak_flops > 0:
         raise InputError(f"--peak-flops must be positive, not {given.peak_flops}")
     if unknown := set((given.peer_modes or "eager").split(",")) - {"eager", "compile"}:
@@ -93,6 +101,7 @@ def bench(given: argparse.Namespace) -> None:
     whole = result(sides, work)
     about = f"{work.shape}, {work.batch} x {work.length} tokens, {work.documents} a row, r={work.rank} {given.target}, "
     about += f"loss on {work.loss_fraction:.0%}, {work.dtype}, {work.optimizer}; {whole['device']}"
+    about += f" as {whole['devices']} devices" if whole["devices"] > 1 else ""
     versions = {key: value for side in sides.values() for key, value in side["versions"].items()}
     about += "; " + ", ".join(f"{key} {value}" for key, value in versions.items())
     text = f"{about}\n\n{table(sides, whole)}"

@@ -27,6 +27,7 @@ class Work:
     remat: str | None = None
     attention: str | None = None
     quantize: str | None = None
+    devices: int | None = None  # that our side spreads the rows over; None: one, or of a CPU's cores as many as fit
 
     @property
     def tokens_per_step(self) -> int:

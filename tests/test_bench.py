@@ -56,6 +56,8 @@ BAD = {
     "train --loss-fraction 1.5": "--loss-fraction must leave a token to learn and be at most 1, not 1.5",
     "train --loss-fraction 0.001": "--loss-fraction must leave a token",
     "train --documents 200": "--length 256 is less than two tokens for each of 200 documents",
+    "train --devices 0": "--devices must be at least 1, not 0",
+    "train --batch 3 --devices 2": "--batch 3 rows cannot be spread over --devices 2 alike",
     "train --peak-flops 0": "--peak-flops must be positive",
     "train --peer peft --peer-modes fast": "--peer-modes takes eager and compile, not fast",
     "curves": "arguments are required: --output",

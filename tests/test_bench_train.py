@@ -87,6 +87,10 @@ def test_ratios_are_of_the_rounds_and_of_the_fastest_peer():
     assert whole["step_seconds"] == 2.0 and whole["tokens_per_second"] == 16.0
     assert whole["mfu"] == pytest.approx(16 * whole["model_flops_per_token"] / 1e9)
     assert bench_report.summary(found["peft eager"], made, None)["mfu"] is None
+    four = {**found["stablelora_jax"], "devices": 4}
+    assert bench_report.summary(four, made, 1e9)["mfu"] == pytest.approx(whole["mfu"] / 4)
+    whole_cpu = bench_report.summary({**four, "device": "cpu"}, made, 1e9)  # its devices are parts of it
+    assert whole_cpu["mfu"] == pytest.approx(whole["mfu"]) and whole_cpu["devices"] == 4
     assert "2.00 times peft compile (quartiles 1.50 to 2.50), 1.00 of its" in bench_report.table(sides, whole)
 
 
@@ -128,6 +132,19 @@ def test_a_line_of_json_needs_no_data_sets_and_no_torch(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", paths)
     with pytest.raises(InputError, match="^peft eager: torch is blocked$"):
         bench_turns.measured(["peft eager"], work(), 1, 1, False)
+
+
+def test_a_cpu_is_cut_into_its_cores_where_rows_divide_so():
+    """Unless a number is given."""
+    from bench_work import dumped
+
+    for flags, cores, parts in (("--batch 6", 4, 2), ("--batch 3", 2, 1), ("--batch 6 --devices 3", 2, 3)):
+        code = "import os, sys, bench_ours, bench_work; os.sched_getaffinity = lambda _: range(int(sys.argv[1]))\n"
+        code += "print(len(bench_ours.local_devices(bench_work.loaded(sys.argv[2]))))"
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT / "experiments")}
+        command = [sys.executable, "-c", code, str(cores), dumped(work(*flags.split()))]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.stdout == f"{parts}\n", done.stderr
 
 
 def test_the_peer_does_the_same_work():
