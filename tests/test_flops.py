@@ -124,13 +124,18 @@ def step_dots(config, B, T, learnt, **options):
     return dots(jax.make_jaxpr(step)(*taken)) / (B * T), lora(adapters)
 
 
+SMALL = {"model_type": "llama", "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6}
+SMALL |= {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 32000, "tie_word_embeddings": True}
+
+
 @pytest.mark.parametrize("learnt", [1.0, 0.25])
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
-def test_the_training_step_does_what_the_formula_says(attention, learnt):
+@pytest.mark.parametrize(("raw", "length"), [(KNOWN["Qwen/Qwen2-0.5B"], 1024), (SMALL, 256)], ids=["0.5b", "15m"])
+def test_the_training_step_does_what_the_formula_says(raw, length, attention, learnt):
     """Masked dense attention does 12 L T d, both triangles; in tiles it does little more than 6 L T d."""
-    config = decoder_config(KNOWN["Qwen/Qwen2-0.5B"], "test")
-    done, numbers = step_dots(config, 2, 1024, learnt, attention=attention)
-    needed = flops_per_token(config, numbers, 1024 * (2 if attention == "xla" else 1), learnt=learnt)
+    config = decoder_config(raw, "test")
+    done, numbers = step_dots(config, 2, length, learnt, attention=attention)
+    needed = flops_per_token(config, numbers, length * (2 if attention == "xla" else 1), learnt=learnt)
     assert done == pytest.approx(needed, rel=0.03)
 
 

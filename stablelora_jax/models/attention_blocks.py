@@ -28,8 +28,8 @@ LAST = jnp.iinfo(jnp.int32).max
 
 
 def tile(length: int) -> int:
-    """Tokens of a tile, a multiple of 8: an eighth of ``length`` between 64 and 256, but not above a quarter."""
-    most = min(256, max(64, length // 8), max(8, length // 4))
+    """Tokens of a tile, a multiple of 8: an eighth of ``length`` between 32 and 256, but not above a quarter."""
+    most = min(256, max(32, length // 8), max(8, length // 4))
     return 8 * -(-length // (8 * -(-length // most)))
 
 
