@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bench_side import Side, host_memory, resident, serve
+from bench_side import Side, cores, host_memory, resident, serve
 from bench_work import Work, arrays
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
@@ -80,14 +80,13 @@ def local_devices(work: Work) -> list[jax.Device]:
     Raises:
       InputError: there are fewer.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cut = work.devices or math.gcd(work.batch, cores)
+    cut = work.devices or math.gcd(work.batch, cores())
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cut)
     found = jax.local_devices()
-    wanted = work.devices or (min(cut, len(found)) if found[0].platform == "cpu" else 1)
+    wanted = work.devices or (math.gcd(cut, len(found)) if found[0].platform == "cpu" else 1)
     if len(found) < wanted:
-        raise InputError(f"--devices {wanted}: there are {len(found)} here")
+        raise InputError(f"--devices {wanted}: there are {len(found)} here, ask for no more")
     return found[:wanted]
 
 

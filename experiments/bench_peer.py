@@ -7,14 +7,13 @@ and values; AdamW in its fused form.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from bench_side import Side, host_memory, resident, serve
+from bench_side import Side, cores, host_memory, resident, serve
 from bench_work import Work, arrays
 
 
@@ -25,7 +24,7 @@ def prepare(work: Work) -> Side:
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32, as jax has on a GPU
     torch.manual_seed(0)
     before = resident()

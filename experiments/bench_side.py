@@ -57,6 +57,11 @@ def serve(prepare: Callable[[Work], Side]) -> None:
         answer(seconds=seconds, loss=loss)
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def resident(peak: bool = False) -> int | None:
     """Bytes of this process in memory, now or at most; None where the system does not say."""
     try:

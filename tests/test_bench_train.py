@@ -138,13 +138,23 @@ def test_a_cpu_is_cut_into_its_cores_where_rows_divide_so():
     """Unless a number is given."""
     from bench_work import dumped
 
-    for flags, cores, parts in (("--batch 6", 4, 2), ("--batch 3", 2, 1), ("--batch 6 --devices 3", 2, 3)):
+    forced = "--xla_force_host_platform_device_count=3"  # by hand: jax then takes no other number
+    rows = [("--batch 6", 4, "", 2), ("--batch 3", 2, "", 1), ("--batch 6 --devices 3", 2, "", 3)]
+    for flags, cores, given, parts in [*rows, ("--batch 8", 4, forced, 1), ("--batch 6", 6, forced, 3)]:
         code = "import os, sys, bench_ours, bench_work; os.sched_getaffinity = lambda _: range(int(sys.argv[1]))\n"
         code += "print(len(bench_ours.local_devices(bench_work.loaded(sys.argv[2]))))"
-        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT / "experiments")}
+        env = {**os.environ, "XLA_FLAGS": given, "PYTHONPATH": str(ROOT / "experiments")}
         command = [sys.executable, "-c", code, str(cores), dumped(work(*flags.split()))]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.stdout == f"{parts}\n", done.stderr
+
+
+def test_more_devices_than_there_are_is_one_line():
+    forced = "--xla_force_host_platform_device_count=2"
+    done = run("--batch", 4, "--devices", 4, XLA_FLAGS=forced)
+    assert done.returncode == 2 and not done.stdout
+    said = "error: stablelora_jax: --devices 4: there are 2 here, ask for no more"
+    assert done.stderr.splitlines()[-1] == said
 
 
 def test_the_peer_does_the_same_work():

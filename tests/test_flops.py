@@ -16,6 +16,7 @@ from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.models.shapes import KNOWN
 from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.train import init_state, make_train_step
+from tests.conftest import ROOT
 from tests.helpers import TINY
 
 
@@ -124,16 +125,15 @@ def step_dots(config, B, T, learnt, **options):
     return dots(jax.make_jaxpr(step)(*taken)) / (B * T), lora(adapters)
 
 
-SMALL = {"model_type": "llama", "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6}
-SMALL |= {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 32000, "tie_word_embeddings": True}
-
-
 @pytest.mark.parametrize("learnt", [1.0, 0.25])
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
-@pytest.mark.parametrize(("raw", "length"), [(KNOWN["Qwen/Qwen2-0.5B"], 1024), (SMALL, 256)], ids=["0.5b", "15m"])
-def test_the_training_step_does_what_the_formula_says(raw, length, attention, learnt):
+@pytest.mark.parametrize(("shape", "length"), [("qwen2-0.5b", 1024), ("llama-15m", 256)])
+def test_the_training_step_does_what_the_formula_says(shape, length, attention, learnt, monkeypatch):
     """Masked dense attention does 12 L T d, both triangles; in tiles it does little more than 6 L T d."""
-    config = decoder_config(raw, "test")
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from bench_shapes import SHAPES
+
+    config = decoder_config(SHAPES[shape], shape)
     done, numbers = step_dots(config, 2, length, learnt, attention=attention)
     needed = flops_per_token(config, numbers, length * (2 if attention == "xla" else 1), learnt=learnt)
     assert done == pytest.approx(needed, rel=0.03)
