@@ -98,9 +98,13 @@ def token_scores(
 
 
 def tile_length(rows: int, length: int, vocabulary: int) -> int:
-    """How many of ``length`` tokens of each of ``rows`` rows make a tile: logits of 64 MiB, or an eighth of all."""
+    """How many of ``length`` tokens of each of ``rows`` rows make a tile: 64 MiB of logits or an eighth of all at most.
+
+    Of tiles as few as that allows, the shortest: what is filled up after the end is multiplied like all else.
+    """
     most = min(TILE_BYTES // (4 * vocabulary), rows * length // 8)
-    return max(1, min(length, most // rows))
+    count = -(-length // max(1, most // rows))
+    return -(-length // count)
 
 
 def tiles(x: jax.Array, tile: int) -> jax.Array:

@@ -127,14 +127,17 @@ def step_dots(config, B, T, learnt, **options):
 
 @pytest.mark.parametrize("learnt", [1.0, 0.25])
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
-@pytest.mark.parametrize(("shape", "length"), [("qwen2-0.5b", 1024), ("llama-15m", 256)])
-def test_the_training_step_does_what_the_formula_says(shape, length, attention, learnt, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "rows", "length"),
+    [("qwen2-0.5b", 2, 1024), ("qwen2-0.5b", 1, 1024), ("qwen2-0.5b", 1, 2048), ("llama-15m", 2, 256)],
+)
+def test_the_training_step_does_what_the_formula_says(shape, rows, length, attention, learnt, monkeypatch):
     """Masked dense attention does 12 L T d, both triangles; in tiles it does little more than 6 L T d."""
     monkeypatch.syspath_prepend(ROOT / "experiments")
     from bench_shapes import SHAPES
 
     config = decoder_config(SHAPES[shape], shape)
-    done, numbers = step_dots(config, 2, length, learnt, attention=attention)
+    done, numbers = step_dots(config, rows, length, learnt, attention=attention)
     needed = flops_per_token(config, numbers, length * (2 if attention == "xla" else 1), learnt=learnt)
     assert done == pytest.approx(needed, rel=0.03)
 

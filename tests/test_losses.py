@@ -202,12 +202,13 @@ def test_tiles_are_cut_and_joined(rows, length, tile):
 
 
 @given(st.integers(1, 300), st.integers(1, 9000), st.integers(2, 300_000))
-def test_a_tile_is_an_eighth_or_64_mib(rows, length, vocabulary):
+def test_tiles_are_alike_and_an_eighth_or_64_mib_at_most(rows, length, vocabulary):
     tile = tile_length(rows, length, vocabulary)
-    assert 1 <= tile <= length
-    fits = lambda tile: 4 * rows * tile * vocabulary <= 2**26 and 8 * rows * tile <= rows * length
+    count = -(-length // tile)
+    fits = lambda tile: 4 * rows * tile * vocabulary <= 2**26 and 8 * tile <= length
     assert tile == 1 or fits(tile)
-    assert tile == length or not fits(tile + 1)
+    assert count == 1 or not fits(-(-length // (count - 1))), "as few as may be"
+    assert 0 <= count * tile - length < count, "and less than a token of each is filled up"
 
 
 @pytest.mark.parametrize("parts", [1, 2])
