@@ -7,6 +7,7 @@ respect to the adapters alone, so the base gets neither gradients nor optimizer 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -128,8 +129,11 @@ def summed_loss(
     def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
         variables, keys = frozen
         lora = set_in(variables["lora"], path, head) if head else variables["lora"]
-        rngs = None if keys is None else {"dropout": _folded(keys, number)}
-        return model.apply({**variables, "lora": lora}, x, rngs=rngs, method="logits")
+        apply = partial(model.apply, {**variables, "lora": lora}, method="logits")
+        if keys is None:
+            return apply(x)
+        keys = _folded(keys, number * x.shape[1] + jnp.arange(x.shape[1]))  # of tokens: tiles may be of any length
+        return apply(x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
     return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
 
@@ -167,8 +171,10 @@ def _learnt(batch: Batch) -> tuple[Any, Any]:
     return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
 
 
-def _folded(keys: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys), number)
+def _folded(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Keys (B, K) of rows' raw keys (B, ...) and numbers (K,)."""
+    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return each(jax.random.wrap_key_data(keys), numbers)
 
 
 def _micro_batches(x: jax.Array, parts: int, count: int) -> jax.Array:

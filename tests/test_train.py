@@ -314,6 +314,16 @@ def test_an_adapted_head_with_dropout_learns_what_it_computes(name, x64):
     assert min(float(np.abs(g).max()) for g in jax.tree.leaves(head)) > 1e-3
 
 
+def test_an_adapted_head_drops_alike_in_tiles_of_any_length(monkeypatch, x64):
+    """Tiles may be longer where there are more devices: the loss must not know of it."""
+    tiled, _, adapters = head_case("untied", 0.4)
+    run = lambda: jit(lambda adapters: jax.value_and_grad(tiled)(adapters, jax.random.key(0)))(adapters)
+    expected = run()
+    for length in (4, 15):
+        monkeypatch.setattr("stablelora_jax.train.tile_length", lambda *args, length=length: length)
+        chex.assert_trees_all_close(run(), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_tiles_of_an_adapted_head_drop_differently(x64):
     """Equal tokens of a row in other tiles see other masks: else dropout would act on a tile and not on tokens."""
     spec = replace(HEADS["untied"][1], dropout=0.5)
