@@ -18,11 +18,12 @@ from stablelora_jax.likelihood import Rows, make_compute
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import abstract_params
+from stablelora_jax.objective import summed_loss
 from stablelora_jax.optimizer_config import CONFIGS
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.schedule_config import Cosine
-from stablelora_jax.train import init_state, make_train_step, summed_loss
+from stablelora_jax.train import init_state, make_train_step
 from tests.helpers import TINY, largest_difference, tiny_decoder, trained
 from tests.test_lowrank import operands
 

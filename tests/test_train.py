@@ -15,9 +15,10 @@ from stablelora_jax.data import Batch, Example, make_batch, pack
 from stablelora_jax.data.batch import learnt_places
 from stablelora_jax.losses import masked_cross_entropy
 from stablelora_jax.models.decoder import head_path
+from stablelora_jax.objective import summed_loss
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.stability import stability
-from stablelora_jax.train import init_state, make_stability_view, make_train_step, summed_loss
+from stablelora_jax.train import init_state, make_stability_view, make_train_step
 from tests.helpers import jit, largest_difference, tiny_decoder, trained
 
 SPEC = LoraSpec(
@@ -320,7 +321,7 @@ def test_an_adapted_head_drops_alike_in_tiles_of_any_length(monkeypatch, x64):
     run = lambda: jit(lambda adapters: jax.value_and_grad(tiled)(adapters, jax.random.key(0)))(adapters)
     expected = run()
     for length in (4, 15):
-        monkeypatch.setattr("stablelora_jax.train.tile_length", lambda *args, length=length: length)
+        monkeypatch.setattr("stablelora_jax.objective.tile_length", lambda *args, length=length: length)
         chex.assert_trees_all_close(run(), expected, rtol=1e-12, atol=1e-12)
 
 

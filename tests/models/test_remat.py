@@ -15,7 +15,7 @@ from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.models.remat import KEPT
-from stablelora_jax.train import summed_loss
+from stablelora_jax.objective import summed_loss
 from tests.helpers import TINY, jit, largest_difference, random_params, tokens, trained
 
 B, T, L, R = 3, 37, 5, 2  # no other size of the model but the rank

@@ -1,0 +1,70 @@
+"""The loss of a batch under an adapted decoder, read at the places where a token is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from stablelora_jax.data import Batch
+from stablelora_jax.intercept import Adapted
+from stablelora_jax.losses import tile_length, tiled_cross_entropy
+from stablelora_jax.models.decoder import head_path
+from stablelora_jax.tree import get_in, set_in
+
+
+def summed_loss(
+    model: Adapted, variables: Mapping[str, Any], batch: Batch, keys: jax.Array | None = None, *, parts: int = 1
+) -> jax.Array:
+    """The sum over ``batch`` of ``-log p`` of the learnt tokens, a scalar; logits exist for a tile of tokens at a time.
+
+    Args:
+      model: the adapted decoder.
+      variables: its ``params``, ``lora`` and, optionally, ``lora_hp``.
+      batch: where ``batch.at`` is given, the head reads at those places alone.
+      keys: (B,) dropout keys of the rows; None: no dropout.
+      parts: over so many devices the rows are split, in a program that sees all of them.
+    """
+    at, weights = learnt_places(batch)
+    rngs = None if keys is None else {"dropout": keys}
+    inputs = (batch.tokens, batch.positions, batch.segment_ids)
+    reads = None if batch.at is None else jnp.maximum(at - 1, 0)
+    x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
+    targets = jnp.take_along_axis(batch.tokens, at, axis=1)
+    config = model.model.config
+    tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size)
+    path = head_path(config)
+    head = get_in(variables["lora"], path) or {}
+    frozen = jax.lax.stop_gradient(dict(variables)), None if keys is None or not head else jax.random.key_data(keys)
+
+    def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
+        variables, keys = frozen
+        lora = set_in(variables["lora"], path, head) if head else variables["lora"]
+        apply = partial(model.apply, {**variables, "lora": lora}, method="logits")
+        if keys is None:
+            return apply(x)
+        keys = _folded(keys, number * x.shape[1] + jnp.arange(x.shape[1]))  # of tokens: tiles may be of any length
+        return apply(x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
+
+    return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
+
+
+def learnt_places(batch: Batch) -> tuple[Any, Any]:
+    """``(at, weights)``, (B, K): the places of tokens that may be learnt, and 1 where one is."""
+    chex.assert_rank((batch.tokens, batch.loss_mask, batch.segment_ids, batch.positions), 2)
+    chex.assert_equal_shape((batch.tokens, batch.loss_mask, batch.segment_ids, batch.positions))
+    if batch.at is not None:
+        return batch.at, batch.at > 0
+    T = batch.tokens.shape[1]
+    at = jnp.broadcast_to((jnp.arange(T) + 1) % T, batch.tokens.shape)
+    return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
+
+
+def _folded(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Keys (B, K) of rows' raw keys (B, ...) and numbers (K,)."""
+    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return each(jax.random.wrap_key_data(keys), numbers)
