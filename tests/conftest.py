@@ -4,7 +4,8 @@ import os
 import shutil
 import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+QUICK, EIGHT = "--xla_backend_optimization_level=1", "--xla_force_host_platform_device_count=8"  # LLVM's level
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} {EIGHT}"  # what comes last wins
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
