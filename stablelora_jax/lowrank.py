@@ -37,12 +37,12 @@ def _backward(residuals: Any, cotangent: Any) -> tuple[Any, Any]:
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return dx, gradient
     cotangent = cotangent.astype(of_x.dtype)
-    rows = tuple(range(cotangent.ndim - 1))
     if factor is not None:
         dx = _dot(cotangent, factor.astype(of_x.dtype), (cotangent.ndim - 1,), (1,)).astype(of_x.dtype)
     if x is not None:
+        x, cotangent = (a.reshape(-1, a.shape[-1]) for a in (x, cotangent))  # of two axes XLA's CPU sums no bfloat16
         thin = x.shape[-1] < cotangent.shape[-1]
-        gradient = _dot(x, cotangent, rows, rows) if thin else _dot(cotangent, x, rows, rows).T
+        gradient = _dot(x, cotangent, (0,), (0,)) if thin else _dot(cotangent, x, (0,), (0,)).T
         gradient = gradient.astype(of_factor.dtype)
     return dx, gradient
 
