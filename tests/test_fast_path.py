@@ -148,9 +148,10 @@ KERNELS = {(D, H * HD), (D, K * HD), (H * HD, D), (D, F), (F, D)}
 ALL = LoraSpec(target="all-linear", rank=2, dropout=0.1)
 
 
-def shapes_of(spec, tied=False, layers=L, **options):
+def shapes_of(spec, tied=False, layers=L, windows=(), **options):
     """``(model, shapes of its parameters, of adapters)``."""
-    config = DecoderConfig(**{**TINY, **SIZES, "num_hidden_layers": layers}, tie_word_embeddings=tied)
+    sizes = {**TINY, **SIZES, "num_hidden_layers": layers, "windows": windows}
+    config = DecoderConfig(**sizes, tie_word_embeddings=tied)
     model = Decoder(config, **options)
     params = abstract_params(model)
     return model, params, jax.eval_shape(partial(init_adapters, jax.random.key(0), spec=spec), params)
@@ -196,6 +197,16 @@ def test_no_buffer_has_two_axes_of_t(program):
     shapes = {shape for _, shapes in instructions(program[1]) for shape in shapes}
     assert max(sum(n >= T for n in shape) for shape in shapes) == 1
     assert any(T in shape for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"segments": 1}, {"remat": "nothing"}, {"windows": (0, 40, 40)}, {"windows": (40,) * L}]
+)
+def test_no_buffer_grows_with_the_square_of_t(options):
+    """Nor one that splits both axes into tiles: what each pair of tiles needs, say a mask, is had when it is needed."""
+    text = lowered(one(), attention="blocks", **options)[0].compile().as_text()
+    largest = max((prod(shape), shape) for _, shapes in instructions(text) for shape in shapes)
+    assert L * B * T * D <= largest[0] < B * H * T**2 / 4, largest
 
 
 def test_no_gradient_of_a_frozen_kernel(program):

@@ -52,6 +52,8 @@ def _forward(q, k, v, segment_ids, window, static):
     """``(out, lse)``: (B, T, H, hd) and, in tiles, (n, B, K, G, t)."""
     shape, scale, wide = q.shape, q.shape[-1] ** -0.5, jnp.promote_types(q.dtype, jnp.float32)
     low, ids, (q, k, v) = jnp.finfo(wide).min, _tiled_ids(segment_ids, q.shape[1]), _tiled_all(q, k, v)
+    pairs = _pairs(len(q), q.shape[-2], ids, window, static)
+    q, ids, window, pairs = _tied(q, ids, window, pairs)
 
     def visit(i, j, m, total, a):
         s = _dot("bkgqd,bksd->bkgqs", q[i], k[j]) * scale
@@ -68,7 +70,7 @@ def _forward(q, k, v, segment_ids, window, static):
         return tuple(x.at[i].set(y) for x, y in zip(carry, new, strict=True)), None
 
     start = (jnp.full(q.shape[:-1], low, wide), jnp.zeros(q.shape[:-1], wide), jnp.zeros(q.shape, wide))
-    (m, total, a), _ = jax.lax.scan(step, start, _pairs(len(q), q.shape[-2], ids, window, static))
+    (m, total, a), _ = jax.lax.scan(step, start, pairs)
     return _untiled(a / total[..., None], shape).astype(q.dtype), m + jnp.log(total)
 
 
@@ -104,6 +106,14 @@ def _backward(static, saved, given):
 
 
 _flash.defvjp(_save, _backward)
+
+
+def _tied(*args):
+    """``args``, none of which is had before all are.
+
+    Masks need no q: autodiff of a scan over layers would make those of all pairs of tiles before it, and keep them.
+    """
+    return jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, args))
 
 
 def _dot(form, x, y):
