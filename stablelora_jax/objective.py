@@ -26,7 +26,7 @@ def summed_loss(
       model: the adapted decoder.
       variables: its ``params``, ``lora`` and, optionally, ``lora_hp``.
       batch: where ``batch.at`` is given, the head reads at those places alone.
-      keys: (B,) dropout keys of the rows; None: no dropout.
+      keys: (B,) dropout keys of the rows, typed; None: no dropout. An adapted head folds in the place of the token.
       parts: over so many devices the rows are split, in a program that sees all of them.
     """
     at, weights = learnt_places(batch)
@@ -39,15 +39,21 @@ def summed_loss(
     tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size)
     path = head_path(config)
     head = get_in(variables["lora"], path) or {}
-    frozen = jax.lax.stop_gradient(dict(variables)), None if keys is None or not head else jax.random.key_data(keys)
+    drops, impl = None, None
+    if keys is not None and head:  # by token: neither the length of a tile nor what else is learnt matters
+        drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % tile)))
+        impl = jax.random.key_impl(keys)
+    frozen = jax.lax.stop_gradient(dict(variables)), drops
 
     def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
-        variables, keys = frozen
+        variables, drops = frozen
         lora = set_in(variables["lora"], path, head) if head else variables["lora"]
         apply = partial(model.apply, {**variables, "lora": lora}, method="logits")
-        if keys is None:
+        if drops is None:
             return apply(x)
-        keys = _folded(keys, number * x.shape[1] + jnp.arange(x.shape[1]))  # of tokens: tiles may be of any length
+        keys, at = drops
+        at = jax.lax.dynamic_slice_in_dim(at, number * tile, tile, axis=1)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(keys, impl=impl), at)
         return apply(x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
     return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
@@ -62,9 +68,3 @@ def learnt_places(batch: Batch) -> tuple[Any, Any]:
     T = batch.tokens.shape[1]
     at = jnp.broadcast_to((jnp.arange(T) + 1) % T, batch.tokens.shape)
     return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
-
-
-def _folded(keys: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Keys (B, K) of rows' raw keys (B, ...) and numbers (K,)."""
-    each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return each(jax.random.wrap_key_data(keys), numbers)
