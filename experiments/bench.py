@@ -18,7 +18,7 @@ WHAT = ("train", "curves", "optimizers")
 
 def parser(**about: Any) -> argparse.ArgumentParser:
     """One that says what is wrong in one line, as the other scripts do."""
-    made = argparse.ArgumentParser(**about)
+    made = argparse.ArgumentParser(**about, allow_abbrev=False)
     made.error = lambda message: made.exit(2, f"error: {message}\n")  # type: ignore[assignment,method-assign]
     return made
 

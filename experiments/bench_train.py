@@ -65,7 +65,7 @@ def work_of(given: argparse.Namespace) -> Work:
     """The work that the flags describe.
 
     Raises:
-      InputError: a number out of range, or a target that is no linear module.
+      InputError: a number out of range. A target that is no linear module, the side itself refuses.
     """
     for name in ("batch", "length", "documents", "rank", "devices", "steps", "rounds"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
@@ -83,7 +83,7 @@ def work_of(given: argparse.Namespace) -> Work:
     config = dict(SHAPES[given.shape])
     if given.length > config["max_position_embeddings"]:
         raise InputError(f"--length {given.length} is more than the model's {config['max_position_embeddings']}")
-    target = given.target if given.target == "all-linear" else given.target.split(",")
+    target = given.target if given.target == "all-linear" else [name.strip() for name in given.target.split(",")]
     same = {key: getattr(given, key) for key in Work.__dataclass_fields__ if key not in ("config", "target")}
     return Work(**same, config=config, target=target)
 

@@ -20,12 +20,12 @@ from stablelora_jax.data import Batch, bucket
 from stablelora_jax.errors import InputError
 from stablelora_jax.flops import flops_per_token
 from stablelora_jax.intercept import adapted
-from stablelora_jax.memory import choose_remat
+from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.models.shapes import architecture
 from stablelora_jax.parallel import Layout
-from stablelora_jax.prepare import make_layout
+from stablelora_jax.prepare import fitted, make_layout
 from stablelora_jax.quantize import quantize_params
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.train import Numbers, init_state, make_train_step
@@ -66,16 +66,10 @@ def shapes(config: RunConfig) -> Shapes:
     state = jax.eval_shape(lambda a, n: init_state(a, tx(n), key), adapters, numbers)
     T = config.length if config.data.batching == "pack" else bucket(config.length)
     row: Any = jax.ShapeDtypeStruct((config.batch_size, T), jnp.int32)
-    remat, kind = str(config.model.remat), str(config.model.attention)
-    if remat == "auto":
-        sizes: dict[str, Any] = {
-            "rows": config.batch_size // (layout.parts * config.accumulate),
-            "length": T,
-            "dtype": model.dtype,
-        }
-        lying = layout.abstract(params, "base")
-        remat = choose_remat(model.config, lying, adapters, **sizes, attention=kind)
-    low_rank = adapted(model.clone(remat=remat, attention=kind), config.lora)
+    segments = SEGMENTS if config.data.batching == "pack" else 1  # of a packed row: what cuDNN's attention takes
+    lying = layout.abstract(params, "base")
+    model = fitted(model, config, layout, lying, adapters, length=T, segments=segments)
+    low_rank = adapted(model, config.lora)
     step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.accumulate)
     return Shapes(model, step, state, params, Batch(row, row, row, row), numbers, layout)
 

@@ -100,7 +100,7 @@ def token_scores(
 def tile_length(rows: int, length: int, vocabulary: int) -> int:
     """How many of ``length`` tokens of each of ``rows`` rows make a tile: 64 MiB of logits or an eighth of all at most.
 
-    Of tiles as few as that allows, the shortest: what is filled up after the end is multiplied like all else.
+    But one at least. Of tiles as few as that allows, the shortest: what is filled up after the end is multiplied, too.
     """
     most = min(TILE_BYTES // (4 * vocabulary), rows * length // 8)
     count = -(-length // max(1, most // rows))

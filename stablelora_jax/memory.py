@@ -49,7 +49,8 @@ def choose_remat(
     """
     kind = best_here(dtype, config, length, 0) if attention == "auto" else attention
     room = SHARE * device_bytes()
-    fixed = _bytes(params) + ADAMW * _bytes(adapters) + TILE_BYTES * 3
+    tile = max(TILE_BYTES, 4 * rows * config.vocab_size)  # a token of each row at least
+    fixed = _bytes(params) + ADAMW * _bytes(adapters) + 3 * tile
     ranks = sum(pair["lora_a"].shape[-1] for pair in pairs(adapters).values())
     for policy in POLICIES:
         shape: dict[str, Any] = {"rows": rows, "length": length, "dtype": dtype, "ranks": ranks}

@@ -83,7 +83,10 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
     say(describe(params, adapters, config.lora))
     if config.freeze:
         say(f"frozen: {', '.join(config.freeze)}")
-    model = _fitted(model, config, layout, loader, params, adapters)
+    length = longest_row(loader)
+    model = fitted(model, config, layout, params, adapters, length=length, segments=most_segments(loader))
+    if (config.model.attention, config.model.remat) != ("auto", "auto"):
+        _try(model, params, length)
     low_rank, numbers = adapted(model, config.lora), numbers_of(config, adapters)
     return Job(
         config=config,
@@ -119,21 +122,30 @@ def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, A
     return model, params
 
 
-def _fitted(model: Decoder, config: RunConfig, layout: Layout, loader: Loader, params: Any, adapters: Any) -> Decoder:
-    """``model`` with the attention and the remat policy that suit the run's batches and devices."""
-    segments, kind = most_segments(loader), str(config.model.attention)
+def fitted(
+    model: Decoder, config: RunConfig, layout: Layout, params: Any, adapters: Any, *, length: int, segments: int
+) -> Decoder:
+    """``model`` with the attention and the remat policy that suit the run's rows, and devices.
+
+    Args:
+      model: the run's decoder.
+      config: the run.
+      layout: of the run.
+      params: the base where it will lie, or its shapes with their shardings.
+      adapters: or their shapes.
+      length: the most tokens of a row.
+      segments: the most segments of a row, as :func:`stablelora_jax.data.most_segments` counts them.
+    """
+    kind = str(config.model.attention)
     if kind == "auto" and isinstance(config.parallel, MeshConfig):
         packed = segments if segments > 1 else 0
-        kind = best_here(model.dtype, model.config, config.length, packed, partitioned=True)
+        kind = best_here(model.dtype, model.config, length, packed, partitioned=True)
     remat: str = config.model.remat
     if remat == "auto":
         rows = config.batch_size // (layout.parts * config.accumulate)
-        sizes: dict[str, Any] = {"rows": rows, "length": longest_row(loader), "dtype": model.dtype}
+        sizes: dict[str, Any] = {"rows": rows, "length": length, "dtype": model.dtype}
         remat = choose_remat(model.config, params, adapters, **sizes, attention=kind)
-    model = model.clone(attention=kind, segments=segments, remat=remat)
-    if (config.model.attention, config.model.remat) != ("auto", "auto"):
-        _try(model, params, longest_row(loader))
-    return model
+    return model.clone(attention=kind, segments=segments, remat=remat)
 
 
 def _try(model: Decoder, params: Any, length: int) -> None:

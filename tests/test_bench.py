@@ -51,6 +51,7 @@ BAD = {
     "train --shape nope": "invalid choice: 'nope'",
     "train --batch x": "invalid int value: 'x'",
     "train --attention nope": "invalid choice: 'nope'",
+    "train --ran 4": "unrecognized arguments: --ran 4",
     "train --steps 0": "--steps must be at least 1, not 0",
     "train --length 9000": "--length 9000 is more than the model's 8192",
     "train --loss-fraction 1.5": "--loss-fraction must leave a token to learn and be at most 1, not 1.5",

@@ -53,6 +53,17 @@ def test_fewer_rows_keep_more(case, monkeypatch):
     assert chosen == ["nothing", "attention", "no_mlp", "useful"]
 
 
+def test_a_tile_of_logits_is_a_token_of_each_row_at_least(case, monkeypatch):
+    """Many short rows: three arrays of 2048 x 128,256 numbers, and not of 64 MiB each."""
+    config, how = case[0], {"rows": 2048, "length": 32}
+    kept = memory.kept_bytes(config, "useful", **how, dtype=jnp.bfloat16, ranks=112, dense=True)
+    base, adapters = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in case[1:])
+    needed = base + 4 * adapters + kept + memory.working_bytes(config, **how) + 3 * 4 * 2048 * 128_256
+    for share, policy in ((1.001, "useful"), (0.999, "no_mlp")):
+        monkeypatch.setattr(memory, "device_bytes", lambda share=share: share * needed / memory.SHARE)
+        assert memory.choose_remat(*case, **how, dtype=jnp.bfloat16) == policy
+
+
 def test_bytes_by_hand(case):
     """One layer and token of Llama 3.2 1B: the stream, x A, context, lse (float32), q, k, v, the second stream, F."""
     config = case[0]

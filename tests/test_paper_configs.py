@@ -9,8 +9,10 @@ import pytest
 
 from stablelora_jax import InputError, base_directory, config, init_adapters, load_pretrained
 from stablelora_jax.dry_run import arguments, dry_run, flops_of, shapes
+from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.shapes import KNOWN, architecture
-from stablelora_jax.run_config import RunConfig
+from stablelora_jax.parallel_config import MeshConfig
+from stablelora_jax.run_config import DataConfig, RunConfig
 from tests.conftest import ROOT
 
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
@@ -96,6 +98,17 @@ def test_a_dry_run_says_what_the_step_needs():
     least = 4 * (size(params) + 3 * size(adapters)) + batch
     assert least <= found["arguments"] < least + 4096 and found["temporaries"] > 0
     assert found["total"] >= found["arguments"] and any("MiB" in line for line in said)
+
+
+def test_a_dry_run_chooses_attention_as_the_run_does(monkeypatch):
+    """One text a row is one segment; what ``jit`` divides between devices is asked for as such."""
+    assert shapes(RunConfig()).model.segments == 1
+    packed = RunConfig(data=DataConfig(batching="pack"))
+    assert shapes(packed).model.segments == SEGMENTS
+    asked = []
+    monkeypatch.setattr("stablelora_jax.prepare.best_here", lambda *args, **how: asked.append((args[2:], how)) or "xla")
+    mesh = shapes(RunConfig(parallel=MeshConfig(data=8, fsdp=1, tensor=1)))
+    assert mesh.model.attention == "xla" and asked == [((mesh.batch.tokens.shape[1], 0), {"partitioned": True})]
 
 
 def test_the_command_has_it():

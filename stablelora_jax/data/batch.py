@@ -52,6 +52,7 @@ def learnt_places(loss_mask: np.ndarray, most: int) -> np.ndarray:
     if counts.max(initial=0) > most:
         raise InputError(f"a row learns {counts.max()} tokens, and there is room for {most}")
     order = np.argsort(1 - loss_mask, axis=1, kind="stable")[:, :most]
+    order = np.pad(order, ((0, 0), (0, most - order.shape[1])))
     return np.where(np.arange(most) < counts[:, None], order, 0).astype(np.int32)
 
 

@@ -58,7 +58,9 @@ def _state(source: TensorSource, name: str) -> dict[str, Any]:
         state = json.loads(source.read(name + STATE).tobytes())
         shape = [int(size) for size in state["shape"]]
         offset = float(state["nested_offset"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if not abs(offset) <= float(np.finfo(np.float32).max):
+            raise ValueError(offset)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise InputError(f"{source.origin}: {name}{STATE} is not what bitsandbytes writes: {ELSE}") from None
     if len(shape) != 2 or min(shape) < 1 or any(state.get(key) != value for key, value in WANTED.items()):
         raise InputError(f"{source.origin}: {name} has blocks or a shape that are not read: {ELSE}")
