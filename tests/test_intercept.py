@@ -113,7 +113,8 @@ def test_step_zero_is_the_base_to_the_last_bit(case):
     low_rank = {"params": params, "lora": init_adapters(jax.random.key(0), params, spec)}
     path = adapted(model, spec).apply
     assert np.array_equal(path(low_rank, x), model.apply({"params": params}, x))
-    assert np.array_equal(jax.jit(path)(low_rank, x), jax.jit(model.apply)({"params": params}, x))
+    compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # as users compile
+    assert np.array_equal(compiled(path)(low_rank, x), compiled(model.apply)({"params": params}, x))
 
 
 def test_gradients_of_padding_are_exactly_zero():
