@@ -70,7 +70,6 @@ def test_the_paper_s_sets_row_by_row(compare, stories, shared):
         assert 0 < line["largest"] < 2e-4
 
 
-@pytest.mark.slow
 def test_generations(compare, stories, shared):
     (line,) = compare.compare(stories, shared("data"), {"gsm8k": 3}, batch_size=1)
     assert line["rows"] == 3 and line["different"] == []

@@ -9,6 +9,14 @@ import pytest
 from stablelora_jax.interrupt import listening
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """What started the tests may ignore SIGINT: so does a shell for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_is_noted_and_the_second_acts(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
