@@ -22,6 +22,7 @@ from stablelora_jax.build import make_training, numbers_of
 from stablelora_jax.data import Batch
 from stablelora_jax.data.batch import learnt_places
 from stablelora_jax.models.architecture import decoder_config
+from stablelora_jax.models.attention import require_here
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.optimizer_config import CONFIGS, FREEZES_A
@@ -92,6 +93,7 @@ def local_devices(work: Work) -> list[jax.Device]:
 
 def ready(work: Work, devices: list[jax.Device]) -> Ready:
     """The step that ``experiments/train.py`` takes with the same settings, without clipping."""
+    require_here(work.attention or "auto")
     layout = pmap_layout(devices)
     options = {key: getattr(work, key) for key in ("remat", "attention") if getattr(work, key)}
     known = {"dtype": jnp.dtype(work.dtype), "segments": work.documents}  # as a run counts them in its data

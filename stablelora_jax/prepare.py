@@ -23,7 +23,7 @@ from stablelora_jax.interop.peft import require_peft_form
 from stablelora_jax.likelihood import make_compute
 from stablelora_jax.memory import choose_remat
 from stablelora_jax.models.architecture import DecoderConfig
-from stablelora_jax.models.attention import best_here
+from stablelora_jax.models.attention import best_here, require_here
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.models.shapes import architecture
@@ -135,8 +135,12 @@ def fitted(
       adapters: or their shapes.
       length: the most tokens of a row.
       segments: the most segments of a row, as :func:`stablelora_jax.data.most_segments` counts them.
+
+    Raises:
+      InputError: an attention that does not run here.
     """
     kind = str(config.model.attention)
+    require_here(kind)
     if kind == "auto" and isinstance(config.parallel, MeshConfig):
         packed = segments if segments > 1 else 0
         kind = best_here(model.dtype, model.config, length, packed, partitioned=True)
@@ -150,9 +154,6 @@ def fitted(
 
 def _try(model: Decoder, params: Any, length: int) -> None:
     """Trace what was chosen by hand, so that what cannot be is said before anything is written."""
-    backend, needed = jax.default_backend(), {"cudnn": "gpu", "splash": "tpu"}.get(model.attention)
-    if needed not in (None, backend):
-        raise InputError(f"model.attention={model.attention} needs a {needed}, and here is a {backend}: choose auto")
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
     jax.eval_shape(lambda p, row: model.apply({"params": p}, row, row, row, method="hidden"), params, row)
 

@@ -12,7 +12,7 @@ from stablelora_jax.dry_run import arguments, dry_run, flops_of, shapes
 from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.shapes import KNOWN, architecture
 from stablelora_jax.parallel_config import MeshConfig
-from stablelora_jax.run_config import DataConfig, RunConfig
+from stablelora_jax.run_config import DataConfig, ModelConfig, RunConfig
 from tests.conftest import ROOT
 
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
@@ -119,3 +119,5 @@ def test_the_command_has_it():
         dry_run(RunConfig(batch_size=7))
     with pytest.raises(InputError, match="length 100000 is more than"):
         dry_run(RunConfig(length=100_000))
+    with pytest.raises(InputError, match="splash attention needs a tpu, and here is a cpu: choose auto"):
+        dry_run(RunConfig(model=ModelConfig(attention="splash")))

@@ -326,8 +326,8 @@ def test_shipped_configurations_load_and_build(path):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"attention": "cudnn"}, "model.attention=cudnn needs a gpu, and here is a cpu: choose auto"),
-        ({"attention": "splash"}, "model.attention=splash needs a tpu, and here is a cpu: choose auto"),
+        ({"attention": "cudnn"}, "cudnn attention needs a gpu, and here is a cpu: choose auto"),
+        ({"attention": "splash"}, "splash attention needs a tpu, and here is a cpu: choose auto"),
         ({"remat": "everything", "quantize": "nf4"}, "choose useful"),
     ],
 )

@@ -12,6 +12,7 @@ kind         what it is                                                     save
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -54,7 +55,7 @@ def self_attention(q, k, v, segment_ids=None, window=None, kind="xla", segments=
         int32 scalar, so that each scanned layer has its own; None sees all.
       kind: one of ``KINDS``, see ``best_attention``.
       segments: of ``cudnn``: the most runs of equal ids in a row, static; a row of more is NaN. Saves
-        (B * segments, H, T) float32.
+        (B * segments, H, T) float32. None: not known, which it refuses.
 
     Returns:
       (B, T, H, hd) in the dtype of q; finite at pads.
@@ -125,7 +126,7 @@ def best_attention(
       windows: of the layers, 0 for none, as ``DecoderConfig.windows``.
       segments: the most segments of a row, its pads included; 0 where rows are not packed.
       partitioned: whether ``jit`` divides the activations between devices (rows inside ``shard_map`` are whole).
-      capability: of an NVIDIA GPU, ``float(jax.devices()[0].compute_capability)``; 0 of anything else.
+      capability: of an NVIDIA GPU, such as 9.0; 0 of anything else.
     """
     alike = len(set(windows)) == 1
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
@@ -141,6 +142,18 @@ def best_attention(
 
 def best_here(dtype: DTypeLike, config: DecoderConfig, length: int, segments: int, partitioned: bool = False) -> str:
     """:func:`best_attention` for a model's rows on the devices of this process."""
-    gpu = float(getattr(jax.devices()[0], "compute_capability", 0))
-    windows = config.windows or (0,)
-    return best_attention(jax.default_backend(), dtype, config.head_dim, length, windows, segments, partitioned, gpu)
+    found = str(getattr(jax.devices()[0], "compute_capability", ""))  # AMD's are names: gfx942
+    capability = float(found) if re.fullmatch(r"\d+(\.\d+)?", found) else 0.0
+    shape = config.head_dim, length, config.windows or (0,), segments, partitioned
+    return best_attention(jax.default_backend(), dtype, *shape, capability)
+
+
+def require_here(kind: str) -> None:
+    """Refuse a kind that does not run on the devices of this process.
+
+    Raises:
+      InputError: it is made for another backend.
+    """
+    backend, needed = jax.default_backend(), {"cudnn": "gpu", "splash": "tpu"}.get(kind)
+    if needed not in (None, backend):
+        raise InputError(f"{kind} attention needs a {needed}, and here is a {backend}: choose auto")

@@ -39,6 +39,8 @@ def cudnn(q, k, v, segment_ids, window, segments):
         raise InputError("cuDNN attention takes no window in packed rows: choose attention: blocks")
     if q.size >= 2**31:
         raise InputError(f"cuDNN attention counts {q.size} elements of packed rows in int32: use smaller batches")
+    if segments is None:
+        raise InputError("cuDNN attention must know how many texts a row holds at most: give Decoder's segments")
     starts, lengths, fits = segments_of(segment_ids, max(2, segments))
     if jax.__version_info__ < OFFSETS_OF_KEYS_ARE_RIGHT:
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))

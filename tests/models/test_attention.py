@@ -13,11 +13,11 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.models import attention_cudnn
-from stablelora_jax.models.attention import KINDS, SEGMENTS, attend, best_attention, self_attention
+from stablelora_jax.models.attention import KINDS, SEGMENTS, attend, best_attention, best_here, self_attention
 from stablelora_jax.models.attention_blocks import _pairs, _tiled_ids
 from stablelora_jax.models.attention_cudnn import segments_of
 from stablelora_jax.models.attention_splash import splash
-from tests.helpers import jit, largest_difference
+from tests.helpers import jit, largest_difference, tiny_decoder
 
 T = 131  # a prime, so no tile divides it
 PACKED = [[1] * 40 + [2] * 61 + [3] * 22 + [0] * 8, [1] * 3 + [2] * 120 + [3] * 8]
@@ -404,3 +404,26 @@ BEST = [
 @pytest.mark.parametrize("kind, platform, dtype, head_dim, length, more", BEST)
 def test_the_best_kind(kind, platform, dtype, head_dim, length, more):
     assert best_attention(platform, dtype, head_dim, length, **more) == kind and kind in KINDS
+
+
+@pytest.mark.parametrize(
+    "capability, kind", [("9.0", "cudnn"), ("7.5", "blocks"), ("gfx942", "blocks"), (None, "blocks")]
+)
+def test_a_gpu_is_asked_what_it_is(capability, kind, monkeypatch):
+    """AMD's have names for what NVIDIA numbers."""
+    device = SimpleNamespace() if capability is None else SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert best_here(HALF, tiny_decoder(head_dim=8)[0].config, 256, 0) == kind
+
+
+def test_packed_rows_of_a_decoder_by_cudnn(monkeypatch):
+    """As many texts as it is told, be they more than ``auto`` gives to cuDNN; told nothing, it says so."""
+    monkeypatch.setattr(attention_cudnn, "_call", lambda q, *_: q)
+    model, params = tiny_decoder(max_position_embeddings=200)
+    ids = jnp.repeat(jnp.arange(1, 101, dtype=jnp.int32), 2)[None]
+    run = lambda **how: model.clone(dtype=jnp.bfloat16, **how).apply({"params": params}, ids % 7, segment_ids=ids)
+    assert jnp.isfinite(run(attention="cudnn", segments=100)).all()
+    assert jnp.isnan(run(attention="cudnn", segments=99)).all()
+    with pytest.raises(InputError, match="must know how many texts a row holds at most: give Decoder's segments"):
+        run(attention="cudnn")
