@@ -15,11 +15,12 @@ from stablelora_jax import config
 from stablelora_jax.errors import InputError
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
 from stablelora_jax.interop.merged import save_merged
-from stablelora_jax.interop.peft import CONFIG, load_metadata, load_peft, read_config, save_peft
+from stablelora_jax.interop.peft import CONFIG, OURS, load_metadata, load_peft, read_config, save_peft
 from stablelora_jax.interop.vllm import save_vllm
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.models.untie import untie
+from stablelora_jax.quantize import FORMATS
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.spec import LoraSpec
 
@@ -109,16 +110,19 @@ def open_source(
     """Load adapter and base of a run directory or of an adapter in PEFT's layout; ``apart`` unties a tied head first.
 
     ``base`` and ``dtype`` (of the model) are those of the run, or what the adapter names and float32, unless given. The
-    base of a run is quantised as the run's was.
+    base is quantised as the run's was, which an adapter's ``stablelora.json`` says, too.
 
     Raises:
       InputError: neither is there, or the base is not named or cannot be loaded.
     """
     directory, run_config = locate_adapter(path)
-    quantize = None if run_config is None else run_config.model.quantize  # the base that the adapter was trained on
     if run_config is None:
+        quantize = load_metadata(directory).get("quantize")
+        if quantize not in (None, *FORMATS):
+            raise InputError(f"{directory / OURS}: quantize must be one of {', '.join(FORMATS)}, not {quantize!r}")
         named, usual = base or read_config(directory).get("base_model_name_or_path"), "float32"
     else:
+        quantize = run_config.model.quantize
         named, usual = base or run_config.model.path or str(base_directory()), run_config.model.dtype
         apart = apart or run_config.model.untie
     if not named or not isinstance(named, str):

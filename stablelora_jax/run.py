@@ -145,6 +145,7 @@ def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -
     params = _readable(job)
     if is_primary() and not has_adapter(job.directory):
         metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name}
+        metadata |= {"quantize": config.model.quantize} if config.model.quantize else {}
         partial = job.directory / f".{ADAPTER}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:

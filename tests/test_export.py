@@ -14,6 +14,7 @@ from stablelora_jax import InputError, LoraSpec, init_adapters, load_peft, load_
 from stablelora_jax import base_directory as shipped_base
 from stablelora_jax.export import KINDS, export, open_source
 from stablelora_jax.models.pretrained import save_pretrained
+from stablelora_jax.quantize import is_quantized
 from stablelora_jax.run_config import ModelConfig, RunConfig
 from stablelora_jax.run_directory import create
 from tests.helpers import largest_difference, tiny_decoder, trained
@@ -79,6 +80,21 @@ def test_the_base_and_the_dtype_may_be_given(adapter, tmp_path):
     doubled = jax.tree.map(lambda leaf: (2 * leaf).astype(jnp.bfloat16), params)
     chex.assert_trees_all_equal(source.params, doubled)
     assert open_source(path).base == str(path.parent / "base") and open_source(path).model.dtype == jnp.float32
+
+
+def test_an_adapter_s_base_is_quantised_as_in_training(adapter, tmp_path):
+    """Its directory says so wherever it goes, since the same numbers mean another model on a dense base."""
+    path, params, adapters = adapter
+    about = {"base_model": str(path.parent / "base"), "metadata": {"quantize": "int8"}}
+    save_peft(tmp_path / "own", adapters, SPEC, **about)
+    for directory in (tmp_path / "own", export(tmp_path / "own", "peft")):
+        source = open_source(directory)
+        leaves = jax.tree.leaves(source.params, is_leaf=is_quantized)
+        assert sum(map(is_quantized, leaves)) == 7
+        chex.assert_trees_all_equal(source.params, load_pretrained(path.parent / "base", quantize="int8")[1])
+    save_peft(tmp_path / "odd", adapters, SPEC, **{**about, "metadata": {"quantize": ["nf4"]}})
+    with pytest.raises(InputError, match=r"stablelora.json: quantize must be one of int8, nf4, not \['nf4'\]"):
+        open_source(tmp_path / "odd")
 
 
 def test_a_run_names_its_base_and_its_dtype(tmp_path):

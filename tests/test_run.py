@@ -11,7 +11,9 @@ from safetensors.numpy import load_file
 
 from stablelora_jax import InputError, LoraSpec, adapted, base_directory, config, load_peft, load_pretrained
 from stablelora_jax.build import make_optimizer, make_schedule
+from stablelora_jax.export import open_source
 from stablelora_jax.metrics import norm_summary
+from stablelora_jax.quantize import is_quantized
 from stablelora_jax.run import run
 from stablelora_jax.run_config import CompareSizesTask, DataConfig, RunConfig
 from stablelora_jax.schedule_config import Constant, Cosine, Linear
@@ -47,6 +49,17 @@ def test_what_peft_has_no_form_for_is_refused_before_training(tmp_path):
     with pytest.raises(InputError, match="PEFT has no dora of an embedding that is the head, too: untie them first"):
         run(chosen, lambda _: None)
     assert not (tmp_path / "r").exists()
+
+
+def test_the_adapter_of_a_quantised_run_names_its_base(tmp_path):
+    directory = tmp_path / "r"
+    run(
+        replace(SHORT, model=replace(SHORT.model, quantize="nf4"), evaluate=False, steps=3, output=str(directory)),
+        print,
+    )
+    of_run, of_adapter = open_source(directory), open_source(directory / "adapter")
+    chex.assert_trees_all_equal(of_adapter.params, of_run.params)
+    assert sum(map(is_quantized, jax.tree.leaves(of_run.params, is_leaf=is_quantized))) == 7
 
 
 def test_what_a_run_leaves_behind(finished):
