@@ -54,7 +54,8 @@ def result(sides: dict[str, dict[str, Any]], work: Work) -> dict[str, Any]:
     rounds = [b / a for a, b in zip(ours["round_seconds"], peers[best]["round_seconds"], strict=True)]
     low, middle, high = quartiles(rounds)
     ratios = {"ratio": middle, "ratio_quartiles": [low, high], "ratio_rounds": rounds}
-    ratios["memory_ratio"] = ours["peak_memory_bytes"] / peers[best]["peak_memory_bytes"]
+    held = [side["peak_memory_bytes"] for side in (ours, peers[best])]
+    ratios["memory_ratio"] = held[0] / held[1] if all(held) else None
     if ours.get("steps_bytes") and peers[best].get("steps_bytes"):
         beyond = [side["steps_bytes"] - side["before_bytes"] for side in (ours, peers[best])]
         ratios["memory_ratio_beyond_imports"] = beyond[0] / beyond[1]
@@ -79,7 +80,8 @@ def table(sides: dict[str, dict[str, Any]], whole: dict[str, Any]) -> str:
     if "ratio" in whole:
         low, high = whole["ratio_quartiles"]
         lines += ["", f"{whole['ratio']:.2f} times {whole['peer']['name']} (quartiles {low:.2f} to {high:.2f})"]
-        lines[-1] += f", {whole['memory_ratio']:.2f} of its peak memory"
+        if whole["memory_ratio"] is not None:
+            lines[-1] += f", {whole['memory_ratio']:.2f} of its peak memory"
         if "memory_ratio_beyond_imports" in whole:
             lines[-1] += f" ({whole['memory_ratio_beyond_imports']:.2f} of the steps' beyond imports)"
     return "\n".join(lines)

@@ -24,6 +24,8 @@ from stablelora_jax.models.remat import Remat
 from stablelora_jax.optimizer_config import CONFIGS
 from stablelora_jax.quantize import FORMATS
 
+MODES = ("eager", "compile", "eager,compile", "compile,eager")  # of the peer
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags of ``bench.py train``."""
@@ -78,8 +80,10 @@ def work_of(given: argparse.Namespace) -> Work:
         raise InputError(f"--batch {given.batch} rows cannot be spread over --devices {given.devices} alike")
     if given.peak_flops is not None and not given.peak_flops > 0:
         raise InputError(f"--peak-flops must be positive, not {given.peak_flops}")
-    if unknown := set((given.peer_modes or "eager").split(",")) - {"eager", "compile"}:
-        raise InputError(f"--peer-modes takes eager and compile, not {', '.join(sorted(unknown))}")
+    if given.peer_modes is not None and not given.peer:
+        raise InputError("--peer-modes says how the peer runs: give --peer, too")
+    if (given.peer_modes or "eager") not in MODES:
+        raise InputError(f"--peer-modes takes {', '.join(MODES[:-1])} or {MODES[-1]}, not {given.peer_modes}")
     config = dict(SHAPES[given.shape])
     if given.length > config["max_position_embeddings"]:
         raise InputError(f"--length {given.length} is more than the model's {config['max_position_embeddings']}")

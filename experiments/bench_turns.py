@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,9 +62,10 @@ def answer(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def told(worker: Worker, line: str) -> dict[str, Any]:
-    """What a side answers to ``line``."""
-    worker.process.stdin.write(line + "\n")  # type: ignore[union-attr]
-    worker.process.stdin.flush()  # type: ignore[union-attr]
+    """What a side answers to ``line``; raises what :func:`answer` does."""
+    with suppress(BrokenPipeError):  # it has ended: the answer says how
+        worker.process.stdin.write(line + "\n")  # type: ignore[union-attr]
+        worker.process.stdin.flush()  # type: ignore[union-attr]
     return answer(worker.name, worker.process)
 
 

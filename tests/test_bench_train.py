@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError
+from stablelora_jax.errors import RunError
 from stablelora_jax.flops import flops_per_token
 from stablelora_jax.models.architecture import decoder_config
 from tests.conftest import ROOT
@@ -92,6 +93,9 @@ def test_ratios_are_of_the_rounds_and_of_the_fastest_peer():
     whole_cpu = bench_report.summary({**four, "device": "cpu"}, made, 1e9)  # its devices are parts of it
     assert whole_cpu["mfu"] == pytest.approx(whole["mfu"]) and whole_cpu["devices"] == 4
     assert "2.00 times peft compile (quartiles 1.50 to 2.50), 1.00 of its" in bench_report.table(sides, whole)
+    sides["stablelora_jax"] |= {"peak_memory_bytes": None, "steps_bytes": None}  # an allocator that keeps no count
+    whole = bench_report.result(sides, made)
+    assert whole["memory_ratio"] is None and "times peft compile" in bench_report.table(sides, whole).splitlines()[-1]
 
 
 def test_memory_forgets_what_was_before_the_steps():
@@ -177,6 +181,37 @@ def test_a_side_that_cannot_says_so():
 
     with pytest.raises(InputError, match="stablelora_jax: .*nope"):
         bench_turns.measured(["stablelora_jax"], work("--target", "nope", "--batch", 1, "--length", 32), 1, 1, False)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--peer-modes compile", "--peer-modes says how the peer runs: give --peer, too"),
+        ("--peer peft --peer-modes eager,eager", "--peer-modes takes eager, compile, .* not eager,eager"),
+        ("--peer peft --peer-modes fast", "--peer-modes takes eager, compile, .* not fast"),
+    ],
+)
+def test_modes_of_the_peer_are_checked_before_anything_runs(flags, said):
+    with pytest.raises(InputError, match=said):
+        work(*flags.split())
+
+
+@pytest.mark.parametrize("kind, needed", [("splash", "tpu"), ("cudnn", "gpu")])
+def test_an_attention_of_another_backend_is_one_line(kind, needed):
+    done = run("--attention", kind, "--dtype", "bfloat16", "--batch", 1)
+    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+    said = f"error: stablelora_jax: {kind} attention needs a {needed}, and here is a cpu: choose auto"
+    assert done.stderr.splitlines()[-1] == said
+
+
+def test_a_side_that_has_ended_says_so():
+    from bench_turns import Worker, told
+
+    ended = subprocess.Popen([sys.executable, "-c", "exit(9)"], stdin=-1, stdout=-1, text=True)
+    ended.wait()
+    with pytest.raises(RunError, match="peft eager ended with exit code 9"):
+        told(Worker("peft eager", ended, {}), "5")
+    ended.communicate()
 
 
 def test_curves_change_one_number_at_a_time(monkeypatch, tmp_path, capsys):
