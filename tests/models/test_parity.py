@@ -148,11 +148,11 @@ def assert_same_gradients(theirs, path, tokens, tmp_path, size):
     expected = theirs(torch.tensor(tokens)).logits
     (expected * torch.tensor(weights)).sum().backward()
 
-    def cost(adapters):
+    def cost(adapters, params):
         logits = adapted(base, spec).apply({"params": params, "lora": adapters}, tokens)
         return (logits * weights).sum(), logits
 
-    gradients, logits = jit(jax.grad(cost, has_aux=True))(adapters)
+    gradients, logits = jit(jax.grad(cost, has_aux=True))(adapters, params)
     expected = expected.detach().numpy()
     assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
     checked = 0
