@@ -24,7 +24,7 @@ def summed_loss(
 
     Args:
       model: the adapted decoder.
-      variables: its ``params``, ``lora`` and, optionally, ``lora_hp``.
+      variables: its ``params`` and, optionally, ``lora`` and ``lora_hp``, as ``model.apply`` takes them.
       batch: where ``batch.at`` is given, the head reads at those places alone.
       keys: (B,) dropout keys of the rows, typed; None: no dropout. An adapted head folds in the place of the token.
       parts: over so many devices the rows are split, in a program that sees all of them.
@@ -38,7 +38,7 @@ def summed_loss(
     config = model.model.config
     tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size)
     path = head_path(config)
-    head = get_in(variables["lora"], path) or {}
+    head = get_in(variables, ("lora", *path)) or {}
     drops, impl = None, None
     if keys is not None and head:  # by token: neither the length of a tile nor what else is learnt matters
         drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % tile)))
@@ -47,8 +47,8 @@ def summed_loss(
 
     def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
         variables, drops = frozen
-        lora = set_in(variables["lora"], path, head) if head else variables["lora"]
-        apply = partial(model.apply, {**variables, "lora": lora}, method="logits")
+        variables = {**variables, "lora": set_in(variables["lora"], path, head)} if head else variables
+        apply = partial(model.apply, variables, method="logits")
         if drops is None:
             return apply(x)
         keys, at = drops

@@ -194,8 +194,13 @@ def test_learnt_places_are_where_the_mask_is(rows, length, spare, random):
     mask = np.array([[random.randint(0, 1) for _ in range(length)] for _ in range(rows)], np.int32)
     mask = mask.reshape(rows, length)
     most = int(mask.sum(axis=1).max(initial=0)) + spare
-    found = learnt_places(mask, most)
+    found, most = learnt_places(mask, most), max(1, most)  # the head reads a place at least
     assert found.dtype == np.int32 and found.shape == (rows, most) and found.tolist() == places_by_hand(mask, most)
+
+
+def test_of_nothing_learnt_there_is_one_place():
+    """0, which is never learnt."""
+    np.testing.assert_array_equal(learnt_places(np.zeros((2, 3), np.int32), 0), [[0], [0]])
 
 
 def test_more_learnt_places_than_room_are_refused():

@@ -253,6 +253,14 @@ def test_the_places_of_learnt_tokens_change_nothing(layout, accumulate, make):
     assert max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-3
 
 
+def test_the_loss_of_a_base_without_adapters():
+    """What ``Adapted.apply`` takes as the base's is its loss, too."""
+    (batch,), (model, params) = batches(1), tiny_decoder()
+    found = jit(lambda p: summed_loss(adapted(model, SPEC), {"params": p}, batch))(params)
+    logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+    np.testing.assert_allclose(found, masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0], rtol=1e-6)
+
+
 EVERY = LoraSpec(target="all-linear", rank=2)
 HALVES = {
     "lora": (EVERY, {}),

@@ -47,7 +47,8 @@ def make_batch(
 
 
 def learnt_places(loss_mask: np.ndarray, most: int) -> np.ndarray:
-    """Where ``loss_mask`` (B, T) is 1, in order, and then 0s: (B, most) int32."""
+    """Where ``loss_mask`` (B, T) is 1, in order, and then 0s: (B, most) int32; where ``most`` is 0, (B, 1)."""
+    most = max(1, most)
     counts = loss_mask.sum(axis=1)
     if counts.max(initial=0) > most:
         raise InputError(f"a row learns {counts.max()} tokens, and there is room for {most}")
