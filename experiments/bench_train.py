@@ -83,7 +83,7 @@ def work_of(given: argparse.Namespace) -> Work:
     if given.peer_modes is not None and not given.peer:
         raise InputError("--peer-modes says how the peer runs: give --peer, too")
     if (given.peer_modes or "eager") not in MODES:
-        raise InputError(f"--peer-modes takes {', '.join(MODES[:-1])} or {MODES[-1]}, not {given.peer_modes}")
+        raise InputError(f"--peer-modes takes eager, compile, or both with a comma, not {given.peer_modes}")
     config = dict(SHAPES[given.shape])
     if given.length > config["max_position_embeddings"]:
         raise InputError(f"--length {given.length} is more than the model's {config['max_position_embeddings']}")

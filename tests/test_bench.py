@@ -60,7 +60,7 @@ BAD = {
     "train --devices 0": "--devices must be at least 1, not 0",
     "train --batch 3 --devices 2": "--batch 3 rows cannot be spread over --devices 2 alike",
     "train --peak-flops 0": "--peak-flops must be positive",
-    "train --peer peft --peer-modes fast": "--peer-modes takes eager and compile, not fast",
+    "train --peer peft --peer-modes fast": "--peer-modes takes eager, compile, or both with a comma, not fast",
     "curves": "arguments are required: --output",
     "curves --output no/such/place": "there is no folder no/such",
     "curves --output place --rounds 0": "--rounds must be at least 1",
