@@ -49,18 +49,18 @@ def _flash(q, k, v, segment_ids, window, static):
 
 
 def _forward(q, k, v, segment_ids, window, static):
-    """``(out, lse)``: (B, T, H, hd) and, in tiles, (n, B, K, G, t)."""
+    """``(out, lse)``: (B, T, H, hd) and, in tiles, (n, B, K, G t)."""
     shape, scale, wide = q.shape, q.shape[-1] ** -0.5, jnp.promote_types(q.dtype, jnp.float32)
     low, ids, (q, k, v) = jnp.finfo(wide).min, _tiled_ids(segment_ids, q.shape[1]), _tiled_all(q, k, v)
-    pairs = _pairs(len(q), q.shape[-2], ids, window, static)
+    pairs = _pairs(len(q), k.shape[-2], ids, window, static)
     q, ids, window, pairs = _tied(q, ids, window, pairs)
 
     def visit(i, j, m, total, a):
-        s = _dot("bkgqd,bksd->bkgqs", q[i], k[j]) * scale
-        s = jnp.where(_mask(i, j, q.shape[-2], ids, window, static), s, low)
+        s = _dot("bkqd,bksd->bkqs", q[i], k[j]) * scale
+        s = jnp.where(_mask(i, j, q.shape[-2], k.shape[-2], ids, window, static), s, low)
         top = jnp.maximum(m, s.max(-1))
         p, shrink = jnp.exp(s - top[..., None]), jnp.exp(m - top)
-        a = a * shrink[..., None] + _dot("bkgqs,bksd->bkgqd", p.astype(v.dtype), v[j])
+        a = a * shrink[..., None] + _dot("bkqs,bksd->bkqd", p.astype(v.dtype), v[j])
         return top, total * shrink + p.sum(-1), a
 
     def step(carry, pair):
@@ -84,14 +84,14 @@ def _backward(static, saved, given):
     *old, segment_ids, window, out, lse = saved
     scale, ids, (q, k, v) = out.shape[-1] ** -0.5, _tiled_ids(segment_ids, out.shape[1]), _tiled_all(*old)
     inner = jnp.einsum("bthd,bthd->bth", given, out, preferred_element_type=lse.dtype)[..., None]
-    given, inner = _tiled(given, q.shape[3]), _tiled(inner, q.shape[3])
+    given, inner = _tiled(given, k.shape[2]), _tiled(inner, k.shape[2])
 
     def visit(i, j):
-        s = _dot("bkgqd,bksd->bkgqs", q[i], k[j]) * scale - lse[i][..., None]
-        p = jnp.where(_mask(i, j, q.shape[-2], ids, window, static), jnp.exp(s), 0)
-        ds = (p * (_dot("bkgqd,bksd->bkgqs", given[i], v[j]) - inner[i])).astype(q.dtype)
-        dq, dk = _dot("bkgqs,bksd->bkgqd", ds, k[j]), _dot("bkgqs,bkgqd->bksd", ds, q[i])
-        return dq, dk, _dot("bkgqs,bkgqd->bksd", p.astype(q.dtype), given[i])
+        s = _dot("bkqd,bksd->bkqs", q[i], k[j]) * scale - lse[i][..., None]
+        p = jnp.where(_mask(i, j, q.shape[-2], k.shape[-2], ids, window, static), jnp.exp(s), 0)
+        ds = (p * (_dot("bkqd,bksd->bkqs", given[i], v[j]) - inner[i])).astype(q.dtype)
+        dq, dk = _dot("bkqs,bksd->bkqd", ds, k[j]), _dot("bkqs,bkqd->bksd", ds, q[i])
+        return dq, dk, _dot("bkqs,bkqd->bksd", p.astype(q.dtype), given[i])
 
     def step(carry, pair):
         i, j, needed = pair
@@ -100,7 +100,7 @@ def _backward(static, saved, given):
 
     start = tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, k, v))
     none = tuple(x[0] for x in start)
-    grads, _ = jax.lax.scan(step, start, _pairs(len(q), q.shape[-2], ids, window, static))
+    grads, _ = jax.lax.scan(step, start, _pairs(len(k), k.shape[-2], ids, window, static))
     grads = zip(grads, (scale, scale, 1), old, strict=True)
     return *(_untiled(g * by, x.shape).astype(x.dtype) for g, by, x in grads), None, None
 
@@ -120,22 +120,27 @@ def _dot(form, x, y):
     return jnp.einsum(form, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _tiled(x, groups):
-    """Tiles (n, B, heads / groups, groups, t, hd) of x (B, T, heads, hd), zeros after the end."""
-    B, T, heads, width = x.shape
+def _tiled(x, heads):
+    """Tiles (n, B, heads, G t, width) of x (B, T, heads G, width), zeros after the end.
+
+    The G heads that share a key head stand one below the other: a CPU is slow at products over two axes.
+    """
+    B, T, _, width = x.shape
     x = jnp.pad(x, ((0, 0), (0, -T % tile(T)), (0, 0), (0, 0)))
-    return x.reshape(B, -1, tile(T), heads // groups, groups, width).transpose(1, 0, 3, 4, 2, 5)
+    x = x.reshape(B, -1, tile(T), heads, x.shape[2] // heads, width).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(*x.shape[:3], -1, width)
 
 
 def _tiled_all(q, k, v):
-    """Queries (n, B, K, G, t, hd), and keys and values (n, B, K, t, hd)."""
-    return _tiled(q, q.shape[2] // k.shape[2]), _tiled(k, 1)[:, :, :, 0], _tiled(v, 1)[:, :, :, 0]
+    """Queries (n, B, K, G t, hd), and keys and values (n, B, K, t, hd)."""
+    return tuple(_tiled(x, k.shape[2]) for x in (q, k, v))
 
 
 def _untiled(x, shape):
     """Tiles of queries, or of keys, as an array of ``shape`` (B, T, heads, hd)."""
-    x = x if x.ndim == 6 else x[:, :, :, None]
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
+    n, B, heads, _, width = x.shape
+    x = x.reshape(n, B, heads, shape[2] // heads, -1, width).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(B, -1, *shape[2:])[:, : shape[1]]
 
 
 def _tiled_ids(segment_ids, length):
@@ -147,13 +152,15 @@ def _tiled_ids(segment_ids, length):
     return ids.reshape(len(ids), -1, tile(length)).swapaxes(0, 1)
 
 
-def _mask(i, j, size, ids, window, static):
-    """What the queries of tile i see of the keys of tile j, broadcast against (B, K, G, t, t)."""
-    distance = (i - j) * size + jnp.arange(size)[:, None] - jnp.arange(size)
+def _mask(i, j, queries, size, ids, window, static):
+    """What the queries of tile i, as :func:`_tiled` has them, see of the keys of tile j: against (B, K, G t, t)."""
+    distance = (i - j) * size + (jnp.arange(queries) % size)[:, None] - jnp.arange(size)
     mask = distance >= 0
     for bound in (window, static):
         mask = mask if bound is None else mask & (distance < bound)
-    return mask if ids is None else (mask & (ids[i][:, :, None] == ids[j][:, None, :]))[:, None, None]
+    if ids is None:
+        return mask
+    return (mask & (jnp.tile(ids[i], queries // size)[:, :, None] == ids[j][:, None, :]))[:, None]
 
 
 def _pairs(count, size, ids, window, static):
