@@ -1,5 +1,6 @@
 """One table over all ways of attention: values and gradients, segments, windows, memory, names, and what picks one."""
 
+import math
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from jax._src.cudnn import fused_attention_stablehlo as binding
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.flops import dots
 from stablelora_jax.models import attention_cudnn
 from stablelora_jax.models.attention import KINDS, SEGMENTS, attend, best_attention, best_here, self_attention
-from stablelora_jax.models.attention_blocks import _pairs, _tiled_ids
 from stablelora_jax.models.attention_cudnn import segments_of
 from stablelora_jax.models.attention_splash import splash
+from stablelora_jax.models.attention_tiles import pairs, tile, tiled_ids
 from tests.helpers import jit, largest_difference, tiny_decoder
 
 T = 131  # a prime, so no tile divides it
@@ -156,12 +158,12 @@ def test_ids_in_any_order_hide_what_they_should(kind):
 def test_tiles_of_other_documents_and_before_the_window_are_skipped():
     """Rows of four tiles of 8: two documents and pads, one document; then a traced window of 9."""
     ids = jnp.array([[1] * 8 + [2] * 15 + [0] * 9, [1] * 8 + [2] * 8 + [3] * 16], jnp.int32)
-    needed = lambda *args: {(int(i), int(j)) for i, j, n in zip(*_pairs(4, 8, *args), strict=True) if n}
-    diagonal = {(i, i) for i in range(4)}
-    assert needed(_tiled_ids(ids, 32), None, None) == diagonal | {(2, 1), (3, 2)}
-    assert needed(None, jnp.int32(9), None) == diagonal | {(1, 0), (2, 1), (3, 2)}
+    needed = lambda *args: {(int(i), int(j)) for i, j, n in zip(*pairs(4, 8, *args), strict=True) if n}
+    assert needed(tiled_ids(ids, 32), None, None) == {(2, 1), (3, 2)}
+    assert needed(None, jnp.int32(9), None) == {(1, 0), (2, 1), (3, 2)}
     assert needed(None, jnp.int32(10), None) == needed(None, jnp.int32(9), None) | {(2, 0), (3, 1)}
-    assert len(_pairs(4, 8, None, None, 9)[0]) == 7 and len(_pairs(4, 8, None, None, 10)[0]) == 9
+    assert len(pairs(4, 8, None, None, 9)[0]) == 3 and len(pairs(4, 8, None, None, 10)[0]) == 5
+    assert len(pairs(4, 8, None, None, 1)[0]) == 0
 
 
 def sizes(text):
@@ -185,6 +187,15 @@ def test_tiles_do_not_lengthen_the_program():
     run = jax.jit(jax.grad(lambda q, k, v: self_attention(q, k, v, kind="blocks").sum(), (0, 1, 2)))
     lines = [len(run.lower(*inputs(length=length, heads=1, groups=1)).as_text().splitlines()) for length in (512, 8192)]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("length", [256, 1024, 4096])
+def test_tiles_multiply_half_of_all_pairs_and_little_more(length):
+    """Two products forwards and five backwards, each of T (T + t / 2) / 2 pairs of tokens; ``do * out`` is one of T."""
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length=length, groups=1))
+    run = jax.value_and_grad(lambda q, k, v: jnp.sin(self_attention(q, k, v, kind="blocks")).sum(), (0, 1, 2))
+    seen = length * (length + tile(length) / 2) / 2
+    assert dots(jax.make_jaxpr(run)(q, k, v)) == (7 * seen + length) * 2 * math.prod([2, 4, 16])
 
 
 def equations(jaxpr):
