@@ -36,7 +36,7 @@ def summed_loss(
     x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
     targets = jnp.take_along_axis(batch.tokens, at, axis=1)
     config = model.model.config
-    tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size)
+    tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
     path = head_path(config)
     head = get_in(variables, ("lora", *path)) or {}
     drops, impl = None, None

@@ -157,11 +157,12 @@ def shapes_of(spec, tied=False, layers=L, windows=(), **options):
     return model, params, jax.eval_shape(partial(init_adapters, jax.random.key(0), spec=spec), params)
 
 
-def lowered(layout, spec=ALL, rows=B, **options):
+def lowered(layout, spec=ALL, rows=B, places=None, **options):
     """``(the step for shapes alone, bytes of the state)``."""
     (model, params, adapters), tx = shapes_of(spec, **options), optax.adamw(1e-3)
     state = jax.eval_shape(lambda a: init_state(a, tx, jax.random.key(1)), adapters)
-    batch = Batch(*[jax.ShapeDtypeStruct((rows, T), jnp.int32)] * 4)
+    at = places and jax.ShapeDtypeStruct((rows, places), jnp.int32)
+    batch = Batch(*[jax.ShapeDtypeStruct((rows, T), jnp.int32)] * 4, at)
     step = make_train_step(adapted(model, spec), tx, layout)
     taken = layout.abstract(state, "state"), layout.abstract(params, "base"), layout.abstract(batch, "rows")
     return step.lower(*taken), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -191,6 +192,13 @@ def program(request):
 
 def test_no_buffer_holds_the_logits_of_a_quarter_of_the_tokens(program):
     assert B * T // 16 < most_logits(program[1]) < B * T / 4, "and there is a tile of them"
+
+
+def test_a_quarter_learnt_takes_a_quarter_of_the_tiles():
+    """As large as those of a whole row: each tile reads the head from memory."""
+    places = T // 4
+    tokens = most_logits(lowered(one(), attention="blocks", places=places)[0].compile().as_text())
+    assert B * places / 4 < tokens < B * T / 4
 
 
 def test_no_buffer_has_two_axes_of_t(program):

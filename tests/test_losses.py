@@ -201,11 +201,13 @@ def test_tiles_are_cut_and_joined(rows, length, tile):
     assert int(cut.sum()) == x.sum(), "the rest is zeros"
 
 
-@given(st.integers(1, 300), st.integers(1, 9000), st.integers(2, 300_000))
-def test_tiles_are_alike_and_an_eighth_or_64_mib_at_most(rows, length, vocabulary):
-    tile = tile_length(rows, length, vocabulary)
+@given(st.integers(1, 300), st.integers(1, 9000), st.integers(2, 300_000), st.integers(0, 9000))
+def test_tiles_are_alike_and_an_eighth_or_64_mib_at_most(rows, length, vocabulary, others):
+    whole = length + others
+    tile = tile_length(rows, length, vocabulary, whole)
+    assert others or tile == tile_length(rows, length, vocabulary)
     count = -(-length // tile)
-    fits = lambda tile: 4 * rows * tile * vocabulary <= 2**26 and 8 * tile <= length
+    fits = lambda tile: 4 * rows * tile * vocabulary <= 2**26 and 8 * tile <= whole
     assert tile == 1 or fits(tile)
     assert count == 1 or not fits(-(-length // (count - 1))), "as few as may be"
     assert 0 <= count * tile - length < count, "and less than a token of each is filled up"
