@@ -98,11 +98,10 @@ def token_scores(
 
 
 def tile_length(rows: int, length: int, vocabulary: int, whole: int | None = None) -> int:
-    """How many of ``length`` tokens of each of ``rows`` rows make a tile: of all at most an eighth or 64 MiB of logits.
+    """How many of ``length`` tokens of each of ``rows`` rows make a tile: 64 MiB of logits or an eighth of all at most.
 
     But one at least. Of tiles as few as that allows, the shortest: what is filled up after the end is multiplied, too.
-    An eighth of ``whole`` tokens of a row, where ``length`` are those of them whose logits are asked for: the fewer
-    tiles, the less often the head is read.
+    All are the ``whole`` tokens of a row, where ``length`` of them are read: each tile reads the head anew.
     """
     most = min(TILE_BYTES // (4 * vocabulary), rows * (whole or length) // 8)
     count = -(-length // max(1, most // rows))

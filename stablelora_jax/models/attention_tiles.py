@@ -66,24 +66,30 @@ def rows_of(x, tokens, size):
 
 def on_diagonal(queries, keys, group, ids, window, static):
     """What the slice ``queries`` of each tile sees of its slice ``keys``, against (n, B, K, queries G, keys)."""
-    apart = jnp.arange(queries.start, queries.stop).repeat(group)[:, None] - jnp.arange(keys.start, keys.stop)
-    seen = apart >= 0
-    for bound in (window, static):
-        seen = seen if bound is None else seen & (apart < bound)
-    return seen if ids is None else seen & _alike(ids[..., queries], ids[..., keys], group)
+    apart = _apart(queries, keys, group)
+    own, other = (None, None) if ids is None else (ids[..., queries], ids[..., keys])
+    return reduce(jnp.logical_and, [apart >= 0, *_limits(apart, own, other, group, window, static)])
 
 
 def below_diagonal(i, j, size, group, ids, window, static):
     """What the tokens of tile i see of those of tile j < i, against (B, K, size G, size); None: all."""
-    apart = (i - j) * size + jnp.arange(size).repeat(group)[:, None] - jnp.arange(size)
-    seen = [apart < bound for bound in (window, static) if bound is not None]
-    seen += [_alike(ids[i], ids[j], group)] if ids is not None else []
-    return reduce(jnp.logical_and, seen) if seen else None
+    apart = (i - j) * size + _apart(slice(0, size), slice(0, size), group)
+    own, other = (None, None) if ids is None else (ids[i], ids[j])
+    limits = _limits(apart, own, other, group, window, static)
+    return reduce(jnp.logical_and, limits) if limits else None
 
 
-def _alike(own, other, group):
-    """Where segments own (..., q) and other (..., s) are the same: (..., 1, q G, s)."""
-    return (own.repeat(group, axis=-1)[..., :, None] == other[..., None, :])[..., None, :, :]
+def _apart(queries, keys, group):
+    """How far each of ``keys`` lies before each of ``queries``, slices of one tile: (queries G, keys)."""
+    return jnp.arange(queries.start, queries.stop).repeat(group)[:, None] - jnp.arange(keys.start, keys.stop)
+
+
+def _limits(apart, own, other, group, window, static):
+    """What windows leave of tokens so far ``apart``, and the segments of queries and keys, (..., q) and (..., s)."""
+    limits = [apart < bound for bound in (window, static) if bound is not None]
+    if own is not None:
+        limits.append((own.repeat(group, axis=-1)[..., :, None] == other[..., None, :])[..., None, :, :])
+    return limits
 
 
 def pairs(count, size, ids, window, static):
