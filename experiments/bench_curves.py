@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from bench_turns import OURS, measured
 from bench_work import Work
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.files import write_whole
+from stablelora_jax.files import write_new
+from stablelora_jax.outputs import require_new
 
 AXES = ("batch", "length", "layers", "rank")
 FACTORS = (0.5, 1, 2, 4)
@@ -116,6 +118,8 @@ def bench(given: argparse.Namespace) -> None:
         raise InputError(f"--output: there is no folder {given.output.parent}: make it first")
     if min(given.steps, given.rounds) < 1:
         raise InputError("--steps and --rounds must be at least 1")
+    for name in ("curves.md", "curves.json", "curves.png"):
+        require_new(given.output / name)
     todo = works(given)
     given.output.mkdir(exist_ok=True)
     points: list[Point] = []
@@ -126,6 +130,8 @@ def bench(given: argparse.Namespace) -> None:
     title = f"{given.shape}, {given.batch} x {given.length} tokens, r={given.rank}, all-linear, {given.dtype}"
     title += "; along each axis the rest stays"
     print(f"{title}\n\n{text}", end="")
-    write_whole(given.output / "curves.md", f"{title}\n\n{text}")
-    write_whole(given.output / "curves.json", json.dumps([p._asdict() for p in points]) + "\n")
-    figure(points, title).savefig(given.output / "curves.png", dpi=120)
+    write_new(given.output / "curves.md", f"{title}\n\n{text}".encode())
+    write_new(given.output / "curves.json", (json.dumps([p._asdict() for p in points]) + "\n").encode())
+    picture = io.BytesIO()
+    figure(points, title).savefig(picture, format="png", dpi=120)
+    write_new(given.output / "curves.png", picture.getvalue())

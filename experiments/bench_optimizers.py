@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +30,11 @@ from tqdm import tqdm
 
 from stablelora_jax import InputError, LoraSpec, adapted, config, init_adapters, optimize
 from stablelora_jax.config import option
-from stablelora_jax.files import write_whole
 from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import abstract_params
 from stablelora_jax.optimizer_config import CONFIGS, OPTIMIZERS
+from stablelora_jax.outputs import open_output
 
 ADAPTERS = {
     "q_proj, v_proj, r=8": LoraSpec(target=["q_proj", "v_proj"], rank=8),
@@ -226,7 +227,8 @@ def bench(given: argparse.Namespace) -> None:
     """Measure, print, and write where asked."""
     settings = config.load(BenchConfig, None, given.overrides)
     command = " ".join(["python experiments/bench.py optimizers", *given.overrides])
-    text = "\n".join([machine(), "", f"    {command}", "", *measure(settings)]) + "\n"
-    print(text)
-    if settings.output:
-        write_whole(Path(settings.output), text)
+    with open_output(settings.output, "output") if settings.output else nullcontext() as output:
+        text = "\n".join([machine(), "", f"    {command}", "", *measure(settings)]) + "\n"
+        print(text)
+        if output:
+            output.write(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stablelora_jax import InputError
 from stablelora_jax.command import add_model_options, exit_code, load_model
+from stablelora_jax.outputs import require_new
 
 
 def main() -> int:
@@ -37,8 +38,8 @@ def parse() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, measure, write, and print the table."""
-    if arguments.output is not None and arguments.output.exists():
-        raise InputError(f"{arguments.output} exists already: remove it or choose another --output")
+    if arguments.output is not None:
+        require_new(arguments.output)
     from stablelora_jax.measure import TASKS, measure, subject, table, write
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]

@@ -18,8 +18,10 @@ def main() -> int:
     parser.add_argument("--base", metavar="MODEL", help="the base, if RUN does not name it: directory, .gguf, hub id")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a merged model; the run's unless given")
     parser.add_argument("--untie", action="store_true", help="for an adapter that changes one of a tied pair alone")
+    parser.add_argument("--strict", action="store_true", help="refuse a base that the adapter was not made on")
     given = parser.parse_args()
     where = {"output": given.output, "base": given.base, "dtype": given.dtype, "apart": given.untie}
+    where["strict"] = given.strict
     return exit_code(lambda: export(given.run, given.to, **where))
 
 

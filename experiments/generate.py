@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,32 @@ def parse() -> argparse.Namespace:
     add("--stop", metavar="STR", nargs="+", default=[], help="strings that end a text")
     add("--seed", metavar="S", type=int, default=0, help="of the draws (default 0)")
     add("--batch-size", metavar="B", type=int, help="prompts that run together (default: at most 32)")
-    add("--output", metavar="FILE.jsonl", type=Path, help="write prompts, texts and tokens there, and print nothing")
+    add(
+        "--output",
+        metavar="FILE.jsonl",
+        type=Path,
+        help="write prompts, texts and tokens there, and print nothing: a new file, or a pipe or device that is there",
+    )
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Load, generate, and print or write."""
-    if arguments.output is not None and (arguments.output.is_dir() or not writable(arguments.output.parent)):
-        raise InputError(f"cannot write {arguments.output}: give the path of a file in a directory of yours")
+    """Load, generate, and print or write; what cannot be written is found first."""
     prompts = read_prompts(arguments)
+    if arguments.output is None:
+        for row in rows(arguments, prompts):
+            shown = row["prompt"] if isinstance(row["prompt"], str) else ""
+            print(shown + str(row["text"]) if shown else row["text"], flush=True)
+        return
+    from stablelora_jax.outputs import open_output
+
+    with open_output(arguments.output) as output:
+        for row in rows(arguments, prompts):
+            output.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
+    """What came of each prompt."""
     from stablelora_jax.generate import generate
 
     model, variables = load_model(arguments)
@@ -67,24 +83,9 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=min(len(prompts), 32) if arguments.batch_size is None else arguments.batch_size,
         progress=sys.stderr.isatty(),
     )
-    rows = [
+    return [
         {"prompt": p, "text": r.text, "tokens": r.tokens, "stop": r.stop} for p, r in zip(prompts, results, strict=True)
     ]
-    if arguments.output is not None:
-        from stablelora_jax.files import write_whole
-
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return
-    for row in rows:
-        shown = row["prompt"] if isinstance(row["prompt"], str) else ""
-        print(shown + str(row["text"]) if shown else row["text"], flush=True)
-
-
-def writable(directory: Path) -> bool:
-    """Whether ``directory`` is there or can be made."""
-    there = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
-    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Any]:

@@ -22,6 +22,7 @@ def attach(
     dtype: DTypeLike = jnp.float32,
     merged: bool = False,
     apart: bool = False,
+    strict: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """Load ``base``, and ``adapter`` on it.
 
@@ -31,6 +32,7 @@ def attach(
       dtype: of the model.
       merged: fold the adapter into the parameters.
       apart: give a tied head its own weights first, for an adapter that changes it or the embedding alone.
+      strict: refuse an adapter that was made on another base, of which there is a warning otherwise.
 
     Returns:
       ``(model, {"params": ...})``, with ``"lora"`` where the adapter is not merged.
@@ -43,7 +45,7 @@ def attach(
     if adapter is None:
         model, params = load_pretrained(base, dtype=dtype)
         return model, {"params": params}
-    source = open_source(adapter, str(base), dtype, apart=apart)
+    source = open_source(adapter, str(base), dtype, apart=apart, strict=strict)
     if merged:
         return source.model, {"params": merge(source.params, source.adapters, source.spec)}
     return adapted(source.model, source.spec), {"params": source.params, "lora": source.adapters}

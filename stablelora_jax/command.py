@@ -57,12 +57,13 @@ def _terminated(line: str) -> Iterator[None]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, ``--adapter``, ``--merged``, ``--untie`` and ``--dtype``, as :func:`load_model` reads them."""
+    """MODEL, ``--adapter``, ``--merged``, ``--untie``, ``--strict``, ``--dtype``, as :func:`load_model` reads them."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face directory, GGUF file or hub id")
     add("--adapter", metavar="DIR", type=Path, help="a PEFT directory, or a run directory of experiments/train.py")
     add("--merged", action="store_true", help="merge the adapter into the parameters first")
     add("--untie", action="store_true", help="give a tied head its own weights, for an adapter that changes one alone")
+    add("--strict", action="store_true", help="refuse an adapter that was made on another base, instead of a warning")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default float32)")
 
 
@@ -79,4 +80,5 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     compile_cache.enable()
     given = {"dtype": arguments.dtype, "merged": arguments.merged, "apart": arguments.untie}
+    given["strict"] = arguments.strict
     return attach(arguments.model, arguments.adapter, **given)

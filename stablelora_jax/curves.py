@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.metrics import each_record
-from stablelora_jax.run_directory import METRICS
+from stablelora_jax.metrics import NORMS, each_record
+from stablelora_jax.run_files import METRICS
 from stablelora_jax.trackers import settings
-
-NORMS = tuple(f"norm_{letter}{end}" for letter in "ab" for end in ("", "_min", "_max"))
 
 
 class Curves(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ from jax.typing import DTypeLike
 
 from stablelora_jax import config
 from stablelora_jax.errors import InputError
+from stablelora_jax.files import as_path
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
 from stablelora_jax.interop.merged import save_merged
 from stablelora_jax.interop.peft import CONFIG, OURS, load_metadata, load_peft, read_config, save_peft
@@ -20,6 +19,7 @@ from stablelora_jax.interop.vllm import save_vllm
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.models.untie import untie
+from stablelora_jax.outputs import new_directory, new_file
 from stablelora_jax.quantize import FORMATS
 from stablelora_jax.run_config import RunConfig
 from stablelora_jax.spec import LoraSpec
@@ -46,6 +46,7 @@ def export(
     base: str | None = None,
     dtype: str | None = None,
     apart: bool = False,
+    strict: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the adapter at ``path`` for another program, whole or not at all.
@@ -58,6 +59,7 @@ def export(
       dtype: of a merged model's weights; that of the run, or float32. They are merged from the base as the run had
         it, else in float32, and rounded once.
       apart: give a tied head its own weights, for an adapter that changes it or the embedding alone.
+      strict: refuse an adapter that was made on another base, of which there is a warning otherwise.
       say: gets one line about what was written.
 
     Returns:
@@ -66,25 +68,18 @@ def export(
     Raises:
       InputError: no such run or base, a feature that ``kind`` cannot express, or an output that exists.
     """
-    path = Path(path)
+    path = as_path(path, "the run or adapter")
     if kind not in KINDS:
         raise InputError(f"--to must be one of {', '.join(KINDS)}, not {kind!r}")
-    out = Path(output) if output else path / "export" / ("adapter.gguf" if kind == "gguf" else kind)
-    if out.exists():
-        raise InputError(f"{out} exists already: remove it or choose another --output")
-    source = open_source(path, base, apart=apart)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        note = _write(source, kind, partial, dtype)
-        os.replace(partial, out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        _remove(partial)
+    out = output or path / "export" / ("adapter.gguf" if kind == "gguf" else kind)
+    with (new_file if kind == "gguf" else new_directory)(out) as partial:
+        source = open_source(path, base, apart=apart, strict=strict)
+        try:
+            note = _write(source, kind, partial, dtype)
+        except OSError as error:
+            raise InputError(f"cannot write {out}: {error.strerror or error}") from None
     say(f"{out}: {note}")
-    return out
+    return as_path(out)
 
 
 def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
@@ -93,7 +88,7 @@ def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
     Raises:
       InputError: there is neither an adapter in PEFT's layout nor a run that has ended.
     """
-    path = Path(path)
+    path = as_path(path, "the adapter")
     if (path / CONFIG).is_file():
         return path, None
     made, run = (path / "adapter" / CONFIG).is_file(), (path / "config.yaml").is_file()
@@ -105,15 +100,21 @@ def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
 
 
 def open_source(
-    path: str | Path, base: str | None = None, dtype: DTypeLike | None = None, *, apart: bool = False
+    path: str | Path,
+    base: str | None = None,
+    dtype: DTypeLike | None = None,
+    *,
+    apart: bool = False,
+    strict: bool = False,
 ) -> Source:
     """Load adapter and base of a run directory or of an adapter in PEFT's layout; ``apart`` unties a tied head first.
 
     ``base`` and ``dtype`` (of the model) are those of the run, or what the adapter names and float32, unless given. The
-    base is quantised as the run's was, which an adapter's ``stablelora.json`` says, too.
+    base is quantised as the run's was, which an adapter's ``stablelora.json`` says, too. ``strict`` is that of
+    :func:`stablelora_jax.interop.peft.load_peft`.
 
     Raises:
-      InputError: neither is there, or the base is not named or cannot be loaded.
+      InputError: neither is there, or the base is not named or cannot be loaded; as ``load_peft`` besides.
     """
     directory, run_config = locate_adapter(path)
     if run_config is None:
@@ -130,7 +131,7 @@ def open_source(
     model, params = load_pretrained(named, dtype=jnp.dtype(usual if dtype is None else dtype), quantize=quantize)
     if apart:
         model, params = untie(model, params)
-    adapters, spec = load_peft(directory, params)
+    adapters, spec = load_peft(directory, params, base_model=named, strict=strict)
     return Source(directory, named, model, params, adapters, spec)
 
 
@@ -151,10 +152,3 @@ def _write(source: Source, kind: str, out: Path, dtype: str | None) -> str:
         f"a merged model in {dtype or model.dtype}; the largest difference between its logits and those of base and "
         f"adapter is {check.difference:.3g} on a sample ({share:.1e} of the largest logit, {check.largest:.3g})"
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()

@@ -10,6 +10,7 @@ so one changed element always changes both sums. This finds changes and mistakes
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,17 +20,30 @@ import numpy as np
 U32 = 2**32
 
 
-def fingerprint(params: Any) -> dict[str, str]:
+def fingerprint(params: Any, *, rounded: bool = False) -> dict[str, str]:
     """``{dotted name: "float32[3,96,288] 0123456789abcdef"}``: shape, dtype and a 64-bit hash of the bits of each leaf.
+
+    With ``rounded``, floats are brought to bfloat16 first, so that the same weights in float32 and in bfloat16 agree.
 
     Leaves are NumPy arrays (put on the default device) or ``jax.Array`` of any sharding, also over several processes
     (all of them must call this): booleans, integers, floats of 8 to 64 bits, scalars, empty arrays. Nothing but eight
     bytes a leaf is fetched, and no copy of a leaf is made.
     """
+    leaves = named_leaves(params)
+    sums = {name: _sums(_whole_words(leaf, rounded), rounded) for name, leaf in leaves.items()}  # all begun at once
+    return {n: f"{form(leaves[n], rounded)} {int(first):08x}{int(second):08x}" for n, (first, second) in sums.items()}
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+    """The leaves by dotted name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    sums = [(path, leaf, _sums(_whole_words(leaf))) for path, leaf in leaves]  # all begun before one is awaited
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
-    return {name(path): f"{_form(leaf)} {int(first):08x}{int(second):08x}" for path, leaf, (first, second) in sums}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def form(leaf: Any, rounded: bool = False) -> str:
+    """Dtype and shape, ``float32[3,96,288]``, as they begin a leaf's fingerprint."""
+    dtype = jnp.dtype(jnp.bfloat16) if _rounds(leaf, rounded) else _dtype(leaf)
+    return f"{dtype}[{','.join(map(str, np.shape(leaf)))}]"
 
 
 def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
@@ -37,22 +51,28 @@ def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
     return sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
 
 
-def _form(leaf: Any) -> str:
-    return f"{np.asarray(leaf).dtype if np.isscalar(leaf) else leaf.dtype}[{','.join(map(str, np.shape(leaf)))}]"
+def _dtype(leaf: Any) -> Any:
+    return np.asarray(leaf).dtype if np.isscalar(leaf) else leaf.dtype
 
 
-def _whole_words(leaf: Any) -> Any:
+def _rounds(leaf: Any, rounded: bool) -> bool:
+    return rounded and jnp.issubdtype(_dtype(leaf), jnp.floating)
+
+
+def _whole_words(leaf: Any, rounded: bool) -> Any:
     """Elements of 64 bits on the host as pairs of 32, which need no 64-bit types on the device; else as it is."""
     if isinstance(leaf, jax.Array):
         return leaf
+    if _rounds(leaf, rounded):
+        return np.asarray(leaf).astype(jnp.bfloat16)
     array = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     return array.reshape(*array.shape, 1).view(np.uint32) if array.dtype.itemsize == 8 else array
 
 
-@jax.jit
-def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=1)
+def _sums(x: jax.Array, rounded: bool = False) -> tuple[jax.Array, jax.Array]:
     """Both sums of ``x``."""
-    words = _words(x)
+    words = _words(x.astype(jnp.bfloat16) if _rounds(x, rounded) else x)
     if not words.size:
         return jnp.uint32(0), jnp.uint32(0)
     words = words * jnp.uint32(0xCC9E2D51)

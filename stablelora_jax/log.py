@@ -18,7 +18,7 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.files import writing
 from stablelora_jax.metrics import append_record, each_record, keep_records_until, plain
 from stablelora_jax.optimize import still_shrinking
-from stablelora_jax.run_directory import METRICS
+from stablelora_jax.run_files import METRICS
 from stablelora_jax.spec import LoraSpec
 from stablelora_jax.stability import Stability, by_name
 from stablelora_jax.trackers import open_trackers

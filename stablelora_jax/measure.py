@@ -20,6 +20,7 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.evaluate import choice_scores, correct
 from stablelora_jax.files import write_whole
 from stablelora_jax.likelihood import Compute, encode, likelihoods, make_compute, prefix_token, rolling
+from stablelora_jax.outputs import new_directory
 from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.tasks import arc, gsm8k, hellaswag, merged_qa, openbookqa, social_i_qa, text
 from stablelora_jax.tasks.question import Problem, Question
@@ -118,21 +119,19 @@ def measure(
 
 
 def write(output: Path, measured: Mapping[str, Measured], about: Mapping[str, Any]) -> None:
-    """Write ``output/summary.json`` and ``output/TASK.jsonl``, each whole; ``output`` must not exist.
+    """Write ``output/summary.json`` and ``output/TASK.jsonl``, all or nothing; ``output`` must not exist.
 
     Raises:
       InputError: it exists, or cannot be written.
     """
-    try:
-        output.mkdir(parents=True)
-        for task, one in measured.items():
-            write_whole(output / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in one.rows))
-        summary = {**about, "tasks": {task: one.summary for task, one in measured.items()}}
-        write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    except FileExistsError:
-        raise InputError(f"{output} exists already: remove it or choose another --output") from None
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror or error}") from None
+    with new_directory(output) as partial:
+        try:
+            for task, one in measured.items():
+                write_whole(partial / f"{task}.jsonl", "".join(json.dumps(row) + "\n" for row in one.rows))
+            summary = {**about, "tasks": {task: one.summary for task, one in measured.items()}}
+            write_whole(partial / "summary.json", json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {output}: {error.strerror or error}") from None
 
 
 def table(measured: Mapping[str, Measured]) -> str:

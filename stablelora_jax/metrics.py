@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.adapter import pairs
+from stablelora_jax.errors import InputError
 from stablelora_jax.files import write_parts_whole
+
+NORMS = tuple(f"norm_{letter}{end}" for letter in "ab" for end in ("", "_min", "_max"))
+NUMBERS = {"loss", "learning_rate", "acc", "acc_norm", *NORMS}  # of a record or an evaluation, that are read again
 
 
 def norm_summary(adapters: Any) -> dict[str, jax.Array]:
@@ -48,10 +52,17 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def each_record(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of ``path`` one by one, none where it does not exist; what a crash has cut short is left out."""
+    """The records of ``path`` one by one, none where it does not exist; what a crash has cut short is left out.
+
+    Raises:
+      InputError: a record holds something else than a run writes; the message names file, line and key.
+    """
     if path.is_file():
         with path.open("rb") as file:
-            yield from (record for record in map(_parse, file) if record is not None)
+            for number, line in enumerate(file, 1):
+                if (record := _parse(line)) is not None:
+                    _require_kinds(record, f"{path}, line {number}")
+                    yield record
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -83,5 +94,37 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if whole and all(isinstance(record.get(key, {}), dict) for key in ("validation", "data")) else None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _require_kinds(record: Mapping[str, Any], where: str) -> None:
+    """Check all of a record that is read again; other keys may hold anything."""
+
+    def require(key: str, good: bool, kind: str) -> None:
+        if not good:
+            raise InputError(f"{where}: {key} must be {kind}; put the line back as it was, or remove it")
+
+    require("step", 0 <= record["step"] < 2**63, "a step from 0")
+    for key in NUMBERS & record.keys():
+        require(key, _is_number(record[key]), "a number or null")
+    for key in ("data", "validation", "stability"):
+        require(key, isinstance(record.get(key, {}), dict), "a mapping")
+    validation, stopped, terms = (
+        record.get(key, kind) for key, kind in (("validation", {}), ("stopped", []), ("stability", {}))
+    )
+    for key in NUMBERS & validation.keys():
+        require(f"validation.{key}", _is_number(validation[key]), "a number or null")
+    answers = validation.get("answers", [])
+    require(
+        "validation.answers", isinstance(answers, list) and all(type(x) is int for x in answers), "a list of indices"
+    )
+    require("stopped", isinstance(stopped, list) and all(isinstance(x, str) for x in stopped), "a list of names")
+    own = all(
+        isinstance(t, dict) and all(_is_number(x) or isinstance(x, bool) for x in t.values()) for t in terms.values()
+    )
+    require("stability", own, "a mapping of mappings of numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023)

@@ -17,8 +17,8 @@ from typing import Any
 from stablelora_jax.command import exit_code
 from stablelora_jax.curves import Curves, labels, read_curves
 from stablelora_jax.errors import InputError
-from stablelora_jax.files import write_bytes_whole, writing
-from stablelora_jax.run_directory import METRICS
+from stablelora_jax.files import as_path, write_bytes_whole, writing
+from stablelora_jax.run_files import METRICS, SOFTWARE, is_picture
 
 
 def draw(directory: str | Path, output: str | Path | None = None) -> list[Path]:
@@ -32,14 +32,17 @@ def draw(directory: str | Path, output: str | Path | None = None) -> list[Path]:
       The paths, or none without records.
 
     Raises:
+      InputError: a picture of that name is there that was not drawn from a run: nothing is replaced.
       RunError: they cannot be written.
     """
-    curves, output = read_curves(directory), Path(output or directory)
+    directory = as_path(directory, "a run")
+    curves, output = read_curves(directory), as_path(output or directory, "--output")
     if not len(curves.steps):
         return []
-    pictures = {"loss.png": _loss(curves), "norms.png": _norms(curves)}
-    pictures |= {"stability.png": _stability(curves)} if curves.stability else {}
-    return [_save(figure, output / name) for name, figure in pictures.items()]
+    kinds = {"loss.png": _loss, "norms.png": _norms} | ({"stability.png": _stability} if curves.stability else {})
+    for name in kinds:
+        _require_picture(output / name)
+    return [_save(make(curves), output / name) for name, make in kinds.items()]
 
 
 def draw_together(directories: Sequence[str | Path], output: str | Path) -> Path:
@@ -58,7 +61,7 @@ def draw_together(directories: Sequence[str | Path], output: str | Path) -> Path
         every += [*_smooth(curves.series["loss"]), *(loss for _, loss in curves.evaluations)]
     axes.set(ylabel="nats per token", yscale=_scale(every))
     figure.legend(loc="outside lower center", fontsize=8)
-    return _save(figure, Path(output) / "losses.png")
+    return _save(figure, as_path(output, "--output") / "losses.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +87,9 @@ def report(runs: Sequence[Path], output: Path | None = None) -> None:
       InputError: a directory that is no run, or has logged no step yet.
       RunError: a picture cannot be written.
     """
+    runs = [as_path(run, "a run") for run in runs]
+    if len(runs) > 1:
+        _require_picture(as_path(output or ".", "--output") / "losses.png")
     for run in runs:
         if not run.is_dir():
             raise InputError(f"there is no run directory {run}")
@@ -93,7 +99,7 @@ def report(runs: Sequence[Path], output: Path | None = None) -> None:
             raise InputError(f"{run / METRICS} holds no step yet")
     pictures = [path for run in runs for path in draw(run, output if len(runs) == 1 else None)]
     if len(runs) > 1:
-        pictures.append(draw_together(runs, output or Path()))
+        pictures.append(draw_together(runs, output or Path(".")))
     for path in pictures:
         print(path)
 
@@ -108,13 +114,23 @@ def _scale(losses: Iterable[float]) -> str:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    """Write the picture in one step, so that who looks at it while a run draws sees a whole one."""
+    """Write the picture in one step, so that who looks at it while a run draws sees a whole one.
+
+    Raises:
+      InputError: something that is no picture of a run is there.
+    """
+    _require_picture(path)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
+    figure.savefig(content, format="png", dpi=120, metadata={"Software": SOFTWARE})
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_whole(path, content.getvalue())
     return path
+
+
+def _require_picture(path: Path) -> None:
+    if not is_picture(path):
+        raise InputError(f"{path} was not drawn from a run: move it, or name another directory with --output")
 
 
 def _figure(title: str) -> tuple[Any, Any]:
@@ -186,7 +202,7 @@ def _stability(curves: Curves) -> Any:
 
 def _band(axes: Any, curves: Curves, field: str, label: str, color: str) -> None:
     """One term over the pairs against the step, on a log axis; a pair where it is zero or null has no point."""
-    rows = [(step, [t[field] for t in terms.values() if (t[field] or 0) > 0]) for step, terms in curves.stability]
+    rows = [(step, [t[field] for t in terms.values() if (t.get(field) or 0) > 0]) for step, terms in curves.stability]
     steps, values = [step for step, row in rows if row], [row for _, row in rows if row]
     if not steps:
         return

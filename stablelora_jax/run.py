@@ -14,7 +14,6 @@ The same command again goes on from the newest checkpoint, bit for bit; another 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,8 @@ import jax
 
 from stablelora_jax import checkpoint, compile_cache, report, tree
 from stablelora_jax.errors import InputError, RunError, brief
-from stablelora_jax.files import write_whole, writing
+from stablelora_jax.files import partial_name, put_new, write_whole, writing
+from stablelora_jax.interop.base_record import base_record
 from stablelora_jax.interop.peft import save_peft
 from stablelora_jax.interrupt import listening
 from stablelora_jax.log import RunLog
@@ -35,18 +35,8 @@ from stablelora_jax.loop import about_of, train
 from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices, to_host
 from stablelora_jax.prepare import Job, prepare
 from stablelora_jax.run_config import RunConfig
-from stablelora_jax.run_directory import (
-    ADAPTER,
-    CHECKPOINTS,
-    LOCK,
-    SUMMARY,
-    changed,
-    create,
-    has_adapter,
-    locate,
-    lock,
-    read_summary,
-)
+from stablelora_jax.run_directory import changed, create, locate, lock, read_summary
+from stablelora_jax.run_files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
 from stablelora_jax.selection import best_step
 from stablelora_jax.summary import story, summarize
 from stablelora_jax.trackers import require_installed
@@ -104,6 +94,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
         barrier("the run directory is there")
         log = held.enter_context(closing(_opened_log(job, newest or 0)))
         state = _trained(job, state, checkpoints, log, say)
+        _require_learnt(state)
         kept = _keep_adapter(job, state, checkpoints, log)
     return _finish(job, log, int(state.step), kept, time.monotonic() - began, say)
 
@@ -134,6 +125,15 @@ def _trained(job: Job, state: TrainState, checkpoints: Path, log: RunLog, say: C
     return state
 
 
+def _require_learnt(state: TrainState) -> None:
+    if 0 < int(state.step) == int(state.skipped):
+        raise RunError(
+            f"none of the {int(state.step)} steps was applied, since loss, gradient or update was not finite in each: "
+            "nothing was learnt, and no adapter is written. Try a smaller lora.alpha, learning_rate or clip_norm with "
+            "another output="
+        )
+
+
 def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -> int:
     """Put the last adapter, or where so configured the best, into RUN/adapter; the step that it is of."""
     config, step = job.config, int(state.step)
@@ -142,16 +142,15 @@ def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -
     best = best_step(known, config.metric) if config.select == "best" else None
     if best not in (None, step):
         state, step = checkpoint.restore(checkpoints, job.start, step=best), best
-    params = _readable(job)
+    params, base = _readable(job), base_record(job.params, job.base)
     if is_primary() and not has_adapter(job.directory):
-        metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name}
+        metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name, "base": base}
         metadata |= {"quantize": config.model.quantize} if config.model.quantize else {}
-        partial = job.directory / f".{ADAPTER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = partial_name(job.directory / ADAPTER)
         try:
             save_peft(partial, state.adapters, config.lora, base_model=job.base, params=params, metadata=metadata)
             with writing(job.directory / ADAPTER):
-                os.rename(partial, job.directory / ADAPTER)
+                put_new(partial, job.directory / ADAPTER)
         except InputError as error:
             raise RunError(f"{error}; step {state.step} is saved, and the same command goes on from it") from None
         finally:
@@ -172,7 +171,10 @@ def _finish(job: Job, log: RunLog, steps: int, kept: int, seconds: float, say: C
     """Pictures, summary and what is said at the end."""
     summary = summarize(job.config, log, steps, kept, seconds)
     if is_primary():
-        report.draw(job.directory)
+        try:
+            report.draw(job.directory)
+        except InputError as error:  # a user's own picture, which is no reason to lose the summary
+            say(f"no pictures: {error}")
         with writing(job.directory / SUMMARY):
             write_whole(job.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
     for line in story(job.config, log, job.held.questions, summary):

@@ -1,4 +1,7 @@
-"""The directory of a run: made once, gone on with by the same configuration alone, written by one run at a time."""
+"""The directory of a run: made once, gone on with by the same configuration alone, written by one run at a time.
+
+What a run writes, and how it is told from a user's own files, is in :mod:`stablelora_jax.run_files`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +21,21 @@ from typing import Any
 from stablelora_jax import config
 from stablelora_jax.checkpoint.wording import differences
 from stablelora_jax.errors import InputError, RunError
-from stablelora_jax.files import read_json_object, write_whole
+from stablelora_jax.files import PARTIAL, as_path, read_json_object, write_new, write_whole
+from stablelora_jax.outputs import require_writable
 from stablelora_jax.run_config import RunConfig
+from stablelora_jax.run_files import (
+    ADAPTER,
+    CONFIG,
+    LOCK,
+    MARK,
+    METRICS,
+    SUMMARY,
+    is_commented,
+    is_lock,
+    require_ours,
+)
 
-CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 # where and how a run is computed, watched and kept: its result is the same up to rounding
 FREE = (
     ("output", "parallel", "distributed", "accumulate", "accept_changes", "trackers", "show")
@@ -36,8 +50,12 @@ def locate(run_config: RunConfig) -> Path:
     Raises:
       InputError: the directory holds another run (and ``accept_changes`` is off) or other files, or cannot be made.
     """
-    directory = Path(run_config.output or default_directory(run_config))
+    try:
+        directory = as_path(run_config.output or default_directory(run_config), "output")
+    except InputError as error:
+        raise InputError(f"{error}: choose another output=") from None
     _require_usable(directory)
+    require_ours(directory)
     changes = changed(directory, run_config)
     if changes and not run_config.accept_changes:
         shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
@@ -45,8 +63,6 @@ def locate(run_config: RunConfig) -> Path:
             f"{directory} holds a run with another configuration ({shown}): choose another output=, "
             "or go on with accept_changes=true"
         )
-    if not (directory / CONFIG).is_file() and directory.exists() and not _is_free(directory):
-        raise InputError(f"{directory} exists and is no run directory: choose another output=")
     return directory
 
 
@@ -64,8 +80,9 @@ def changed(directory: Path, run_config: RunConfig) -> list[str]:
 def create(directory: Path, run_config: RunConfig, steps: int = 0) -> None:
     """Write the resolved configuration into the directory, which is made where it is not there.
 
-    A configuration that is there and differs stays as ``config-until-<steps>.yaml``; with it, of a finished run, its
-    summary and its adapter.
+    A configuration that is there and differs, or in which somebody has written comments, stays as
+    ``config-until-<steps>.yaml``; where it differs also the numbers, and of a finished run its summary and its adapter.
+    What a killed run has left half-written is removed.
 
     Raises:
       InputError: it cannot be written.
@@ -73,16 +90,32 @@ def create(directory: Path, run_config: RunConfig, steps: int = 0) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        require_ours(directory)
+        _remove_partial(directory)
         if changed(directory, run_config):
-            write_whole(_unused(directory, Path(CONFIG), steps), (directory / CONFIG).read_text())
+            for name in (CONFIG, METRICS):
+                _keep_copy(directory, name, steps)
             for name in (SUMMARY, ADAPTER):
                 if (directory / name).exists():
                     os.rename(directory / name, _unused(directory, Path(name), steps))
-        text = config.dump(run_config)
+        elif is_commented(directory):
+            _keep_copy(directory, CONFIG, steps)
+        text = MARK + config.dump(run_config)
         if not (directory / CONFIG).is_file() or (directory / CONFIG).read_text() != text:
             write_whole(directory / CONFIG, text)
     except OSError as error:
         raise _unwritable(directory, error) from None
+
+
+def _remove_partial(directory: Path) -> None:
+    for left in directory.iterdir():
+        if PARTIAL.fullmatch(left.name) and not left.is_symlink():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _keep_copy(directory: Path, name: str, steps: int) -> None:
+    if (directory / name).is_file():
+        write_new(_unused(directory, Path(name), steps), (directory / name).read_bytes())
 
 
 @contextmanager
@@ -94,6 +127,8 @@ def lock(directory: Path) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if not is_lock(directory / LOCK):
+            raise InputError(f"{directory / LOCK} is not of a run: move it, or choose another output=")
         file = (directory / LOCK).open("a+")
     except OSError as error:
         raise _unwritable(directory, error) from None
@@ -145,38 +180,30 @@ def identity(run_config: RunConfig) -> dict[str, Any]:
     return {**plain, "lora": {**lora, **lists, "alpha": float(lora["alpha"])}}
 
 
-def has_adapter(directory: Path) -> bool:
-    """Whether a whole adapter lies in the run's directory."""
-    return (directory / ADAPTER / "adapter_config.json").is_file()
-
-
 def _unwritable(directory: Path, error: OSError) -> InputError | RunError:
     kind = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
     return kind(f"cannot write to {directory}: {error.strerror or error}")
 
 
 def _require_usable(directory: Path) -> None:
-    """Whether it, or the nearest directory above it that is there, can be read and written."""
+    """Whether it, or where it is to be made, can be read and written."""
+    if directory.is_symlink() and not directory.exists():
+        raise InputError(f"{directory} is a symbolic link to nothing: choose another output=")
     try:
+        there = directory.exists()
         with suppress(FileNotFoundError, NotADirectoryError):
             os.stat(directory / CONFIG)
-    except (OSError, ValueError) as error:  # a name that is too long, or no name at all; a directory that is closed
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write to {directory}: {reason}: choose another output=") from None
-    parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
-    usable = parent.is_dir() and os.access(parent, os.R_OK | os.W_OK | os.X_OK)
-    if not usable and (parent.is_dir() or parent != directory.absolute()):
-        raise InputError(f"cannot write to {directory}: {parent} is no directory that can be written to")
-
-
-def _is_free(directory: Path) -> bool:
-    left = {LOCK, f".{CONFIG}.partial"}  # by a run that was killed at its beginning
-    return directory.is_dir() and not {path.name for path in directory.iterdir()} - left
+    except OSError as error:  # a directory that is closed
+        raise InputError(f"cannot write to {directory}: {error.strerror}: choose another output=") from None
+    if not there:
+        require_writable(directory, "output=")
+    elif directory.is_dir() and not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {directory}: it is no directory that can be written to")
 
 
 def _unused(directory: Path, name: Path, steps: int) -> Path:
     names = (directory / f"{name.stem}-until-{steps}{f'-{i}' * (i > 0)}{name.suffix}" for i in range(1000))
-    return next(path for path in names if not path.exists())
+    return next(path for path in names if not os.path.lexists(path))
 
 
 def _shown(there: Any, here: Any) -> tuple[str, str]:

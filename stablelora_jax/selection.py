@@ -17,7 +17,8 @@ Evaluations = Mapping[int, Mapping[str, Any]]  # by step
 def best_step(evaluations: Evaluations, metric: Metric) -> int | None:
     """The step of the best evaluation, or None where none counts: the least loss, or the greatest accuracy."""
     sign = 1 if metric == "loss" else -1
-    ranked = [(sign * e[metric], step) for step, e in evaluations.items() if step > 0 and math.isfinite(e[metric])]
+    values = {step: e.get(metric, math.nan) for step, e in evaluations.items() if step > 0}
+    ranked = [(sign * value, step) for step, value in values.items() if math.isfinite(value)]
     return min(ranked)[1] if ranked else None
 
 

@@ -13,6 +13,8 @@ from stablelora_jax.errors import InputError
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "unembed")  # never part of "all-linear"
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
+
 
 def _help(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -69,10 +71,13 @@ class LoraSpec:
         for key, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in items(self.rank_pattern))):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise InputError(f"{key} must be a whole number of at least 1, not {rank!r}")
+            if rank >= 2**63:
+                raise InputError(f"{key} must be below 2**63, not {rank!r:.40}")
         alphas = ((f"alpha_pattern[{k!r}]", v) for k, v in items(self.alpha_pattern))
         for key, alpha in (("alpha", self.alpha), *alphas):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
                 raise InputError(f"{key} must be a positive number, not {alpha!r}")
+        self._check_scales()
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")
         if not self.target:
@@ -83,6 +88,15 @@ class LoraSpec:
             allowed = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+    def _check_scales(self) -> None:
+        """Adapters are float32: a scale beyond its range makes every step infinite, or every one nothing."""
+        ranks = (self.rank, *(rank for _, rank in items(self.rank_pattern)))
+        alphas = (self.alpha, *(alpha for _, alpha in items(self.alpha_pattern)))
+        for alpha, rank in ((min(alphas), max(ranks)), (max(alphas), min(ranks))):
+            scale = alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
+            if not SMALLEST <= scale <= LARGEST:
+                raise InputError(f"alpha {alpha!r} with rank {rank} is a scale of {scale:.3g}, beyond float32's range")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, maps and numbers; ``LoraSpec(**spec.to_dict()) == spec``."""

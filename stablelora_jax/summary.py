@@ -44,7 +44,7 @@ def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: fl
 def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
     """A few questions with the answers before and after training, then the accuracies and the losses."""
     before, after = log.evaluation(0), log.evaluation(summary["steps"])
-    if before and after and questions:
+    if before and after and questions and all(_fits(found, questions) for found in (before, after)):
         for i in np.linspace(0, len(questions) - 1, config.show, dtype=int):
             question, was, now = questions[i], before["answers"][i], after["answers"][i]
             marks = ["right" if answer == question.label else "wrong" for answer in (was, now)]
@@ -52,7 +52,7 @@ def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary
             yield f"\n{question.prompt}\n    before: {said[0]:<28} after: {said[1]}"
         accuracy = f"{before['acc']:.1%} before, {after['acc']:.1%} after"
         yield f"\nvalidation accuracy: {accuracy} ({before['questions']} questions)"
-    if before and after:
+    if before and after and "loss" in before and "loss" in after:
         yield f"validation loss: {before['loss']:.4f} before, {after['loss']:.4f} after"
     if summary["stopped_early"]:
         yield f"stopped after {summary['steps']} of {config.steps} steps: {config.metric} no longer gets better"
@@ -60,6 +60,13 @@ def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary
         yield f"the adapter is that of step {summary['adapter_of_step']}, the best by {config.metric}"
     if summary["loss_first_10"] is not None and summary["loss_last_10"] is not None:
         yield f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)"
+
+
+def _fits(evaluation: dict[str, Any], questions: Sequence[Question]) -> bool:
+    """Whether it answers these questions: somebody may have edited the log that it was read from."""
+    answers = evaluation.get("answers", [])
+    whole = "acc" in evaluation and "questions" in evaluation and len(answers) == len(questions)
+    return whole and all(0 <= a < len(q.choices) for a, q in zip(answers, questions, strict=True))
 
 
 def _first_and_last(losses: Iterable[float | None]) -> tuple[list[float | None], list[float | None]]:

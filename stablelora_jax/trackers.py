@@ -25,7 +25,7 @@ import yaml
 
 from stablelora_jax.errors import InputError, RunError, brief
 from stablelora_jax.files import read_json_object, write_whole, writing
-from stablelora_jax.run_directory import CONFIG
+from stablelora_jax.run_files import CONFIG
 
 IDS = "trackers.json"  # in a run directory: the id of its run at each service
 PROJECT = "stablelora_jax"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says otherwise

@@ -267,26 +267,26 @@ def test_damaged_run_directories(place, world, fails, name):
         goes_on(place, world)
 
 
-UNDER_WAY = {  # what stands in the way of a run -> what is said
-    "log a directory": (
-        "run/metrics.jsonl",
-        None,
-        "cannot write run/metrics.jsonl: Is a directory; once that is mended",
-    ),
-    "tensorboard a file": ("run/tensorboard", "x", "cannot write run/tensorboard/.*; once that is mended"),
-    "adapter a file": ("run/adapter", "x", "cannot write run/adapter: Not a directory; once that is mended"),
-    "picture a directory": ("run/loss.png", None, "cannot write run/loss.png: Is a directory; once that is mended"),
-    "summary a directory": ("run/summary.json", None, "cannot write run/summary.json: Is a directory; once that is"),
+UNDER_WAY = {  # what stands in the way of a run -> how it ends, and what is said; before the work where that can be
+    "log a directory": ("run/metrics.jsonl", None, 2, "run/metrics.jsonl was not made by a run: move it"),
+    "log a user's": ("run/metrics.jsonl", '{"step": 1, "loss": 3}\n', 2, "run/metrics.jsonl was not made by a run"),
+    "tensorboard a file": ("run/tensorboard", "x", 1, "cannot write run/tensorboard/.*; once that is mended"),
+    "adapter a file": ("run/adapter", "x", 2, "run/adapter was not made by a run: move it"),
+    "adapter a user's": ("run/adapter", None, 2, "run/adapter was not made by a run: move it"),
+    "picture a directory": ("run/loss.png", None, 2, "run/loss.png was not made by a run: move it"),
+    "picture a user's": ("run/norms.png", "x", 2, "run/norms.png was not made by a run: move it"),
+    "summary a directory": ("run/summary.json", None, 2, "run/summary.json was not made by a run: move it"),
+    "lock a user's": ("run/.lock", "mine", 2, "run/.lock is not of a run: move it"),
 }
 
 
 @pytest.mark.parametrize("name", UNDER_WAY)
 def test_what_stands_in_the_way_of_a_run(place, world, fails, name):
-    rel, content, message = UNDER_WAY[name]
+    rel, content, code, message = UNDER_WAY[name]
     kept = snapshot(place)
     in_place_of(rel, content)(place)
     before = snapshot(place)
-    fails(1, message)
+    fails(code, message)
     assert lost(before, snapshot(place)) == [] and not list(Path("run").rglob("*partial*"))
     remove(rel)(place)
     for path in (path for path in kept if path.startswith(rel)):

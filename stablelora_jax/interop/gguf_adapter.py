@@ -21,12 +21,14 @@ from flax.traverse_util import flatten_dict
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.errors import InputError
+from stablelora_jax.files import as_path, partial_name
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.gguf import gguf_name, permute
 from stablelora_jax.spec import LoraSpec
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 EMBEDDING = "token_embd.weight"  # whose lora_a is looked up by row
+MARK = "stablelora_jax.writer"  # a key of ours, which llama.cpp does not read
 MERGED = "export the merged model instead"
 
 
@@ -34,7 +36,7 @@ def save_gguf_adapter(path: str | Path, adapters: Any, spec: LoraSpec, config: D
     """Write ``adapters`` as a GGUF file, float32, for a GGUF file of the model that ``config`` describes.
 
     Args:
-      path: of the file; one already there is replaced in one step.
+      path: of the file; one that this function has written there is replaced in one step.
       adapters: as made by ``init_adapters`` for ``spec``; bit-equal in the file where one alpha serves all modules.
       spec: the spec of the adapters.
       config: of the base, ``model.config``.
@@ -56,7 +58,7 @@ def save_gguf_adapter(path: str | Path, adapters: Any, spec: LoraSpec, config: D
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds NaN or infinity: nothing was written to {path}")
     try:
-        _write(Path(path), arch, float(alpha), tensors)
+        _write(as_path(path), arch, float(alpha), tensors)
     except OSError as error:
         raise InputError(f"cannot write the adapter to {path}: {error.strerror or error}") from None
 
@@ -114,16 +116,33 @@ def _write(path: Path, arch: str, alpha: float, tensors: dict[str, np.ndarray]) 
         import gguf
     except ImportError:
         raise InputError('writing GGUF needs the package gguf: pip install "stablelora-jax[gguf]"') from None
+    if os.path.lexists(path) and not _is_own(path):
+        raise InputError(
+            f"cannot write the adapter to {path}: what is there is not of stablelora_jax; choose another path"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, arch)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name, array in tensors.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, path)
+    partial = partial_name(path)
+    try:
+        writer = gguf.GGUFWriter(partial, arch)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(MARK, "stablelora_jax")
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for name, array in tensors.items():
+            writer.add_tensor(name, array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a regular file that begins as ours do."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return head.startswith(b"GGUF") and MARK.encode() in head

@@ -9,6 +9,7 @@ or magnitudes without DoRA and says nothing; here every tensor must be expected 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,17 @@ import numpy as np
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.errors import InputError, brief
-from stablelora_jax.files import read_json_object, write_bytes_whole
+from stablelora_jax.files import as_path, read_json_object, require_replaceable, write_bytes_whole
 from stablelora_jax.full import unknown_full
+from stablelora_jax.interop.base_record import KEY as BASE
+from stablelora_jax.interop.base_record import base_record, other_base
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, Entry, is_tied, layout
 from stablelora_jax.sites import as_dict, fitted_sites, param_sites, require_leaves
 from stablelora_jax.spec import LoraSpec
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "stablelora.json"
+WRITER = "stablelora_jax"
 PREFIX = "base_model.model."
 UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
 
@@ -45,19 +49,23 @@ def save_peft(
     """Write ``adapters`` as a directory that ``peft.PeftModel.from_pretrained`` and vLLM load.
 
     Args:
-      directory: made if needed; an adapter already there is replaced, each file at once.
+      directory: made if needed; an adapter that this function has written there is replaced, each file at once.
       adapters: as made by ``init_adapters`` for ``spec``; saved in their own dtype.
       spec: the spec of the adapters.
       base_model: name or path of the base, for PEFT's ``base_model_name_or_path``.
-      params: the base. Needed where an embedding is adapted or something is trained in full; PEFT stores an adapted
-        embedding's or head's own weights, too.
+      params: the base; ``stablelora.json`` keeps its fingerprint, by which :func:`load_peft` tells another base. Needed
+        where an embedding is adapted or something is trained in full; PEFT stores an adapted embedding's or head's own
+        weights, too.
       metadata: JSON values that PEFT has no key for (optimizer, shrink ratio, ...), kept in ``stablelora.json``.
 
     Raises:
-      InputError: adapters that do not fit the spec, that are not finite, or that PEFT has no form for.
+      InputError: adapters that do not fit the spec, that are not finite, or that PEFT has no form for; an adapter of
+        another program in ``directory``.
     """
     from safetensors.numpy import save
 
+    directory = as_path(directory, "the adapter's directory")
+    _require_own(directory)
     params = None if params is None else as_dict(params)
     sites = require_peft_form(adapters, spec, params)
     entries = layout(sites, params, spec)
@@ -67,8 +75,10 @@ def save_peft(
             raise InputError(f"{name} holds NaN or infinity: nothing was written to {directory}")
     tensors |= {PREFIX + name: array for name, array in _base_weights(sites, params).items()}
     config = to_peft_config(spec, sites.values(), base_model, params, [e.name for e in entries])
-    ours = json.dumps({"written_by": "stablelora_jax", **(metadata or {})}, indent=2, default=str) + "\n"
-    directory = Path(directory)
+    own = {"written_by": WRITER, **(metadata or {})}
+    if params is not None and BASE not in (metadata or {}):
+        own[BASE] = base_record(params, base_model)
+    ours = json.dumps(own, indent=2, default=str) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_bytes_whole(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -78,17 +88,27 @@ def save_peft(
         raise InputError(f"cannot write the adapter to {directory}: {error.strerror or error}") from None
 
 
-def load_peft(directory: str | Path, params: Any) -> tuple[dict[str, Any], LoraSpec]:
+def load_peft(
+    directory: str | Path, params: Any, *, base_model: str | None = None, strict: bool = False
+) -> tuple[dict[str, Any], LoraSpec]:
     """Read a PEFT adapter for the model whose parameters are ``params``.
+
+    Where ``stablelora.json`` says which base the adapter was made on, and ``params`` are not that, there is a warning.
+
+    Args:
+      directory: of the adapter.
+      params: the base that it is laid on.
+      base_model: name or path of ``params``, for the warning.
+      strict: raise instead of warning about another base.
 
     Returns:
       ``(adapters, spec)``: float32 (float64 if the file's are), stacked and padded as ``init_adapters`` makes them.
 
     Raises:
       InputError: a missing or damaged file, a feature that is not supported, or a tensor that is missing, left over,
-        transposed or of another rank than the config says; the message names it.
+        transposed or of another rank than the config says; the message names it. With ``strict``, another base.
     """
-    directory, params = Path(directory), as_dict(params)
+    directory, params = as_path(directory, "the adapter's directory"), as_dict(params)
     raw = read_config(directory)
     tensors = _read_weights(directory / WEIGHTS)
     _refuse_untied(raw, tensors, params, directory)
@@ -102,12 +122,29 @@ def load_peft(directory: str | Path, params: Any) -> tuple[dict[str, Any], LoraS
         warnings.warn(f"{directory / CONFIG}: {', '.join(dropped)} match no module of this model", stacklevel=2)
     base = _base_weights(sites, params) | _whole_layers(params)
     _check_tensors(entries, tensors, base, str(directory / WEIGHTS))
+    if difference := other_base(load_metadata(directory).get(BASE), params, base_model):
+        if strict:
+            raise InputError(f"{directory} {difference}: give that base, or leave strict out")
+        warnings.warn(f"{directory} {difference}: on this base it is another model", stacklevel=2)
     return _assemble(entries, tensors), spec
 
 
 def load_metadata(directory: str | Path) -> dict[str, Any]:
-    """What :func:`save_peft` was given as ``metadata``; empty for an adapter that another program wrote."""
-    return read_json_object(Path(directory) / OURS) if (Path(directory) / OURS).is_file() else {}
+    """The content of ``stablelora.json``, which holds what :func:`save_peft` was given as ``metadata``; empty for an
+    adapter that another program wrote."""
+    path = as_path(directory, "the adapter's directory") / OURS
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _require_own(directory: Path) -> None:
+    """Refuse a directory whose adapter no :func:`save_peft` has written."""
+    there = [name for name in (CONFIG, WEIGHTS, OURS) if os.path.lexists(directory / name)]
+    if not there:
+        return
+    for name in there:
+        require_replaceable(directory / name)
+    if OURS not in there or load_metadata(directory).get("written_by") != WRITER:
+        raise InputError(f"{directory / there[0]} was not written by {WRITER}: choose another directory")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

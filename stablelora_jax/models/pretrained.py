@@ -14,11 +14,11 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from stablelora_jax.errors import InputError, brief, named
-from stablelora_jax.files import write_whole
+from stablelora_jax.files import as_path, write_whole
 from stablelora_jax.models import bitsandbytes
 from stablelora_jax.models.architecture import decoder_config, to_hf
 from stablelora_jax.models.decoder import Decoder
-from stablelora_jax.models.shards import write_safetensors
+from stablelora_jax.models.shards import require_own, write_safetensors
 from stablelora_jax.models.tensors import TensorSource, safetensors_source
 from stablelora_jax.models.tokenizer import load_tokenizer
 from stablelora_jax.models.weights import ShardingRule, load_params
@@ -96,14 +96,29 @@ def save_pretrained(
     """Write ``model`` and ``params`` as a Hugging Face directory that ``transformers`` and this package load.
 
     Args:
-      directory: made if need be; weights that it held before are replaced.
+      directory: made if need be; a model that this function has written there is replaced.
       model: whose configuration and tokenizer, if any, go with the weights.
       params: the parameters; quantised kernels are written dequantised.
       dtype: of the tensors; default: that of each parameter.
       max_shard_size: bytes of one safetensors file; weights beyond it become several, with an index.
+
+    Raises:
+      InputError: files of another model are in ``directory``, or it cannot be written; a size that is not positive.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = as_path(directory, "the model's directory")
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise InputError(f"max_shard_size must be a number of bytes, not {max_shard_size!r:.60}")
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise InputError(f"dtype {jnp.dtype(dtype)} cannot hold parameters: give float32, bfloat16 or float16")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        require_own(directory)
+        _write_model(directory, model, params, dtype, max_shard_size)
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror or brief(error)}") from None
+
+
+def _write_model(directory: Path, model: Decoder, params: Any, dtype: DTypeLike | None, max_shard_size: int) -> None:
     write_safetensors(directory, params, dtype, max_shard_size)
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     written = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*(leaf.dtype for leaf in leaves))

@@ -17,11 +17,42 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from stablelora_jax.files import write_whole
+from stablelora_jax.errors import InputError
+from stablelora_jax.files import partial_name, require_replaceable, write_whole
 from stablelora_jax.models.weights import hf_arrays, hf_tensors
 
 INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+MARK = {"format": "pt", "written_by": "stablelora_jax"}  # in the header of every file of ours
+MODEL_FILES = (
+    ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    + ("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+)  # fmt: skip
+
+
+def require_own(directory: Path) -> None:
+    """Refuse a directory with a model that :func:`write_safetensors` has not written.
+
+    Raises:
+      InputError: naming a file that would be replaced or removed.
+    """
+    there = sorted(path for path in directory.iterdir() if OURS.fullmatch(path.name) or path.name in MODEL_FILES)
+    weights = [path for path in there if path.suffix == ".safetensors"]
+    for path in there:
+        require_replaceable(path)
+    foreign = [path for path in weights if not _is_own(path)] or ([] if weights else there)
+    if foreign:
+        raise InputError(f"{foreign[0]} was not written by stablelora_jax: choose another directory")
+
+
+def _is_own(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return (file.metadata() or {}).get("written_by") == MARK["written_by"]
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def write_safetensors(directory: Path, params: Any, dtype: DTypeLike | None, max_shard_size: int) -> None:
@@ -38,9 +69,12 @@ def write_safetensors(directory: Path, params: Any, dtype: DTypeLike | None, max
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         where |= dict.fromkeys(group, file)
         tensors = {name: _cast(array, dtype) for name, array in itertools.islice(arrays, len(group))}
-        partial = directory / f".{file}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, directory / file)
+        partial = partial_name(directory / file)
+        try:
+            save_file(tensors, partial, metadata=MARK)
+            os.replace(partial, directory / file)
+        finally:
+            partial.unlink(missing_ok=True)
     if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         write_whole(directory / INDEX, json.dumps(index, indent=2) + "\n")
