@@ -4,7 +4,11 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
+import stat
 import sys
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,7 @@ from stablelora_jax import (
 from stablelora_jax.generate import encode_prompts, generate
 from tests.conftest import ROOT
 from tests.helpers import tiny_decoder, trained
+from tests.test_outputs import snapshot
 
 WORDS = (
     "The big bear and the small cat went to a river in the dark wood where an old fox had a boat of red leaves and fish"
@@ -329,10 +334,9 @@ def test_the_command(command, base, lora, tmp_path):
     asked = tmp_path / "asked.jsonl"
     asked.write_text("\n".join([json.dumps(prompts(2)[0]), "", json.dumps({"prompt": prompts(2)[1]})]))
     for more in ((directory,), (directory / "adapter", "--merged", "--batch-size", 1)):
-        code, out, _ = command(
-            *common, "--prompts", asked, "--output", tmp_path / "out" / "o.jsonl", "--adapter", *more
-        )
-        rows = [json.loads(line) for line in (tmp_path / "out" / "o.jsonl").read_text().splitlines()]
+        written = tmp_path / "out" / f"{len(more)}.jsonl"
+        code, out, _ = command(*common, "--prompts", asked, "--output", written, "--adapter", *more)
+        rows = [json.loads(line) for line in written.read_text().splitlines()]
         assert (code, out) == (0, "") and [row["text"] for row in rows] == tuned
         assert [row["prompt"] for row in rows] == prompts(2) and {row["stop"] for row in rows} <= {"length", "stop_id"}
 
@@ -352,6 +356,35 @@ def test_the_command(command, base, lora, tmp_path):
 def test_mistakes_on_the_command_line(arguments, message, command):
     code, out, err = command(base_directory(), *arguments)
     assert (code, out) == (2, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "link", "dangling", "folder", "mine.txt/below", "x" * 250, "x" * 300])
+def test_an_output_replaces_nothing(command, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("mine")
+    Path("link").symlink_to("mine.txt")
+    Path("dangling").symlink_to("nowhere")
+    Path("folder").mkdir()
+    before = snapshot(tmp_path)
+    code, out, err = command(base_directory(), "--prompt", "x", "--max-new-tokens", 2, "--output", name)
+    if name == "x" * 250:
+        assert code == 0 and Path(name).is_file()
+        return
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and name[:9] in err
+    assert snapshot(tmp_path) == before
+
+
+def test_an_output_into_a_pipe(command, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    said = []
+    reader = threading.Thread(target=lambda: said.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    code, out, err = command(
+        base_directory(), "--prompt", "x", "--max-new-tokens", 2, "--output", tmp_path / "pipe", "--temperature", "0"
+    )
+    reader.join()
+    assert (code, out, err) == (0, "", "") and json.loads(said[0])["prompt"] == "x"
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "pipe").st_mode)
 
 
 def test_a_bank_gives_each_prompt_its_adapter_in_any_order():

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from stablelora_jax import InputError, LoraSpec, adapted, base_directory, config, load_peft, load_pretrained
 from stablelora_jax.build import make_optimizer, make_schedule
+from stablelora_jax.errors import RunError
 from stablelora_jax.export import open_source
 from stablelora_jax.metrics import norm_summary
 from stablelora_jax.quantize import is_quantized
@@ -49,6 +50,16 @@ def test_what_peft_has_no_form_for_is_refused_before_training(tmp_path):
     with pytest.raises(InputError, match="PEFT has no dora of an embedding that is the head, too: untie them first"):
         run(chosen, lambda _: None)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_learns_nothing_fails_and_keeps_no_adapter(tmp_path):
+    lora = LoraSpec(rank=2, alpha=1e38)
+    chosen = replace(SHORT, lora=lora, steps=3, evaluate=False, clip_norm=None, output=str(tmp_path / "r"))
+    for _ in range(2):  # the same command again says the same
+        with pytest.raises(RunError, match="none of the 3 steps was applied.*no adapter is written. Try a smaller"):
+            run(chosen, lambda _: None)
+    assert not (tmp_path / "r/adapter").exists() and not (tmp_path / "r/summary.json").exists()
+    assert [record.get("skipped") for record in read(tmp_path / "r")[1:]] == [True] * 3
 
 
 def test_the_adapter_of_a_quantised_run_names_its_base(tmp_path):
