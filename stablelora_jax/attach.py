@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.export import open_source
 from stablelora_jax.intercept import adapted
@@ -15,6 +16,7 @@ from stablelora_jax.models.pretrained import load_pretrained
 from stablelora_jax.transform import merge
 
 
+@checked
 def attach(
     base: str | Path,
     adapter: str | Path | None = None,

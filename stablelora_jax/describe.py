@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,13 +10,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from stablelora_jax.adapter import Site
+from stablelora_jax.checked import checked
 from stablelora_jax.full import FullLeaf, full_leaves
 from stablelora_jax.quantize import is_quantized
 from stablelora_jax.sites import as_dict, extra_leaves, fitted_sites
 from stablelora_jax.spec import LoraSpec
 
 
-def describe(params: Any, adapters: Any, spec: LoraSpec) -> str:
+@checked
+def describe(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec) -> str:
     """The table of adapted modules and, as its last line, PEFT's count of trained and of all parameters.
 
     A stack of layers is one row; ranks and scales that differ between its layers are shown as ranges, and padding is

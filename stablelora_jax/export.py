@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stablelora_jax import config
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.files import as_path
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
@@ -38,6 +39,7 @@ class Source(NamedTuple):
     spec: LoraSpec
 
 
+@checked
 def export(
     path: str | Path,
     kind: str,
@@ -99,6 +101,7 @@ def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
     return path / "adapter", config.load(RunConfig, path / "config.yaml") if run else None
 
 
+@checked
 def open_source(
     path: str | Path,
     base: str | None = None,

@@ -29,7 +29,7 @@ One factor of a pair frozen alone means: the other is trained by the optimizer's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ import optax
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, is_pair
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.full import FullLeaf, full_leaves
 from stablelora_jax.optimize.pairwise import PairwiseState
@@ -48,7 +49,10 @@ from stablelora_jax.sites import extra_leaves, fitted_sites
 from stablelora_jax.spec import LoraSpec
 
 
-def frozen(params: Any, adapters: Any, spec: LoraSpec, patterns: str | Iterable[str]) -> Any:
+@checked
+def frozen(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, patterns: str | Iterable[str]
+) -> Any:
     """Which numbers of ``adapters`` the patterns freeze.
 
     Args:
@@ -93,6 +97,7 @@ def hold(adapters: Any, mask: Any) -> Any:
     return jax.tree.map(held, mask, adapters)
 
 
+@checked
 def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
     """``tx`` whose updates are zero where ``mask``, of :func:`frozen`, is True; its state is that of ``tx``.
 

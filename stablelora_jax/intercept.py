@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site
+from stablelora_jax.checked import checked
 from stablelora_jax.contraction import contract
 from stablelora_jax.errors import InputError
 from stablelora_jax.full import full_leaves, lay_full, unknown_full
@@ -49,6 +50,7 @@ class Adapted:
     spec: LoraSpec
     observe: Observer | None = None
 
+    @checked
     def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         """``model.apply`` with the low-rank path; without ``"lora"`` in ``variables`` it is the base model's.
 
@@ -95,6 +97,7 @@ class Adapted:
         return lay_full(params, adapters, leaves, cast=False)
 
 
+@checked
 def adapted(model: nn.Module, spec: LoraSpec) -> Adapted:
     """``model`` with the low-rank path of ``spec``: an object with the ``apply`` of a Linen module."""
     return Adapted(model, spec)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stablelora_jax.checked import checked
 from stablelora_jax.command import exit_code
 from stablelora_jax.curves import Curves, labels, read_curves
 from stablelora_jax.errors import InputError
@@ -21,6 +22,7 @@ from stablelora_jax.files import as_path, write_bytes_whole, writing
 from stablelora_jax.run_files import METRICS, SOFTWARE, is_picture
 
 
+@checked
 def draw(directory: str | Path, output: str | Path | None = None) -> list[Path]:
     """Draw ``loss.png``, ``norms.png`` and, where a record has the terms, ``stability.png``.
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import make_site, pairs
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import Adapted, Observer
 from stablelora_jax.optimize import latches
@@ -50,6 +51,7 @@ class Stability(NamedTuple):
     b: jax.Array  # ||B||_F / out, after the step
 
 
+@checked
 def stability(
     model: Adapted,
     variables: Mapping[str, Any],

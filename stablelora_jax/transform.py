@@ -7,6 +7,7 @@ forming the merged kernel. Neither knows a particular model: a module is adapted
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
+from stablelora_jax.checked import as_dtype, checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.full import full_leaves, init_full, lay_full, unknown_full
 from stablelora_jax.initialize import INITIALIZERS, embedding
@@ -33,7 +35,10 @@ from stablelora_jax.sites import (
 from stablelora_jax.spec import LoraSpec
 
 
-def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+@checked
+def init_adapters(
+    key: jax.Array, params: Mapping[str, Any], spec: LoraSpec, *, dtype: DTypeLike = jnp.float32
+) -> dict[str, Any]:
     """Make the adapters that ``spec`` asks for.
 
     A pair's draw depends on the key and its module's name alone, so a stack of layers starts as its separate layers
@@ -54,8 +59,10 @@ def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLi
     Raises:
       InputError: a pattern matches nothing, or the dtype is narrower than float32.
     """
+    dtype = as_dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise InputError(f"adapters are float32 or wider, not {jnp.dtype(dtype).name}")
+    _require_key(key)
     if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
         raise InputError("float64 adapters need jax.config.update('jax_enable_x64', True)")
     params = as_dict(params)
@@ -68,7 +75,10 @@ def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLi
     return adapters
 
 
-def merge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> dict[str, Any]:
+@checked
+def merge(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True
+) -> dict[str, Any]:
     """Parameters with the adapters folded in: ``W0 + s A B``, computed at least in float32, in the base's dtype.
 
     This is the definition of what adapters mean. A parameter that two modules share (an embedding that is the head,
@@ -92,7 +102,10 @@ def merge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> d
     return _fold(lay_full(params, adapters, leaves, cast=True), adapters, spec, +1.0, safe)
 
 
-def unmerge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) -> dict[str, Any]:
+@checked
+def unmerge(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True
+) -> dict[str, Any]:
     """The inverse of :func:`merge` up to rounding: keep the base itself where bits matter.
 
     Raises:
@@ -103,7 +116,8 @@ def unmerge(params: Any, adapters: Any, spec: LoraSpec, *, safe: bool = True) ->
     return _fold(params, adapters, spec, -1.0, safe)
 
 
-def hyper(spec: LoraSpec, adapters: Any) -> dict[str, Any]:
+@checked
+def hyper(spec: LoraSpec, adapters: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers a sweep varies, as arrays: ``lora_scale`` and ``lora_dropout`` at every adapted module.
 
     Pass the tree, changed or not, as the collection ``lora_hp`` of ``adapted(model, spec).apply`` to have them traced:
@@ -121,6 +135,12 @@ def lora_scales(numbers: Any) -> Any:
     if "lora_scale" in numbers:
         return numbers["lora_scale"]
     return {name: lora_scales(node) for name, node in numbers.items()}
+
+
+def _require_key(key: jax.Array) -> None:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (typed and key.shape == ()) and not (key.dtype == jnp.uint32 and key.ndim == 1 and key.shape[0] in (2, 4)):
+        raise InputError(f"key must be one PRNG key, such as jax.random.key(0), not {key.dtype} {key.shape}")
 
 
 def _init_site(key: jax.Array, site: Site, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:

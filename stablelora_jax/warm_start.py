@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.full import full_leaves
 from stablelora_jax.interop.peft import load_peft
@@ -17,8 +18,9 @@ from stablelora_jax.sites import param_sites
 from stablelora_jax.spec import LoraSpec
 
 
+@checked
 def start_adapters(
-    directory: str | Path, params: Any, spec: LoraSpec, *, dtype: DTypeLike = jnp.float32
+    directory: str | Path, params: Mapping[str, Any], spec: LoraSpec, *, dtype: DTypeLike = jnp.float32
 ) -> dict[str, Any]:
     """The adapters at ``directory`` in the place of fresh ones; the optimizer starts anew.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, pairs
+from stablelora_jax.checked import checked
 from stablelora_jax.combine.union import common_sites, exactly, plain_sites, union_spec
 from stablelora_jax.errors import InputError
 from stablelora_jax.sites import fitted_sites
@@ -35,8 +36,13 @@ class Bank:
 jax.tree_util.register_dataclass(Bank, data_fields=["adapters", "numbers"], meta_fields=["spec"])
 
 
+@checked
 def make_bank(
-    params: Any, parts: Sequence[tuple[Any, LoraSpec]], *, size: int | None = None, rank: int | None = None
+    params: Mapping[str, Any],
+    parts: Sequence[tuple[Mapping[str, Any], LoraSpec]],
+    *,
+    size: int | None = None,
+    rank: int | None = None,
 ) -> Bank:
     """A bank of several adapters of one base, plain LoRA or rsLoRA, of any ranks, scales and targets.
 
@@ -72,7 +78,8 @@ def make_bank(
     return Bank(adapters, numbers, spec)
 
 
-def swap(bank: Bank, index: int, adapters: Any, spec: LoraSpec) -> Bank:
+@checked
+def swap(bank: Bank, index: int, adapters: Mapping[str, Any], spec: LoraSpec) -> Bank:
     """``bank`` with other adapters at ``index``: the same shapes, so that nothing compiled for it compiles again.
 
     Raises:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablelora_jax.bank.held import Bank
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import adapted
 from stablelora_jax.models.cache import Cache
@@ -64,6 +65,7 @@ class Banked:
         return jax.vmap(one, (0, axes), out_axes)(gathered, given)
 
 
+@checked
 def banked(model: nn.Module) -> Banked:
     """``model`` with the adapters of a bank: an object with the ``apply`` of a Linen module."""
     return Banked(model)

@@ -16,7 +16,7 @@ that it does not use.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ import numpy as np
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site
+from stablelora_jax.checked import checked
 from stablelora_jax.combine.arguments import check
 from stablelora_jax.combine.lowrank import svd_of_product, truncated
 from stablelora_jax.combine.prune import RULES, Rule, keep_largest, keep_random, mix
@@ -65,14 +66,15 @@ class Options(NamedTuple):
     clamp: float | None
 
 
+@checked
 def combine(
-    adapters: Sequence[tuple[Any, LoraSpec]],
-    weights: Sequence[float],
+    adapters: Sequence[tuple[Mapping[str, Any], LoraSpec]],
+    weights: Sequence[float] | jax.Array | np.ndarray,
     method: str,
     *,
     rank: int | None = None,
     density: float | None = None,
-    sign: Literal["total", "frequency"] = "total",
+    sign: str = "total",
     key: jax.Array | None = None,
     clamp: float | None = None,
 ) -> tuple[dict[str, Any], LoraSpec]:
@@ -133,7 +135,7 @@ def _new_rank(specs: Sequence[LoraSpec], method: str, rank: int | None) -> int:
     return (rank or max(greatest)) if method.endswith("svd") else 0
 
 
-def _parts(path: Path, adapters: Any, sites: Any, weights: Sequence[float]) -> list[Part]:
+def _parts(path: Path, adapters: Any, sites: Any, weights: Any) -> list[Part]:
     """What the adapters have at ``path``, in one dtype."""
     found = []
     for i, ((given, _), own) in enumerate(zip(adapters, sites, strict=True)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError
 from stablelora_jax.files import as_path, partial_name
 from stablelora_jax.models.architecture import DecoderConfig
@@ -32,7 +33,8 @@ MARK = "stablelora_jax.writer"  # a key of ours, which llama.cpp does not read
 MERGED = "export the merged model instead"
 
 
-def save_gguf_adapter(path: str | Path, adapters: Any, spec: LoraSpec, config: DecoderConfig) -> None:
+@checked
+def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraSpec, config: DecoderConfig) -> None:
     """Write ``adapters`` as a GGUF file, float32, for a GGUF file of the model that ``config`` describes.
 
     Args:

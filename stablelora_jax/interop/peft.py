@@ -21,6 +21,7 @@ import numpy as np
 
 from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
+from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError, brief
 from stablelora_jax.files import as_path, read_json_object, require_replaceable, write_bytes_whole
 from stablelora_jax.full import unknown_full
@@ -37,13 +38,14 @@ PREFIX = "base_model.model."
 UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
 
 
+@checked
 def save_peft(
     directory: str | Path,
-    adapters: Any,
+    adapters: Mapping[str, Any],
     spec: LoraSpec,
     *,
     base_model: str | None = None,
-    params: Any = None,
+    params: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``adapters`` as a directory that ``peft.PeftModel.from_pretrained`` and vLLM load.
@@ -88,8 +90,9 @@ def save_peft(
         raise InputError(f"cannot write the adapter to {directory}: {error.strerror or error}") from None
 
 
+@checked
 def load_peft(
-    directory: str | Path, params: Any, *, base_model: str | None = None, strict: bool = False
+    directory: str | Path, params: Mapping[str, Any], *, base_model: str | None = None, strict: bool = False
 ) -> tuple[dict[str, Any], LoraSpec]:
     """Read a PEFT adapter for the model whose parameters are ``params``.
 
@@ -119,13 +122,13 @@ def load_peft(
     except (InputError, TypeError) as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
     if dropped:
-        warnings.warn(f"{directory / CONFIG}: {', '.join(dropped)} match no module of this model", stacklevel=2)
+        warnings.warn(f"{directory / CONFIG}: {', '.join(dropped)} match no module of this model", stacklevel=4)
     base = _base_weights(sites, params) | _whole_layers(params)
     _check_tensors(entries, tensors, base, str(directory / WEIGHTS))
     if difference := other_base(load_metadata(directory).get(BASE), params, base_model):
         if strict:
             raise InputError(f"{directory} {difference}: give that base, or leave strict out")
-        warnings.warn(f"{directory} {difference}: on this base it is another model", stacklevel=2)
+        warnings.warn(f"{directory} {difference}: on this base it is another model", stacklevel=4)
     return _assemble(entries, tensors), spec
 
 

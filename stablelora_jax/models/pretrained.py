@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from stablelora_jax.checked import as_dtype, checked
 from stablelora_jax.errors import InputError, brief, named
 from stablelora_jax.files import as_path, write_whole
 from stablelora_jax.models import bitsandbytes
@@ -29,6 +30,7 @@ GENERATION = "generation_config.json"
 HUB_SKIP = ["original/*", "consolidated*", "onnx/*"]
 
 
+@checked
 def load_pretrained(
     path_or_id: str | Path,
     *,
@@ -56,9 +58,9 @@ def load_pretrained(
     Raises:
       InputError: the files are missing, damaged, inconsistent, or describe a model that this decoder is not.
     """
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or (dtype.itemsize > 4 and not jax.config.read("jax_enable_x64")):
-        raise InputError(f"dtype {dtype} cannot be used here; float64 needs jax.config.update('jax_enable_x64', True)")
+    kind = as_dtype(dtype)
+    if not jnp.issubdtype(kind, jnp.floating) or (kind.itemsize > 4 and not jax.config.read("jax_enable_x64")):
+        raise InputError(f"dtype {kind} cannot be used here; float64 needs jax.config.update('jax_enable_x64', True)")
     if quantize is not None:
         format_of(quantize)
     try:
@@ -70,8 +72,8 @@ def load_pretrained(
         if quantize not in (None, "nf4"):
             raise InputError(f"{path_or_id} is quantised to nf4 already: leave quantize={quantize!r} out")
         quantize = "nf4"
-    model = Decoder(decoder_config(raw, origin), dtype=dtype, tokenizer=tokenizer)
-    return model, load_params(abstract_params(model), source, dtype, sharding, quantize)
+    model = Decoder(decoder_config(raw, origin), dtype=kind, tokenizer=tokenizer)
+    return model, load_params(abstract_params(model), source, kind, sharding, quantize)
 
 
 def base_directory() -> Path:
@@ -85,6 +87,7 @@ def abstract_params(model: Decoder) -> Any:
     return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens)["params"]
 
 
+@checked
 def save_pretrained(
     directory: str | Path,
     model: Decoder,
