@@ -15,7 +15,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from stablelora_jax.checked import checked
 from stablelora_jax.decode import decoder_of, generate_tokens
 from stablelora_jax.errors import InputError, named
 from stablelora_jax.sampling import sampling
@@ -30,7 +29,6 @@ class Generation(NamedTuple):
     stop: str  # "stop_id", "stop_string" or "length"
 
 
-@checked
 def generate(
     model: Any,
     variables: Mapping[str, Any],
