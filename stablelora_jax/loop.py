@@ -50,6 +50,7 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
     config, agree = job.config, make_agreement()
     saving, evaluating = _Clock(config.checkpoint_minutes), _Clock(config.evaluate_minutes)
     step, placed, number, unread = _make_step(job), job.layout.state(state), int(state.step), None
+    saved = checkpoint.latest(manager)  # the step of the newest checkpoint: it is not saved twice
     answer = agree((came(), 0, 0))
     while True:
         stop, save_now, evaluate_now = answer()
@@ -62,8 +63,9 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
             stop = _evaluate(job, placed, number, log, came) or stop
             evaluating.reset()
         done = number == config.steps or exhausted(log.evaluations(), config.metric, config.patience)
-        if saves or stop or done or (evaluates and best_step(log.evaluations(), config.metric) == number):
-            state = _save(job, placed, number, manager)
+        best = evaluates and best_step(log.evaluations(), config.metric) == number
+        if (saves or stop or done or best) and number != saved:
+            state, saved = _save(job, placed, number, manager), number
             saving.reset()
         if stop:
             checkpoint.wait(manager)

@@ -79,6 +79,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
             pass
     require_installed(config.trackers)
     checkpoints = directory / CHECKPOINTS
+    checkpoint.require_undamaged(checkpoints)
     newest = checkpoint.latest(checkpoints)
     job = prepare(config, directory, say, resumes=newest is not None)
     if newest is not None and newest > job.config.steps:

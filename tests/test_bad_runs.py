@@ -236,7 +236,7 @@ DAMAGES = {  # of a run directory -> what is said, and the way out of it
     "empty step": (in_place_of(NEWEST, None), r"3 cannot be read \(about/metadata is missing\): remove"),
     "checkpoints a file": (
         in_place_of("run/checkpoints", "x"),
-        "checkpoints cannot be read .Not a directory.: .* or remove it",
+        "checkpoints cannot be read .Not a directory.: make it readable, or save elsewhere",
     ),
     "config garbage": (
         in_place_of("run/config.yaml", "{no"),

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -187,12 +188,13 @@ def test_random_keys_on_a_mesh(tmp_path):
 def test_the_newest_and_the_best_are_kept_and_a_step_is_saved_once(tmp_path):
     best = SimpleNamespace(step=None)
     with checkpoint.open_manager(tmp_path / "c", keep=2, best=lambda: best.step) as manager:
-        for step, best.step in ((1, None), (2, 2), (3, 2), (3, 2), (4, 2), (5, 2)):
+        for step, best.step in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
             checkpoint.save(manager, step, {"step": np.int32(step)}, about={"twice": step})
         checkpoint.wait(manager)
         assert checkpoint.steps(manager) == [2, 4, 5] == sorted(manager.all_steps())
         best.step = 4
-        checkpoint.save(manager, 5, {"step": np.int32(99)})
+        with pytest.raises(InputError, match="holds step 5 already: save it as another step, or elsewhere"):
+            checkpoint.save(manager, 5, {"step": np.int32(99)})
         checkpoint.save(manager, 6, {"step": np.int32(6)})
         assert checkpoint.restore(manager, {"step": np.int32(0)})["step"] == 6  # it waits for what is under way
         assert checkpoint.steps(tmp_path / "c") == [4, 5, 6] and checkpoint.latest(manager) == 6
@@ -363,7 +365,7 @@ def test_a_damaged_directory_is_noticed(two, tmp_path, kind):
     shutil.rmtree(place / "40")
     assert_same(checkpoint.restore(place, zoo()), zoo(20))
     (place / "20" / "about" / "metadata").unlink()
-    with pytest.raises(InputError, match="about/metadata is missing.*: remove .*/c to begin anew"):
+    with pytest.raises(InputError, match="about/metadata is missing.*: remove .*/c/20 to begin anew"):
         checkpoint.restore(place, zoo())
 
 
@@ -377,6 +379,148 @@ def test_orbax_alone_reads_the_state_and_its_own_checkpoints_are_told_apart(two,
         manager.save(1, args=ocp.args.StandardSave({"a": np.ones(3)}))
     with pytest.raises(InputError, match="c/1 was not written by stablelora_jax.checkpoint"):
         checkpoint.restore(tmp_path / "c", {"a": np.ones(3)})
+
+
+# what is none of ours
+
+
+def everything(root):
+    return {str(f.relative_to(root)): f.read_bytes() if f.is_file() else None for f in sorted(root.rglob("*"))}
+
+
+FOREIGN = {  # what a user has in the directory -> the name in the message
+    "years": ({"2021/photo.jpg", "2022/photo.jpg", "2023/photo.jpg"}, "2021"),
+    "a step of ours by name": ({"1/photo.jpg"}, "1"),
+    "parts and more": ({"7/about/other", "7/photo.jpg"}, "7"),
+    "a temporary name": ({"7.orbax-checkpoint-tmp/x"}, "7.orbax-checkpoint-tmp"),
+    "another temporary name": ({"7.orbax-checkpoint-tmp-123/x"}, "7.orbax-checkpoint-tmp-123"),
+}
+BESIDE = {"notes.txt", "0008/x", "³/x", "٣/x", "photos/2021/x", "5", "8.orbax-checkpoint-tmpfoo.txt"}
+
+
+def put(root, files):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("a user's")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_directory_with_somebody_elses_is_refused_by_name(tmp_path, name):
+    files, named = FOREIGN[name]
+    put(tmp_path, files)
+    before = everything(tmp_path)
+    assert checkpoint.latest(tmp_path) is None and checkpoint.steps(tmp_path) == []
+    for act in (
+        lambda: checkpoint.save(tmp_path, 3000, {"a": np.ones(3)}),
+        lambda: checkpoint.open_manager(tmp_path, keep=1),
+    ):
+        with pytest.raises(
+            InputError, match=f"{tmp_path}/{named} is no checkpoint of stablelora_jax: move it"
+        ) as error:
+            act()
+        assert "remove" not in str(error.value)
+    with pytest.raises(InputError) as error:
+        checkpoint.restore(tmp_path, {"a": np.ones(3)})
+    assert "remove" not in str(error.value) and everything(tmp_path) == before
+
+
+def test_what_lies_beside_checkpoints_stays(tmp_path):
+    put(tmp_path, BESIDE)
+    (tmp_path / "link").symlink_to("photos")
+    before = everything(tmp_path)
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        for step in (1, 2, 3):
+            checkpoint.save(manager, step, {"a": np.ones(3)})
+            put(tmp_path, {"2019/later.jpg"})  # while the manager is open
+        with pytest.raises(InputError, match="5 is there already: move it, or save elsewhere"):
+            checkpoint.save(manager, 5, {"a": np.ones(3)})
+    assert checkpoint.steps(tmp_path) == [3]
+    left = everything(tmp_path)
+    assert before.items() <= left.items() and "2019/later.jpg" in left and "1" not in left
+    with pytest.raises(InputError, match=f"{tmp_path}/2019 was not written by stablelora_jax.checkpoint"):
+        checkpoint.restore(tmp_path, {"a": np.ones(3)}, step=2019)
+    assert checkpoint.restore(tmp_path, {"a": np.ones(3)})["a"].sum() == 3
+
+
+def test_a_link_is_none_of_ours(tmp_path):
+    checkpoint.save(tmp_path / "c", 1, {"a": np.ones(3)})
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/1").symlink_to(tmp_path / "c/1")
+    assert checkpoint.steps(tmp_path / "d") == []
+    with pytest.raises(InputError, match="d/1 is no checkpoint of stablelora_jax"):
+        checkpoint.open_manager(tmp_path / "d")
+
+
+def test_a_directory_that_lost_its_record_is_reported_and_kept(tmp_path):
+    (tmp_path / "300").mkdir()
+    assert checkpoint.latest(tmp_path) is None
+    for act in (lambda: checkpoint.restore(tmp_path, zoo()), lambda: checkpoint.require_undamaged(tmp_path)):
+        with pytest.raises(InputError, match=f"about/metadata is missing.: remove {tmp_path}/300 to begin anew"):
+            act()
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        for step in (301, 302):
+            checkpoint.save(manager, step, {"a": np.ones(3)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["300", "302"]
+    checkpoint.require_undamaged(tmp_path)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True, np.True_, "1", None, 2**63, 2**70, [1], np.ones(2, int), jnp.bool_(1)])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    for act in (lambda: checkpoint.save(tmp_path / "c", step, {"a": np.ones(3)}),):
+        with pytest.raises(InputError, match="step must be a whole number from 0, not"):
+            act()
+    assert not (tmp_path / "c").exists()
+    checkpoint.save(tmp_path / "c", np.int64(4), {"a": np.ones(3)})
+    if step is not None:
+        with pytest.raises(InputError, match="step must be a whole number from 0, not"):
+            checkpoint.restore(tmp_path / "c", {"a": np.ones(3)}, step=step)
+    assert checkpoint.restore(tmp_path / "c", {"a": np.ones(3)}, step=jnp.int32(4))["a"].sum() == 3
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True, "2", None])
+def test_keep_is_a_whole_number(tmp_path, keep):
+    with pytest.raises(InputError, match="keep must be a whole number from 1, not"):
+        checkpoint.open_manager(tmp_path / "c", keep=keep)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("where", ["", "a\0b", "x" * 300, 5, None, b"x", "~nobody-of-that-name"])
+def test_a_directory_is_a_path(where):
+    for act in (checkpoint.open_manager, checkpoint.latest, lambda at: checkpoint.save(at, 1, {"a": np.ones(2)})):
+        with pytest.raises(InputError, match="the directory of checkpoints") as error:
+            act(where)
+        assert "\n" not in str(error.value)
+
+
+RECORDS = {  # with a checksum of their own that is right
+    "about a list": lambda raw: raw.update(about=[1]),
+    "about null": lambda raw: raw.update(about=None),
+    "leaves a list": lambda raw: raw.update(leaves=[1]),
+    "leaves null": lambda raw: raw.update(leaves=None),
+    "a leaf null": lambda raw: raw["leaves"].update(dict.fromkeys(raw["leaves"])),
+    "a leaf short": lambda raw: raw["leaves"].update({k: v[:1] for k, v in raw["leaves"].items()}),
+    "a leaf long": lambda raw: raw["leaves"].update({k: [*v, 1] for k, v in raw["leaves"].items()}),
+    "a shape of text": lambda raw: raw["leaves"].update({k: ["x", *v[1:]] for k, v in raw["leaves"].items()}),
+    "a dtype of numbers": lambda raw: raw["leaves"].update({k: [v[0], 3, v[2]] for k, v in raw["leaves"].items()}),
+    "a checksum of text": lambda raw: raw["leaves"].update({k: [*v[:2], "x"] for k, v in raw["leaves"].items()}),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_of_wrong_kinds_is_damaged(two, tmp_path, name):
+    place = shutil.copytree(two, tmp_path / "c")
+
+    def change(raw):
+        RECORDS[name](raw)
+        raw["crc32"] = zlib.crc32(json.dumps([raw["about"], raw["leaves"]], sort_keys=True).encode())
+
+    edit(place / "40" / "about" / "metadata", change)
+    for act in (lambda: checkpoint.restore(place, zoo(), about={"lora": 1}), lambda: checkpoint.read_about(place)):
+        with pytest.raises(
+            InputError, match=f"cannot be read .about/metadata is .*: remove {place}/40 to go on"
+        ) as error:
+            act()
+        one_line(error)
 
 
 # interruptions

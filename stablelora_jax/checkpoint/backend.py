@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stablelora_jax.errors import InputError, RunError, brief
+from stablelora_jax.files import as_path
 
 Where = Any  # an Orbax CheckpointManager, or str | os.PathLike[str]
 
@@ -78,8 +79,11 @@ def path_of(where: Where) -> Any:
     """The directory, absolute."""
     from etils import epath
 
-    path = where.directory if is_manager(where) else epath.Path(where)
-    return path if "://" in str(path) else path.absolute()
+    if is_manager(where):
+        return where.directory
+    if isinstance(where, str | os.PathLike) and "://" in os.fspath(where):
+        return epath.Path(where)
+    return epath.Path(as_path(where, "the directory of checkpoints")).absolute()
 
 
 def reason_of(error: BaseException) -> str:

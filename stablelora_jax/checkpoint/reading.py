@@ -6,14 +6,15 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from stablelora_jax.checkpoint.backend import Where, attempt, is_manager, orbax, path_of, reason_of
 from stablelora_jax.checkpoint.leaves import checksum_of, form, named_leaves, place, wanted
-from stablelora_jax.checkpoint.record import Record, as_json, plain
+from stablelora_jax.checkpoint.ownership import candidates, kind_of
+from stablelora_jax.checkpoint.record import Record, as_json, is_record, plain, whole_number
 from stablelora_jax.checkpoint.wording import differences, shown_forms, shown_values, some
 from stablelora_jax.errors import InputError
 
@@ -24,15 +25,20 @@ def latest(where: Where) -> int | None:
 
 
 def steps(where: Where) -> list[int]:
-    """All complete steps on the disk, rising; one that is being written, or was left half-written, is not there."""
-    path = path_of(where)
-    whole = lambda p: "://" not in str(p) or (p / "commit_success.txt").exists()  # noqa: E731  (no renaming in buckets)
-    try:
-        return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and p.is_dir() and whole(p))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({reason_of(error)}): make it readable, or remove it") from None
+    """All steps of ours on the disk, rising; one that is being written, or was left half-written, is not there."""
+    complete = lambda p: "://" not in str(p) or (p / "commit_success.txt").exists()  # noqa: E731  (buckets rename not)
+    return sorted(step for step, p in _entries(where).items() if kind_of(p) == "whole" and complete(p))
+
+
+def require_undamaged(where: Where) -> None:
+    """Check that nothing later than the newest complete step is a checkpoint that has lost its record.
+
+    Raises:
+      InputError: naming it, and the way out.
+    """
+    damaged = [step for step, p in _entries(where).items() if kind_of(p) == "damaged" and "://" not in str(p)]
+    if damaged and max(damaged) > max(steps(where), default=-1):
+        raise _damaged(path_of(where), max(damaged), "about/metadata is missing")
 
 
 def read_about(where: Where, step: int | None = None) -> dict[str, Any]:
@@ -81,33 +87,58 @@ def restore(
     return jax.tree.unflatten(jax.tree.structure(state), placed)
 
 
+def _entries(where: Where) -> dict[int, Any]:
+    """What is called like a step."""
+    path = path_of(where)
+    try:
+        return candidates(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason_of(error)}): make it readable, or save elsewhere") from None
+
+
 def _chosen(where: Where, step: int | None) -> tuple[Any, int]:
     """The directory, and the step to read, once nothing is being written any more."""
     if is_manager(where):
         where.wait_until_finished()
+    step = None if step is None else whole_number("step", step)
     path, there = path_of(where), steps(where)
+    if step in there:
+        return path, step
+    found = _entries(where)
+    asked = found if step is None else {step: found[step]} if step in found else {}
+    if step is None and there:
+        require_undamaged(where)
+        return path, there[-1]
+    if asked:
+        _refuse(asked[max(asked)])
     if not there:
         raise InputError(f"{path} holds no complete checkpoint")
-    if step is not None and step not in there:
-        raise InputError(f"{path} holds no step {step}, but {', '.join(map(str, there))}")
-    return path, there[-1] if step is None else step
+    raise InputError(f"{path} holds no step {step}, but {', '.join(map(str, there))}")
+
+
+def _refuse(entry: Any) -> NoReturn:
+    """Say why the directory, called like a step, is none that can be read."""
+    if kind_of(entry) == "damaged":
+        raise _damaged(entry.parent, int(entry.name), "about/metadata is missing")
+    orbax_own = ": read it with Orbax" if (entry / "default").is_dir() else ""
+    raise InputError(f"{entry} was not written by stablelora_jax.checkpoint{orbax_own}")
 
 
 def _record(path: Any, step: int) -> Record:
     try:
         raw = json.loads((path / str(step) / "about" / "metadata").read_text())
         record = Record(raw["about"], raw["leaves"])
-        if raw == as_json(*record):
+        if raw == as_json(*record) and is_record(record):
             return record
         reason = "about/metadata is not what was written"
     except FileNotFoundError:
         reason = "about/metadata is missing"
     except OSError as error:
         reason = f"about/metadata: {reason_of(error)}"
-    except (ValueError, TypeError, LookupError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         reason = "about/metadata is no JSON of ours"
-    if (path / str(step) / "default").is_dir():
-        raise InputError(f"{path / str(step)} was not written by stablelora_jax.checkpoint: read it with Orbax")
     raise _damaged(path, step, reason)
 
 
@@ -131,7 +162,8 @@ def _read(path: Any, step: int, state: Any, record: Record) -> dict[str, Any]:
 
 def _damaged(path: Any, step: int, reason: str) -> InputError:
     others = [s for s in steps(path) if s != step]
-    way_out = f"remove {path / str(step)} to go on from step {others[-1]}" if others else f"remove {path} to begin anew"
+    rest = f"to go on from step {others[-1]}" if others else "to begin anew"
+    way_out = f"remove {path / str(step)} {rest}"
     if os.strerror(errno.EACCES) in reason:
         way_out = "make it readable"
     return InputError(f"{path / str(step)} cannot be read ({reason}): {way_out}")

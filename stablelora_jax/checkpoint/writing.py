@@ -13,8 +13,9 @@ import jax
 
 from stablelora_jax.checkpoint.backend import Where, attempt, is_manager, orbax, path_of, reason_of, silence_stragglers
 from stablelora_jax.checkpoint.leaves import checksum_of, fetched, form, named_leaves
+from stablelora_jax.checkpoint.ownership import kind_of, remove_half_written, require_own
 from stablelora_jax.checkpoint.reading import steps
-from stablelora_jax.checkpoint.record import as_json, plain
+from stablelora_jax.checkpoint.record import as_json, plain, whole_number
 from stablelora_jax.errors import InputError, RunError
 
 
@@ -24,22 +25,27 @@ def open_manager(
     """An Orbax ``CheckpointManager`` to write with, made with its directory; a context manager, or ``close`` it.
 
     Saves are asynchronous. The last ``keep`` steps stay, and the one that ``best()`` names when a later one is saved;
-    others go once the newer one is whole. What a killed writer left half-written is removed now.
+    others go once the newer one is whole. What a killed writer left half-written is removed now. Nothing that is no
+    checkpoint of ours is ever removed, nor one that has lost its record.
 
     Raises:
-      InputError: the directory cannot be made or read, or ``keep`` is not positive.
+      InputError: the directory cannot be made or read; it holds something that is called like a checkpoint and is none
+        of ours; or ``keep`` is not a positive whole number.
     """
-    if keep < 1:
-        raise InputError(f"keep must be at least 1, not {keep}")
+    keep = whole_number("keep", keep, least=1)
     silence_stragglers()
     ocp, path = orbax(), path_of(directory)
 
     def kept(checkpoints: Any, *, context: Any) -> list[bool]:
-        stay = {*sorted(c.step for c in checkpoints)[-keep:], best()}
+        damaged = {c.step for c in checkpoints if is_damaged(c.step)}
+        stay = {*sorted({c.step for c in checkpoints} - damaged)[-keep:], best()} | damaged
         return [c.step in stay for c in checkpoints]
 
+    def is_damaged(step: int) -> bool:
+        return (path / str(step)).exists() and kind_of(path / str(step)) != "whole"
+
     options = ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories="://" in str(path),
         lightweight_initialize=True,
         preservation_policy=SimpleNamespace(should_preserve=kept),
         # where a directory cannot be made, threads that wait for it would hold up the end of the process for minutes
@@ -48,7 +54,12 @@ def open_manager(
     try:
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        require_own(path)
+        if jax.process_index() == 0:
+            remove_half_written(path)
         manager = ocp.CheckpointManager(path, options=options)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"cannot keep checkpoints in {path}: {reason_of(error)}") from None
     finish, close = manager.wait_until_finished, manager.close
@@ -58,26 +69,28 @@ def open_manager(
 
 
 def save(where: Where, step: int, state: Any, about: Mapping[str, Any] | None = None) -> None:
-    """Begin to save ``state``, any tree of arrays, NumPy or of any sharding, as ``step``; a step saved already is kept.
+    """Begin to save ``state``, any tree of arrays, NumPy or of any sharding, as ``step``.
 
     The arrays are copied before this returns, so they may be donated or changed. ``about`` is anything that JSON can
     hold: the configuration, the fingerprint of the base, the place in the data.
 
     Raises:
-      InputError: the step is negative, a leaf is no array, JSON cannot hold ``about``, or a later step is there.
+      InputError: the step is no whole number from 0, or it or a later one is there; a leaf is no array, or JSON cannot
+        hold ``about``.
       RunError: this checkpoint or the last one cannot be written; those before are whole.
     """
+    step = whole_number("step", step)
     if not is_manager(where):
         with open_manager(where) as manager:
             return save(manager, step, state, about)
-    if step < 0:
-        raise InputError(f"a step is a number from 0, not {step}")
     wait(where)
     there = where.all_steps()
     if step in there:
-        return None
+        raise InputError(f"{where.directory} holds step {step} already: save it as another step, or elsewhere")
     if later := [s for s in there if s > step]:
         raise InputError(f"{where.directory} holds step {max(later)}, later than {step}: remove it or save elsewhere")
+    if os.path.lexists(where.directory / str(step)):
+        raise InputError(f"{where.directory / str(step)} is there already: move it, or save elsewhere")
     named = named_leaves(state)
     data = fetched(named)
     leaves = {name: [*form(leaf), checksum_of(data[name])] for name, leaf in named.items()}
@@ -105,7 +118,7 @@ def _run(manager: Any, act: Callable[[], Any], step: int | None = None) -> None:
     rest: list[int] = []
     with suppress(Exception):
         if jax.process_index() == 0:  # what it could write of it, perhaps the last space on the disk
-            (manager.directory / f"{step}.orbax-checkpoint-tmp").rmtree()
+            remove_half_written(manager.directory)
     with suppress(Exception):
         manager.reload()
         rest = [s for s in steps(manager) if s != step]
