@@ -10,6 +10,8 @@ from typing import Any
 
 from stablelora_jax import InputError
 from stablelora_jax.command import add_model_options, exit_code, load_model
+from stablelora_jax.errors import brief
+from stablelora_jax.files import as_path
 
 
 def main() -> int:
@@ -113,20 +115,22 @@ def read_input() -> str:
 
 
 def read_file(path: Path) -> list[Any]:
-    """One prompt a line; lines without a character are skipped."""
+    """One prompt a line; a byte-order mark and lines without a character are skipped."""
+    path = as_path(path, "--prompts")
     try:
-        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from None
-    return [line_prompt(path, n, line) if path.suffix == ".jsonl" else line for n, line in lines]
+    return [line_prompt(path, n, line) if path.suffix == ".jsonl" else line.rstrip("\r") for n, line in lines]
 
 
 def line_prompt(path: Path, number: int, line: str) -> Any:
     """The prompt of one line of a ``.jsonl``."""
     try:
         value = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}, line {number} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number} is not JSON: {brief(error)}") from None
     if isinstance(value, dict):
         value = value.get("messages", value.get("prompt"))
     if not isinstance(value, str | list):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stablelora_jax.errors import InputError, Interrupted, RunError
+from stablelora_jax.errors import InputError, Interrupted, RunError, brief
 
 
 def exit_code(work: Callable[[], Any], *, interrupted: str = "interrupted") -> int:
@@ -36,6 +36,11 @@ def exit_code(work: Callable[[], Any], *, interrupted: str = "interrupted") -> i
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library, which derives it from BaseException
+            raise
+        print(f"error: the model's tokenizer does not take a text: {brief(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

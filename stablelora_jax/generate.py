@@ -15,8 +15,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from stablelora_jax.data.template import render
 from stablelora_jax.decode import decoder_of, generate_tokens
-from stablelora_jax.errors import InputError, named
+from stablelora_jax.errors import InputError
 from stablelora_jax.sampling import sampling
 
 
@@ -141,11 +142,7 @@ def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
         return list(tokenizer(prompt).input_ids)
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(f"prompt {number} is a chat, and the model's tokenizer has no chat template: give a string")
-    try:
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program of its own, with errors of its own
-        reason = named(error)
-        raise InputError(f"prompt {number}: the chat template does not take it ({reason})") from None
+    (text,) = render(tokenizer, [list(prompt)], [f"prompt {number}"])
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

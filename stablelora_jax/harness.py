@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lm_eval.api.model import TemplateLM
 
 from stablelora_jax.attach import attach
+from stablelora_jax.data.template import render
 from stablelora_jax.decode import decoder_of
 from stablelora_jax.errors import InputError
 from stablelora_jax.likelihood import Request, encode, likelihoods, prefix_token, rolling
@@ -92,12 +93,8 @@ class StableLoraLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as one string, by the tokenizer's template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        (text,) = render(self.tokenizer, [chat_history], ["a chat"], continue_final_message=not add_generation_prompt)
+        return text
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows of the model's length."""

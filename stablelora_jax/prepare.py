@@ -30,7 +30,7 @@ from stablelora_jax.models.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
 from stablelora_jax.parallel_config import MeshConfig
-from stablelora_jax.run_config import RunConfig
+from stablelora_jax.run_config import RunConfig, is_chat, takes_template
 from stablelora_jax.run_directory import identity
 from stablelora_jax.tasks import load_questions
 from stablelora_jax.train import Numbers, TrainState, init_state
@@ -178,8 +178,10 @@ def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
 
 def _load(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> Loader:
     """The training split as batches, with a line where something of it is cut."""
-    data, texts = config.data, training_texts(load_questions(config.task, "train"))
-    how = {"length": config.length, "truncate": data.truncate, "chat": data.chat_template, "cache": data.cache}
+    data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
+    if is_chat(config) and not chat:
+        say("data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template")
+    how = {"length": config.length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
     store = tokenised(tokenizer, texts, **how, say=say)  # type: ignore[arg-type]
     if store.cut:
         side = {"left": "beginning", "right": "end"}[data.truncate]

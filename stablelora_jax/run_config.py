@@ -94,7 +94,10 @@ class DataConfig:
         "bucket", "bucket: one text a row, padded to one of few lengths; pack: many texts a row of `length` tokens"
     )
     truncate: Literal["left", "right", "refuse"] = option("left", "the side on which a text beyond `length` is cut")
-    chat_template: bool = option(False, "put the prompt into the model's own chat template, as a user's turn")
+    chat_template: bool | None = option(
+        None,
+        "use the model's own chat template: of chats the messages, else the prompt as a user's turn; null: for chats",
+    )
     cache: str | None = option(None, "directory that keeps tokenised data for the next run; null for none")
 
 
@@ -169,3 +172,14 @@ class RunConfig:
             limit = getattr(self.task, name)
             if limit is not None and limit < 1:
                 raise InputError(f"task.{name} must be at least 1, not {limit}")
+
+
+def takes_template(config: RunConfig) -> bool:
+    """Whether prompts are put into the model's chat template: unless the configuration says so, those of chats are."""
+    asked = config.data.chat_template
+    return is_chat(config) if asked is None else asked
+
+
+def is_chat(config: RunConfig) -> bool:
+    """Whether the task's rows are messages."""
+    return isinstance(config.task, JsonlTask) and config.task.kind == "chat"

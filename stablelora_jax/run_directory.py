@@ -23,7 +23,7 @@ from stablelora_jax.checkpoint.wording import differences
 from stablelora_jax.errors import InputError, RunError
 from stablelora_jax.files import PARTIAL, as_path, read_json_object, write_new, write_whole
 from stablelora_jax.outputs import require_writable
-from stablelora_jax.run_config import RunConfig
+from stablelora_jax.run_config import RunConfig, takes_template
 from stablelora_jax.run_files import (
     ADAPTER,
     CONFIG,
@@ -171,7 +171,8 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 def identity(run_config: RunConfig) -> dict[str, Any]:
     """What decides the result: every key but :data:`FREE`; patterns as lists, since their order is meaning."""
-    data, model = replace(run_config.data, cache=None), config.to_dict(run_config.model)
+    data = replace(run_config.data, cache=None, chat_template=takes_template(run_config))
+    model = config.to_dict(run_config.model)
     plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in FREE}
     quantized = model["quantize"] is not None  # runs from before there was this key go on
     plain["model"] = {k: own for k, own in model.items() if k not in FREE_OF_MODEL and (k != "quantize" or quantized)}

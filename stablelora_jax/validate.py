@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from stablelora_jax.data import Example, templated, training_texts
+from stablelora_jax.data import Example, Text, templated, training_texts
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.errors import InputError
 from stablelora_jax.evaluate import accuracies, answers, choice_scores
 from stablelora_jax.likelihood import Compute, Request, likelihoods
 from stablelora_jax.parallel import is_primary
-from stablelora_jax.run_config import RunConfig
-from stablelora_jax.tasks.question import Problem, Question
+from stablelora_jax.run_config import RunConfig, takes_template
+from stablelora_jax.tasks.question import Chat, Problem, Question
 
 
 class HeldOut(NamedTuple):
@@ -24,7 +24,7 @@ class HeldOut(NamedTuple):
     questions: Sequence[Question]  # none where the task asks no questions
 
 
-def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem]) -> HeldOut:
+def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem | Chat]) -> HeldOut:
     """Tokenise the split's right answers, cut as in training; questions in the chat template where training is.
 
     Raises:
@@ -33,15 +33,16 @@ def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Probl
     questions = [item for item in items if isinstance(item, Question)]
     if config.metric != "loss" and len(questions) < len(items):
         raise InputError(f"metric {config.metric} needs multiple choice, which {config.task.name} is not: take loss")
-    if config.data.chat_template:
-        questions = [_templated(tokenizer, question) for question in questions]
+    chat = takes_template(config)
+    if chat:
+        questions = _templated(tokenizer, questions)
     examples = encode_many(
         tokenizer,
         training_texts(items),
         end=True,
         length=config.length,
         truncate=config.data.truncate,
-        chat=config.data.chat_template,
+        chat=chat,
     )
     return HeldOut(list(examples), questions)
 
@@ -67,6 +68,9 @@ def _request(example: Example) -> Request:
     return Request(tuple(map(int, example.tokens[:first])), tuple(map(int, example.tokens[first:])))
 
 
-def _templated(tokenizer: Any, question: Question) -> Question:
-    made = [templated(tokenizer, question.prompt, choice) for choice in question.choices]
-    return question._replace(prompt=made[0][0], choices=tuple(answer for _, answer in made))
+def _templated(tokenizer: Any, questions: Sequence[Question]) -> list[Question]:
+    texts = templated(tokenizer, [Text(question.prompt, "", question.id) for question in questions])
+    return [
+        question._replace(prompt=text.prompt, choices=tuple(choice.strip() for choice in question.choices))
+        for question, text in zip(questions, texts, strict=True)
+    ]

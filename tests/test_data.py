@@ -125,13 +125,36 @@ TEMPLATE = (
 def test_a_chat_template_makes_the_prompt_a_users_turn(tokenizer):
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = TEMPLATE
-    assert templated(chat, "Who?", " The cat. ") == ("<user>Who?</s><assistant>", "The cat.")
+    (text,) = templated(chat, [Text("Who?", " The cat. ", "x")])
+    assert text == Text("<s><user>Who?</s><assistant>", "The cat.", "x")
     (example,) = encode_many(chat, [Text("Who?", " The cat.", "x")], end=True, length=64, chat=True)
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The cat."}]
     assert example.tokens == chat.apply_chat_template(turns, tokenize=True, return_dict=False)
     assert chat.decode(example.tokens[example.answer :]) == "The cat.</s>"
     with pytest.raises(InputError, match="no chat template: set data.chat_template to false"):
-        templated(tokenizer, "Who?", " The cat.")
+        templated(tokenizer, [Text("Who?", " The cat.", "x")])
+
+
+def test_a_chat_is_learnt_as_it_is_served(tokenizer):
+    from stablelora_jax.generate import encode_prompts
+
+    model = copy.deepcopy(tokenizer)
+    model.chat_template = (
+        "{% if messages[0].role != 'system' %}<system>You are helpful.{{ eos_token }}{% endif %}" + TEMPLATE
+    )
+    for turns in (
+        ({"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Who?\n"}),
+        ({"role": "user", "content": "Who?"},),
+    ):
+        text = Text("no\n\nsuch prompt", " The cat.", "x", turns)
+        (example,) = encode_many(model, [text], end=True, length=200, chat=True)
+        (served,) = encode_prompts(model, [list(turns)])
+        assert list(example.tokens[: example.answer]) == served
+        said = model.decode(example.tokens)
+        assert said.count("You are helpful.") == (len(turns) == 1), "the template's system only where there is none"
+        assert "no such" not in said and model.decode(example.tokens[example.answer :]) == "The cat.</s>"
+    plain = encode_many(model, [text._replace(prompt="a\n\nb")], end=True, length=200, chat=False)
+    assert model.decode(next(plain).tokens).endswith("a\n\nb The cat.</s>")
 
 
 def test_texts_are_right_answers_with_their_ids():

@@ -77,7 +77,11 @@ def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeyp
     keys.append(digest(**{**given, "tokenizer": templated, "chat": True}))
     monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
     keys.append(digest(**given))
-    assert len(set(keys)) == len(keys) == 11
+    monkeypatch.undo()
+    chats = [[t._replace(messages=[{"role": role, "content": t.prompt}]) for t in TEXTS] for role in ("user", "system")]
+    keys += [digest(**{**given, "tokenizer": templated, "chat": True, "texts": texts}) for texts in chats]
+    assert digest(**given | {"texts": chats[1]}) == keys[0], "messages count where they are read"
+    assert len(set(keys)) == len(keys) == 13
     monkeypatch.undo()
     assert digest(**given) == digest(**given | {"texts": [t._replace(id="x") for t in TEXTS]}) == keys[0]
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)

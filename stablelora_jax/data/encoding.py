@@ -6,14 +6,15 @@ in one piece, since a tokenizer may join what an answer tokenised alone would ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from stablelora_jax.data.template import render
 from stablelora_jax.errors import InputError
-from stablelora_jax.tasks.question import Problem, Question
+from stablelora_jax.tasks.question import Chat, Problem, Question
 
 Truncate = Literal["left", "right", "refuse"]
 AT_ONCE = 1024  # texts of one call of the tokenizer: bounds the memory, and keeps its threads busy
@@ -25,6 +26,7 @@ class Text(NamedTuple):
     prompt: str
     answer: str
     id: str
+    messages: Sequence[Mapping[str, str]] | None = None  # of a chat, all before the answer
 
 
 class Example(NamedTuple):
@@ -35,12 +37,15 @@ class Example(NamedTuple):
     cut: int = 0  # tokens that were dropped because the text is too long
 
 
-def training_texts(items: Iterable[Question | Problem]) -> list[Text]:
+def training_texts(items: Iterable[Question | Problem | Chat]) -> list[Text]:
     """Each question with its right answer, each problem with its answer."""
-    return [
-        Text(item.prompt, item.choices[item.label] if isinstance(item, Question) else item.answer, item.id)
-        for item in items
-    ]
+    return [_text_of(item) for item in items]
+
+
+def _text_of(item: Question | Problem | Chat) -> Text:
+    if isinstance(item, Question):
+        return Text(item.prompt, item.choices[item.label], item.id)
+    return Text(item.prompt, item.answer, item.id, item.messages if isinstance(item, Chat) else None)
 
 
 def encode(tokenizer: Any, prompt: str, answer: str, *, end: bool, length: int, truncate: Truncate = "left") -> Example:
@@ -65,31 +70,35 @@ def encode_many(
     tokenizer: Any, texts: Iterable[Text], *, end: bool, length: int, truncate: Truncate = "left", chat: bool = False
 ) -> Iterator[Example]:
     """:func:`encode` for many texts, lazily and :data:`AT_ONCE` at a time; with ``chat`` each is :func:`templated`."""
-    start, texts = _start(tokenizer), iter(texts)
+    start, texts = [] if chat else _start(tokenizer), iter(texts)  # a template writes its own
     close = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
     while chunk := list(islice(texts, AT_ONCE)):
         if chat:
-            chunk = [Text(*templated(tokenizer, text.prompt, text.answer), text.id) for text in chunk]
+            chunk = templated(tokenizer, chunk)
         given = _ids(tokenizer, [text.prompt for text in chunk])
         whole = _ids(tokenizer, [text.prompt + text.answer for text in chunk])
         for text, g, w in zip(chunk, given, whole, strict=True):
             yield _cut(start + w + close, len(start) + _agreement(g, w), length, truncate, text.id)
 
 
-def templated(tokenizer: Any, prompt: str, answer: str) -> tuple[str, str]:
-    """``prompt`` as a user's turn in the tokenizer's chat template, up to where ``answer`` begins; and the answer.
+def templated(tokenizer: Any, texts: Sequence[Text]) -> list[Text]:
+    """Each text in the tokenizer's chat template: its messages as they are, or its prompt as a user's turn.
 
-    The answer loses the space around it. What ends its turn is the tokenizer's end-of-sequence token, as in the
-    templates of Llama 3, Qwen2 and SmolLM2. A BOS in the template is dropped where the tokenizer sets its own.
+    The prompt ends where the assistant is to speak; the answer loses the space around it. What ends its turn is the
+    tokenizer's end-of-sequence token, as in the templates of Llama 3, Qwen2 and SmolLM2. A BOS is there if the template
+    writes one, as when a chat is served.
 
     Raises:
-      InputError: the tokenizer has no chat template.
+      InputError: the tokenizer has no chat template, or it does not take a text (:mod:`stablelora_jax.data.template`).
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer of this model has no chat template: set data.chat_template to false")
-    turn = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token) if _start(tokenizer) else text, answer.strip()
+    chats = [text.messages or [{"role": "user", "content": text.prompt}] for text in texts]
+    prompts = render(tokenizer, chats, [text.id or "the text" for text in texts])
+    return [
+        text._replace(prompt=prompt, answer=text.answer.strip())
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
 
 
 def _start(tokenizer: Any) -> list[int]:

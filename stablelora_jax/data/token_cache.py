@@ -30,6 +30,7 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.files import write_whole
 
 FORMAT = 1  # raise it when the same texts would give other arrays
+CHATS = 2  # the same of texts in a chat template
 ARRAYS = ("tokens", "lengths", "answers", "rows")
 
 
@@ -65,13 +66,14 @@ def digest(tokenizer: Any, texts: Iterable[Text], *, length: int, truncate: Trun
         "format": FORMAT,
         "tokenizer": _content(tokenizer),
         "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer("").input_ids],
-        "template": tokenizer.chat_template if chat else None,
+        "template": [CHATS, tokenizer.chat_template] if chat else None,
         "length": length,
         "truncate": truncate,
     }
     made = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for text in texts:
-        for part in (text.prompt, text.answer):
+        messages = json.dumps(text.messages) if chat and text.messages else ""
+        for part in (text.prompt, text.answer, *([messages] if messages else ())):
             coded = part.encode("utf-8", "surrogatepass")
             made.update(len(coded).to_bytes(8, "little") + coded)
     return made.hexdigest()

@@ -22,6 +22,7 @@ from stablelora_jax.errors import InputError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # llama.cpp's token types; 6 is a byte
 WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # matched in the text before it is cut
+LONGEST = 2048  # characters of a token or merge; rebuilding merges takes the square of it
 ELSE = "use the model's safetensors, or convert it again with llama.cpp's convert_hf_to_gguf.py"
 SPACE = "\u2581"  # SentencePiece's visible blank
 
@@ -204,6 +205,8 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     values = _need(metadata, name)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise InputError(f"tokenizer.ggml.{name} = {values!r:.60} is not a list of strings: {ELSE}")
+    if long := next((value for value in values if len(value) > LONGEST), None):
+        raise InputError(f"tokenizer.ggml.{name}: {long[:40]!r}... has {len(long)} characters: no token of a model has")
     return values
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from stablelora_jax.run_config import ArcTask, CompareSizesTask, JsonlTask, MathTask, QaTask
 from stablelora_jax.tasks import compare_sizes, gsm8k, jsonl, merged_qa, metamathqa
-from stablelora_jax.tasks.question import Problem, Question
+from stablelora_jax.tasks.question import Chat, Problem, Question
 
 Task = CompareSizesTask | ArcTask | QaTask | MathTask | JsonlTask
 
 
-def load_questions(task: Task, split: str) -> list[Question] | list[Problem]:
+def load_questions(task: Task, split: str) -> list[Question] | list[Problem] | list[Chat]:
     """What ``train`` or ``validation`` holds, cut to the task's limit for that split.
 
     Multiple choice gives questions; ``gsm8k``, ``metamathqa`` and ``jsonl`` of other kinds give problems.
     """
-    found: list[Question] | list[Problem]
+    found: list[Question] | list[Problem] | list[Chat]
     if isinstance(task, CompareSizesTask):
         found = compare_sizes.questions(split)
     elif isinstance(task, MathTask):

@@ -4,7 +4,9 @@
 
     choice       prompt, choices (list of strings), label (index from 0)                    -> Question
     completion   prompt, completion, target (optional: what the answer is judged by)        -> Problem
-    chat         messages: [{"role", "content"}]: a system's (optional), a user's, an assistant's  -> Problem
+    chat         messages: [{"role", "content"}]: a system's (optional), a user's, an assistant's  -> Chat
+
+Messages stay as they are, for the model's chat template; a prompt of them joined by blank lines is there beside them.
 """
 
 from __future__ import annotations
@@ -15,8 +17,22 @@ from typing import Any, Literal
 
 from stablelora_jax.errors import InputError
 from stablelora_jax.tasks import rows
-from stablelora_jax.tasks.question import Problem, Question
+from stablelora_jax.tasks.question import Chat, Problem, Question
 
+NEEDED = {
+    "choice": ("prompt", "choices", "label"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+}
+OFTEN = {
+    "prompt": ("instruction", "question", "input", "query", "text"),
+    "completion": ("output", "response", "answer", "completion", "target"),
+    "choices": ("options", "endings"),
+    "label": ("answer", "gold"),
+    "messages": ("conversations", "conversation", "chat", "dialog"),
+    "target": (),
+    "id": (),
+}
 Kind = Literal["choice", "completion", "chat"]
 NAMES = {
     "choice": ("prompt", "choices", "label", "id"),
@@ -27,7 +43,7 @@ NAMES = {
 
 def items(
     kind: Kind, split: str, path: str | None, hub: str | None, config: str | None, fields: Mapping[str, str]
-) -> list[Question] | list[Problem]:
+) -> list[Question] | list[Problem] | list[Chat]:
     """The rows of one split.
 
     Args:
@@ -52,9 +68,22 @@ def items(
 
 def _named(row: Mapping[str, Any], kind: Kind, fields: Mapping[str, str]) -> dict[str, Any]:
     columns = {name: fields.get(name, name) for name in NAMES[kind]}
-    if absent := [column for name, column in columns.items() if name in fields and column not in row]:
-        raise ValueError(f"there is no column {absent[0]!r}; the columns are {', '.join(row)}")
+    absent = [
+        name for name, column in columns.items() if column not in row and (name in fields or name in NEEDED[kind])
+    ]
+    if absent:
+        there = ", ".join(map(str, row))
+        guess = ", ".join(f"{name}: {_guess(name, row)}" for name in absent)
+        raise rows.Unsupported(
+            f"there is no column {columns[absent[0]]!r}; the columns are {there}. Say which is which with "
+            f"task.fields={{{guess}}}"
+        )
     return {name: row[column] for name, column in columns.items() if column in row}
+
+
+def _guess(name: str, row: Mapping[str, Any]) -> str:
+    """The column that is probably meant: of Alpaca, Dolly, ShareGPT or the like."""
+    return next((column for column in OFTEN[name] if column in row), "COLUMN")
 
 
 def _question(row: Mapping[str, Any], name: str) -> Question:
@@ -71,12 +100,21 @@ def _completion(row: Mapping[str, Any], name: str) -> Problem:
     )
 
 
-def _chat(row: Mapping[str, Any], name: str) -> Problem:
-    roles = [message["role"] for message in row["messages"]]
+def _chat(row: Mapping[str, Any], name: str) -> Chat:
+    messages = row["messages"]
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError("messages is no list of messages")
+    roles = [message.get("role") for message in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(f"messages must be (system,) user, assistant, not {', '.join(map(str, roles))}")
-    *given, answer = [rows.text(message, "content") for message in row["messages"]]
-    return Problem("\n\n".join(given).rstrip(), _apart(answer, given[-1]), None, str(row.get("id", name)))
+        shown = ", ".join(f"{role!s:.20}" for role in roles[:6]) + ", ..." * (len(roles) > 6)
+        raise rows.Unsupported(
+            f"messages with the roles {shown or 'of nobody'} are not supported yet: a row is (a system's,) a user's "
+            "and an assistant's message; cut a longer chat into such rows"
+        )
+    *given, answer = [rows.text({"content": message.get("content")}, "content") for message in messages]
+    kept = tuple({"role": str(message["role"]), "content": message["content"]} for message in messages[:-1])
+    prompt = "\n\n".join(given).rstrip()
+    return Chat(prompt, _apart(answer, given[-1]), None, str(row.get("id", name)), kept)
 
 
 def _apart(answer: str, prompt: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -12,6 +13,16 @@ class Problem(NamedTuple):
     answer: str  # begins with the space or line break that separates it from the prompt
     target: str | None  # what an answer is judged by (a number, for GSM8K); None where it cannot be judged
     id: str  # for reports: never the text itself
+
+
+class Chat(NamedTuple):
+    """A :class:`Problem` whose prompt is messages, joined by blank lines where there is no template for them."""
+
+    prompt: str
+    answer: str
+    target: str | None
+    id: str
+    messages: tuple[Mapping[str, str], ...]  # all before the answer, as they are
 
 
 class Question(NamedTuple):

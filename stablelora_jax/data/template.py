@@ -1,0 +1,124 @@
+"""Chats as text, by the tokenizer's chat template, which may be a stranger's: it runs elsewhere, within limits.
+
+A template is a program. It is rendered as ``tokenizer.apply_chat_template`` renders it, by transformers, but in a
+process of its own (``template_worker.py``) with a limit of time, memory and length. That process starts with the first
+chat, serves all others, and ends with this one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from stablelora_jax.errors import InputError, brief
+
+AT_ONCE = 128  # chats of a request, which share its limit of time
+WORKER = Path(__file__).with_name("template_worker.py")
+Chat = Sequence[Mapping[str, Any]]
+
+_lock = threading.Lock()
+_running: dict[int, Any] = {}  # by this process's number, since a fork must not share it
+
+
+def render(
+    tokenizer: Any, chats: Sequence[Chat], labels: Sequence[str], *, continue_final_message: bool = False
+) -> list[str]:
+    """The text of each of ``chats``, up to where the assistant is to speak.
+
+    Args:
+      tokenizer: of ``transformers``, with a chat template.
+      chats: lists of messages ``{"role": ..., "content": ...}``, each as it is.
+      labels: what each chat is called in an error.
+      continue_final_message: end within the last message, instead of with what begins the assistant's turn.
+
+    Raises:
+      InputError: there is no template, or it does not take a chat: it raises, never ends, or needs too much memory.
+    """
+    template = _template_of(tokenizer)
+    texts: list[str] = []
+    for start in range(0, len(chats), AT_ONCE):
+        named = zip(chats[start : start + AT_ONCE], labels[start : start + AT_ONCE], strict=True)
+        some = [[_plain(message, label) for message in chat] for chat, label in named]
+        request = {"template": template, "variables": dict(tokenizer.special_tokens_map), "chats": some}
+        answer = _ask({**request, "continue_final_message": continue_final_message})
+        if "error" in answer:
+            reason = " ".join(str(answer["error"]).split())[:200]
+            raise InputError(f"{labels[start + answer['at']]}: the chat template does not take it ({reason})")
+        texts += answer["texts"]
+    return texts
+
+
+def _template_of(tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("the tokenizer of this model has no chat template")
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none is the default
+        raise InputError(f"the chat template of the tokenizer cannot be used: {brief(error)}") from None
+    if not isinstance(template, str):
+        raise InputError(f"the chat template of the tokenizer is {type(template).__name__}, not text")
+    return template
+
+
+def _plain(message: Any, label: str) -> dict[str, Any]:
+    """A message without keys that are None, as ``apply_chat_template`` takes it."""
+    if not isinstance(message, Mapping):
+        raise InputError(f"a message of {label} must be a mapping with role and content, not {message!r:.60}")
+    return {str(key): value for key, value in message.items() if value is not None}
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        line = json.dumps(request) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        return {"at": 0, "error": f"a message holds what is no JSON: {brief(error)}"}
+    with _lock:
+        process = _process()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        except BaseException:  # interrupted in the middle: what comes next would be the answer to this
+            _end(process)
+            raise
+        if answer.endswith("\n"):
+            return json.loads(answer)
+        _end(process)
+    return {"at": 0, "error": "it takes more than 5 seconds, or too much memory"}
+
+
+def _process() -> Any:
+    process: Any = _running.get(os.getpid())
+    if process is None or process.poll() is not None:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        command = [sys.executable, "-I", str(WORKER)]
+        process = subprocess.Popen(command, **pipes, text=True, encoding="utf-8", start_new_session=True)
+        _running[os.getpid()] = process
+        process.stdin.write(json.dumps([path for path in sys.path if path]) + "\n")
+    return process
+
+
+def _end(process: Any) -> None:
+    """Let go of the process, whatever it is doing."""
+    _running.pop(os.getpid(), None)
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            pipe.close()
+    process.wait()
+
+
+@atexit.register
+def _end_all() -> None:
+    if process := _running.get(os.getpid()):
+        _end(process)
