@@ -30,6 +30,7 @@ def require_new(path: Any, name: str = "--output") -> Path:
       InputError: something is there, a dangling link too, or nothing can be made there.
     """
     out = as_path(path, name)
+    out = out.resolve() if ".." in out.parts else out  # a directory that is made must not come to lie on the way
     _require_absent(out, name)
     require_writable(out, name)
     return out

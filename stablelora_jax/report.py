@@ -90,6 +90,8 @@ def report(runs: Sequence[Path], output: Path | None = None) -> None:
       RunError: a picture cannot be written.
     """
     runs = [as_path(run, "a run") for run in runs]
+    if output is not None and as_path(output, "--output").exists() and not as_path(output).is_dir():
+        raise InputError(f"--output {output} is no directory: name another one")
     if len(runs) > 1:
         _require_picture(as_path(output or ".", "--output") / "losses.png")
     for run in runs:

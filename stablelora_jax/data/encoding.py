@@ -96,8 +96,7 @@ def templated(tokenizer: Any, texts: Sequence[Text]) -> list[Text]:
     chats = [text.messages or [{"role": "user", "content": text.prompt}] for text in texts]
     prompts = render(tokenizer, chats, [text.id or "the text" for text in texts])
     return [
-        text._replace(prompt=prompt, answer=text.answer.strip())
-        for text, prompt in zip(texts, prompts, strict=True)
+        text._replace(prompt=prompt, answer=text.answer.strip()) for text, prompt in zip(texts, prompts, strict=True)
     ]
 
 

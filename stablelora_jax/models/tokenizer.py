@@ -46,9 +46,12 @@ def load_tokenizer(directory: Path) -> Any | None:
     try:
         return reader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
-        own = "" if whole or not _names_code(directory) else "it needs code of its own (auto_map), which is never run: "
-        way_out = "; put a tokenizer.json beside the weights" if own else ""
-        raise InputError(f"{directory}: its tokenizer cannot be read: {own}{brief(error)}{way_out}") from None
+        if not whole and _names_code(directory):
+            raise InputError(
+                f"{directory}: its tokenizer cannot be read: it needs code of its own (auto_map), which is never run; "
+                "put a tokenizer.json beside the weights"
+            ) from None
+        raise InputError(f"{directory}: its tokenizer cannot be read: {brief(error)}") from None
 
 
 def _names_code(directory: Path) -> bool:
