@@ -82,7 +82,9 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise InputError("--merged needs --adapter, the adapter to merge")
     from stablelora_jax import compile_cache
     from stablelora_jax.attach import attach
+    from stablelora_jax.parallel import require_devices
 
+    require_devices()
     compile_cache.enable()
     given = {"dtype": arguments.dtype, "merged": arguments.merged, "apart": arguments.untie}
     given["strict"] = arguments.strict

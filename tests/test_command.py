@@ -11,6 +11,7 @@ import pytest
 from stablelora_jax import InputError, base_directory
 from stablelora_jax.command import add_model_options, exit_code, load_model
 from stablelora_jax.errors import Interrupted, RunError
+from stablelora_jax.parallel import require_devices
 
 
 def throw(error):
@@ -78,3 +79,9 @@ def test_every_option_arrives(monkeypatch):
         ("base", "there", {"dtype": "bfloat16", "merged": True, "apart": True}),
         ("base", "there", {"dtype": "float32", "merged": False, "apart": False}),
     ]
+
+
+def test_a_jax_that_compiles_nothing_is_refused():
+    with jax.disable_jit(), pytest.raises(InputError, match="JAX_DISABLE_JIT is on"):
+        require_devices()
+    require_devices()

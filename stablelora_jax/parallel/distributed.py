@@ -44,8 +44,10 @@ def require_devices() -> None:
     """Start jax's backend.
 
     Raises:
-      InputError: there is none of the kind that is asked for.
+      InputError: there is none of the kind that is asked for, or nothing is to be compiled.
     """
+    if jax.config.read("jax_disable_jit"):
+        raise InputError("JAX_DISABLE_JIT is on, and what runs here is compiled: unset it")
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the second where jax is built without that kind

@@ -154,6 +154,7 @@ def text(row: Mapping[str, Any], key: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key} is empty or no string")
+    value.encode()  # half of a surrogate pair is no text
     return value
 
 
@@ -180,6 +181,7 @@ def choices(texts: Any, label: Any) -> tuple[tuple[str, ...], int]:
     """The choices, each behind one space, and the label, both checked."""
     if not isinstance(texts, list | tuple) or not all(isinstance(one, str) and one.strip() for one in texts):
         raise ValueError("a choice is empty or no string")
+    "".join(texts).encode()
     if label is None:
         raise ValueError("it has no label: an unlabelled split can be neither learnt nor measured")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(texts):

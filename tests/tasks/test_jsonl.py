@@ -126,6 +126,7 @@ BAD = {
     "an array of numbers": ("[1, 2]", "row 1 is damaged .it is int, not an object"),
     "text": ('"x"', "row 1 is damaged .it is str"),
     "nothing": ("\n \n", "has no rows"),
+    "half a surrogate pair": ('{"prompt": "\\ud800", "completion": "x"}', "row 1 is damaged .UnicodeEncodeError"),
     "bytes": (b"\xff\xfe{", "line 1 is not JSON"),
 }
 
