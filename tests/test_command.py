@@ -74,10 +74,10 @@ def test_every_option_arrives(monkeypatch):
     given = []
     monkeypatch.setattr(attach, "attach", lambda *a, **k: given.append((*map(str, a), k)))
     load_model(parsed("base", "--adapter", "there", "--merged", "--untie", "--dtype", "bfloat16"))
-    load_model(parsed("base", "--adapter", "there"))
+    load_model(parsed("base", "--adapter", "there", "--strict"))
     assert given == [
-        ("base", "there", {"dtype": "bfloat16", "merged": True, "apart": True}),
-        ("base", "there", {"dtype": "float32", "merged": False, "apart": False}),
+        ("base", "there", {"dtype": "bfloat16", "merged": True, "apart": True, "strict": False}),
+        ("base", "there", {"dtype": "float32", "merged": False, "apart": False, "strict": True}),
     ]
 
 

@@ -46,7 +46,7 @@ def require_devices() -> None:
     Raises:
       InputError: there is none of the kind that is asked for, or nothing is to be compiled.
     """
-    if jax.config.read("jax_disable_jit"):
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         raise InputError("JAX_DISABLE_JIT is on, and what runs here is compiled: unset it")
     try:
         jax.devices()
