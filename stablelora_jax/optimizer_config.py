@@ -18,7 +18,8 @@ import optax
 
 from stablelora_jax import optimize
 from stablelora_jax.config import option
-from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.adam import adamw as guarded_adamw
+from stablelora_jax.optimize.limits import require_numbers
 
 
 def adamw(
@@ -36,8 +37,12 @@ def adamw(
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled, scalar or schedule.
+
+    Raises:
+      InputError: a number out of range.
     """
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
+    return guarded_adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -144,12 +149,7 @@ def _meaning(text: str, key: str) -> str:
 
 
 def _check(config: Any) -> None:
-    for key in ("b1", "b2", "shrink_ratio", "shrink_until_stable"):
-        if not 0 <= getattr(config, key, 0) < 1:
-            raise InputError(f"{key} must be in [0, 1), not {getattr(config, key)}")
-    for key, value in dataclasses.asdict(config).items():
-        if isinstance(value, float) and value < 0:
-            raise InputError(f"{key} must not be negative, not {value}")
+    require_numbers(shrink_until_stable=getattr(config, "shrink_until_stable", 0.0))
     function_of(config)(**_arguments(config))  # what the optimizer itself refuses
 
 

@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.adam import scale_by_adam
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import map_pairs
 
 
@@ -43,19 +46,20 @@ def allora(
       applies_to: what c multiplies: B's gradient, or the step that Adam makes of it.
 
     Raises:
-      InputError: an eta that is not positive, an unknown ``applies_to``.
+      InputError: a number out of range, an unknown ``applies_to``.
     """
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     if applies_to not in ("gradient", "update"):
         raise InputError(f"applies_to must be gradient or update, not {applies_to!r}")
-    adam = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
+    adam = [scale_by_adam(b1=b1, b2=b2, eps=eps)]
     adam.insert(0 if applies_to == "gradient" else 1, scale_rows_by_norm(eta))
-    return optax.chain(*adam, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
+    decayed = optax.add_decayed_weights(weight_decay)
+    return of_pairs(optax.chain(*adam, decayed, optax.scale_by_learning_rate(learning_rate)))
 
 
 def scale_rows_by_norm(eta: float = 2.0) -> optax.GradientTransformation:
     """Multiply the update of B by c, (..., 1, out), of B as it stands; all else passes unchanged."""
-    if isinstance(eta, int | float) and not eta > 0:
-        raise InputError(f"eta must be positive, not {eta!r}")
+    require_numbers(eta=eta)
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         if params is None:

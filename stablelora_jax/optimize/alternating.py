@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import gram, inverses, transpose
-from stablelora_jax.optimize.pairing import Scale, others_by_adamw, require_numbers
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.gram import Inverse, inverses, times, transpose
+from stablelora_jax.optimize.limits import require_numbers
+from stablelora_jax.optimize.pairing import Scale, others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, settled, value
 
 
@@ -82,11 +84,12 @@ def altlora(
         ignores it.
 
     Raises:
-      InputError: an unknown variant or factor, or a scale that is missing for a pair.
+      InputError: a number out of range, an unknown variant or factor, or a scale that is missing for a pair.
     """
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, lam=lam)
     options = Options(learning_rate, b1, None, None, weight_decay, lam, variant == "code")
     pairs = _alternate(options, first, variant, scale)
-    return others_by_adamw(pairs, learning_rate, b1=b1, weight_decay=weight_decay)
+    return of_pairs(others_by_adamw(pairs, learning_rate, b1=b1, weight_decay=weight_decay))
 
 
 def altlora_plus(
@@ -113,10 +116,14 @@ def altlora_plus(
       variant: the paper's rule or that of the released run.
       scale: the LoRA scale s: ``scales(adapters, spec)``; 1.0 only where alpha equals the rank. The code's variant
         ignores it.
+
+    Raises:
+      InputError: as :func:`altlora`.
     """
+    require_numbers(lam=lam, learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     options = Options(learning_rate, b1, b2, eps, weight_decay, lam, variant == "code")
     pairs = _alternate(options, first, variant, scale)
-    return others_by_adamw(pairs, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return of_pairs(others_by_adamw(pairs, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
 
 
 def _alternate(o: Options, first: str, variant: str, scale: Scale) -> optax.GradientTransformationExtraArgs:
@@ -124,7 +131,6 @@ def _alternate(o: Options, first: str, variant: str, scale: Scale) -> optax.Grad
         raise InputError(f"first must be a or b, not {first!r}")
     if variant not in ("paper", "code"):
         raise InputError(f"variant must be paper or code, not {variant!r}")
-    require_numbers(lam=o.lam)
 
     def start(pair: Pair) -> AltLoraState:
         zeros = jax.tree.map(jnp.zeros_like, pair)
@@ -159,7 +165,7 @@ def _one(groups: Sequence[Group], count: jax.Array, o: Options, name: str) -> li
     other = "b" if name == "a" else "a"
     partners = [getattr(g.params, other) for g in groups]
     results = []
-    for g, partner, inverse in zip(groups, partners, inverses([gram(x) for x in partners], o.lam), strict=True):
+    for g, partner, inverse in zip(groups, partners, inverses(partners, o.lam), strict=True):
         p, grad, mu, partner_then = (getattr(x, name) for x in (g.params, g.grads, g.state.mu, g.state.partner))
         old = Factor(p, grad, mu, None if g.state.nu is None else getattr(g.state.nu, name), partner_then)
         step, mu, nu = _step(old, partner, inverse, g.scale[:, None, None], count, o)
@@ -173,12 +179,12 @@ def _one(groups: Sequence[Group], count: jax.Array, o: Options, name: str) -> li
 
 
 def _step(
-    f: Factor, partner: jax.Array, inverse: jax.Array, scale: jax.Array, count: jax.Array, o: Options
+    f: Factor, partner: jax.Array, inverse: Inverse, scale: jax.Array, count: jax.Array, o: Options
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The change of a factor, its momentum and its second moment."""
     rate, decay = value(o.learning_rate, count), value(o.weight_decay, count)
-    h = f.grad @ inverse / scale**2
-    carried = f.mu @ (transpose(f.partner) @ partner) @ inverse
+    h = times(f.grad, inverse) / scale**2
+    carried = f.mu @ (transpose(f.partner / inverse.scale) @ (partner / inverse.scale)) @ inverse.matrix
     mu = o.b1 * carried + (1 - o.b1) * h
     kept = o.b1 * f.mu + (1 - o.b1) * h if o.code and f.nu is not None else mu
     direction, nu = mu / (1 - o.b1 ** (count + 1)) if o.code else mu, None

@@ -23,7 +23,10 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import gram, inverses
+from stablelora_jax.optimize.adam import adamw
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.gram import inverses, times
+from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import Scale, label_factors, map_pairs, others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, hf_adam, pairwise, value
 
@@ -56,24 +59,22 @@ def lora_fa(
       scale: the LoRA scale s, ``scales(adapters, spec)``, for PEFT's variant.
 
     Raises:
-      InputError: an unknown variant, or a scale that is missing for a pair.
+      InputError: a number out of range, an unknown variant, or a scale that is missing for a pair.
     """
     if variant not in ("paper", "peft"):
         raise InputError(f"variant must be paper or peft, not {variant!r}")
-    adamw = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
+    options = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if variant == "paper":
-        trained = optax.adamw(learning_rate, **adamw)
-        return optax.partition(
-            {"frozen": optax.set_to_zero(), "trained": trained},
-            lambda params: label_factors(params, "frozen", "trained", "trained"),
-        )
+        rules = {"frozen": optax.stateless(_stay), "trained": adamw(learning_rate, **options)}
+        return of_pairs(optax.partition(rules, lambda params: label_factors(params, "frozen", "trained", "trained")))
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, LoraFAState]]:
         del extra
         t, rate, decay = count + 1, value(learning_rate, count), value(weight_decay, count)
         results = []
-        for g, inverse in zip(groups, inverses([gram(g.params.a) for g in groups], 1e-8), strict=True):
-            h = g.grads.b @ inverse / g.scale[:, None, None] ** 2
+        for g, inverse in zip(groups, inverses([g.params.a for g in groups], 1e-8), strict=True):
+            h = times(g.grads.b, inverse) / g.scale[:, None, None] ** 2
             step = rate * jnp.sqrt(1 - b2**t) / (1 - b1**t)
             b, mu, nu = hf_adam(g.params.b, h, g.state.mu, g.state.nu, b1, b2, eps, step, rate * decay)
             results.append((Pair(jnp.zeros_like(g.params.a), b - g.params.b), LoraFAState(mu, nu)))
@@ -82,7 +83,13 @@ def lora_fa(
     def zeros(pair: Pair) -> LoraFAState:
         return LoraFAState(jnp.zeros_like(pair.b), jnp.zeros_like(pair.b))
 
-    return others_by_adamw(pairwise(zeros, update, scale), learning_rate, **adamw)
+    return of_pairs(others_by_adamw(pairwise(zeros, update, scale), learning_rate, **options))
+
+
+def _stay(updates: Any, params: Any) -> Any:
+    """Zeros, and NaN where a gradient is not finite: nobody wants it, but it tells that something is wrong."""
+    del params
+    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), jnp.zeros_like(x), jnp.nan), updates)
 
 
 def freeze_a(adapters: Any) -> Any:

@@ -5,6 +5,9 @@ layer, and the products with n rows are matmuls, which every backend does well. 
 from zero count as missing, so that a factor that is zero, or of lower rank than it has columns, gives finite numbers
 and no noise: in an inverse, those below ``sqrt(r eps)`` of the largest singular value (1e-3 in float32).
 
+Squares of factors beyond 1e19 leave float32. What takes factors here divides those beyond 2^32 by a power of two,
+:func:`safe_scale`, and keeps it beside the result; ordinary factors are divided by 1 and keep their bits.
+
 QR and Cholesky are avoided, since on GPUs they run matrix by matrix. On CPU eigh does so too: jaxlib 0.10 shares a
 batch out among threads and waits for them in a thread of the same pool, so that two batched calls of any
 decomposition that run at one time, in one program or on two devices, wait for each other for ever (seen with 336
@@ -14,10 +17,25 @@ matrices of 16 x 16).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Spectrum(NamedTuple):
+    """``x^T x = scale^2 vectors diag(values) vectors^T`` of tall factors x (P, n, r)."""
+
+    values: jax.Array  # (P, r), ascending
+    vectors: jax.Array  # (P, r, r)
+    scale: jax.Array  # (P, 1, 1)
+
+
+class Inverse(NamedTuple):
+    """``(x^T x + damping I)^-1 = matrix / scale^2``."""
+
+    matrix: jax.Array  # (P, r, r)
+    scale: jax.Array  # (P, 1, 1)
 
 
 def transpose(x: jax.Array) -> jax.Array:
@@ -51,14 +69,37 @@ def eigh(matrices: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
 def power(values: jax.Array, vectors: jax.Array, exponent: float, damping: Any = 0.0) -> jax.Array:
     """``(X + damping I)^exponent`` for a negative exponent, from the eigenvalues of X >= 0; zero where X is not."""
     damped = jnp.maximum(values, 0) + damping
-    kept = damped > _smallest(damped)
+    kept = ~(damped <= _smallest(damped))  # NaN is kept
     scaled = jnp.where(kept, jnp.where(kept, damped, 1) ** exponent, 0)
     return (vectors * scaled[..., None, :]) @ transpose(vectors)
 
 
-def inverses(matrices: Sequence[jax.Array], damping: Any = 0.0) -> list[jax.Array]:
-    """``(X + damping I)^-1`` of Gram matrices X; the pseudo-inverse where that is singular."""
-    return [power(values, vectors, -1.0, damping) for values, vectors in eigh(matrices)]
+def safe_scale(x: jax.Array) -> jax.Array:
+    """A power of two (..., 1, 1) that brings x (..., n, r) to a size whose squares are finite; 1 up to 2^32."""
+    size = jnp.abs(x).max(axis=(-2, -1), keepdims=True)
+    return jnp.where(size > 2.0**80, 2.0**96, jnp.where(size > 2.0**32, 2.0**56, 1.0)).astype(x.dtype)
+
+
+def spectra(factors: Sequence[jax.Array]) -> list[Spectrum]:
+    """The decompositions of ``x^T x``."""
+    scales = [safe_scale(x) for x in factors]
+    found = eigh([gram(x / scale) for x, scale in zip(factors, scales, strict=True)])
+    return [Spectrum(*pair, scale) for pair, scale in zip(found, scales, strict=True)]
+
+
+def inverse(of: Spectrum, damping: Any = 0.0) -> Inverse:
+    """``(x^T x + damping I)^-1``; the pseudo-inverse where that is singular."""
+    return Inverse(power(of.values, of.vectors, -1.0, damping / of.scale[..., 0] / of.scale[..., 0]), of.scale)
+
+
+def inverses(factors: Sequence[jax.Array], damping: Any = 0.0) -> list[Inverse]:
+    """:func:`inverse` of each tall factor."""
+    return [inverse(of, damping) for of in spectra(factors)]
+
+
+def times(x: jax.Array, by: Inverse) -> jax.Array:
+    """``x (y^T y + damping I)^-1``."""
+    return x @ by.matrix / by.scale / by.scale
 
 
 def orthonormal(factors: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
@@ -69,13 +110,15 @@ def orthonormal(factors: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array
     second whitens; the third repairs what that has cost (shifted CholeskyQR3, arXiv 1809.11085, with eigh). Directions
     below about ``10 r eps`` of the largest (1e-5 in float32) are missing.
     """
+    scales = [safe_scale(x) for x in factors]
+    factors = [x / scale for x, scale in zip(factors, scales, strict=True)]
     t = [_whiten(*found) for found in eigh([gram(x) for x in factors])]
     rough = [x @ u for x, u in zip(factors, t, strict=True)]
     for _ in range(2):
         round_ = [power(values, vectors, -0.5) for values, vectors in eigh([gram(q) for q in rough])]
         rough = [q @ u for q, u in zip(rough, round_, strict=True)]
         t = [before @ u for before, u in zip(t, round_, strict=True)]
-    return list(zip(rough, t, strict=True))
+    return [(q, u / scale) for q, u, scale in zip(rough, t, scales, strict=True)]
 
 
 def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -25,6 +25,7 @@ K-FAC form were not to be had; the start of its alternation from A, the tangent 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,8 +34,10 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import eigh, gram, inverses, orthonormal, power, transpose
-from stablelora_jax.optimize.pairing import Scale, others_by_adamw, require_numbers
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.gram import Inverse, gram, inverse, inverses, orthonormal, spectra, transpose
+from stablelora_jax.optimize.limits import require_numbers, require_whole
+from stablelora_jax.optimize.pairing import Scale, others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, pairwise, value
 
 Terms = list[tuple[Any, Any, Any]]  # sum of c L R^T, or of c L where R is None; c a number or (P, 1, 1)
@@ -63,16 +66,17 @@ def oplora(
       scale: the LoRA scale s: ``scales(adapters, spec)``; 1.0 only where alpha equals the rank.
 
     Raises:
-      InputError: rounds below 1, an unknown ``gradient``; in ``update``, ``kernel_grads`` that are missing or unused.
+      InputError: a number out of range, an unknown ``gradient``; in ``update``, ``kernel_grads`` that are missing or
+        unused.
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise InputError(f"rounds must be a whole number of at least 1, not {rounds!r} (static: see static_args)")
+    require_whole(1, rounds=rounds)
     if gradient not in ("tangent", "full"):
         raise InputError(f"gradient must be tangent or full, not {gradient!r}")
     if regularization not in ("proximal", "ridge"):
         raise InputError(f"regularization must be proximal or ridge, not {regularization!r}")
-    require_numbers(lam=lam)
-    require_numbers(below=1, momentum=momentum)
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, lam=lam)
+    if momentum is not None:
+        require_numbers(momentum=momentum)
     ridge = lam if regularization == "ridge" else 0.0
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
@@ -81,7 +85,7 @@ def oplora(
         rate, decay = value(learning_rate, count), value(weight_decay, count)
         seen = [_dense(g) for g in groups] if gradient == "full" else _tangents(groups)
         state = [g.state for g in groups]
-        of_a = eigh([gram(g.params.a) for g in groups])
+        of_a = spectra([g.params.a for g in groups])
         if momentum is not None:
             sums = [[(momentum, *m), *_scaled(1 - momentum, d)] for m, d in zip(state, seen, strict=True)]
             state = _als(sums, [g.params for g in groups], of_a, rounds)
@@ -98,7 +102,7 @@ def oplora(
     def first_state(pair: Pair) -> Pair | None:
         return None if momentum is None else jax.tree.map(jnp.zeros_like, pair)
 
-    return others_by_adamw(pairwise(first_state, update, scale), learning_rate, weight_decay=weight_decay)
+    return of_pairs(others_by_adamw(pairwise(first_state, update, scale), learning_rate, weight_decay=weight_decay))
 
 
 def _tangents(groups: Sequence[Group]) -> list[Terms]:
@@ -127,22 +131,24 @@ def _als(
     """Rank-r factors of each target: B from A, then A from B, ``rounds`` times; ``of_a`` decomposes A's first Gram."""
     pairs = list(start)
     for number in range(rounds):
-        found = of_a if number == 0 else eigh([gram(p.a) for p in pairs])
+        found = of_a if number == 0 else spectra([p.a for p in pairs])
         pairs = [
-            p._replace(b=_nearer(p.b, p.a, _transposed_times(t, p.a), power(values, vectors, -1.0, lam), ridge))
-            for t, p, (values, vectors) in zip(targets, pairs, found, strict=True)
+            p._replace(b=_nearer(p.b, p.a, functools.partial(_transposed_times, t), inverse(of, lam), ridge))
+            for t, p, of in zip(targets, pairs, found, strict=True)
         ]
-        by_b = inverses([gram(p.b) for p in pairs], lam)
+        by_b = inverses([p.b for p in pairs], lam)
         pairs = [
-            p._replace(a=_nearer(p.a, p.b, _times(t, p.b), inverse, ridge))
-            for t, p, inverse in zip(targets, pairs, by_b, strict=True)
+            p._replace(a=_nearer(p.a, p.b, functools.partial(_times, t), by, ridge))
+            for t, p, by in zip(targets, pairs, by_b, strict=True)
         ]
     return pairs
 
 
-def _nearer(old: jax.Array, other: jax.Array, product: jax.Array, inverse: jax.Array, ridge: Any) -> jax.Array:
-    """The factor that makes ``factor other^T`` nearest to the target, of which ``product`` is target times other."""
-    return old + (product - old @ gram(other) - ridge * old) @ inverse
+def _nearer(old: jax.Array, other: jax.Array, target: Any, by: Inverse, ridge: Any) -> jax.Array:
+    """The factor that makes ``factor other^T`` nearest to the target, which is given as what multiplies ``other``."""
+    other = other / by.scale
+    missing = target(other) / by.scale - old @ gram(other) - ridge / by.scale / by.scale * old
+    return old + missing @ by.matrix
 
 
 def _times(terms: Terms, x: jax.Array) -> jax.Array:

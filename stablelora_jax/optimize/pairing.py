@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from stablelora_jax import tree
-from stablelora_jax.adapter import adapter_sites, is_pair
+from stablelora_jax.adapter import adapter_sites
 from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.adam import adamw
 from stablelora_jax.spec import LoraSpec
+
+FACTORS = ("lora_a", "lora_b")
 
 Scale = Any  # a number for all pairs, or a tree with an array of the stack's shape at every pair: see scales()
 
@@ -36,7 +40,7 @@ def map_pairs(function: Any, params: Any, *rest: Any, other: Any = lambda *leave
     """``function`` on every whole pair of ``params`` and what lies there in ``rest``; ``other`` on all other leaves.
 
     Raises:
-      InputError: a pair of which one factor is hidden by ``optax.masked`` or ``optax.partition``, or shapes that make
+      InputError: half a pair, one of which ``optax.masked`` or ``optax.partition`` hides a factor, or factors that make
         no pair.
     """
 
@@ -46,16 +50,16 @@ def map_pairs(function: Any, params: Any, *rest: Any, other: Any = lambda *leave
         try:
             return function(node, *nodes)
         except InputError as error:
-            raise InputError(f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {error}") from None
+            raise InputError(f"{name_of(path)}: {error}") from None
 
-    return jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=is_pair)
+    return jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=holds_factors)
 
 
 def others_by_adamw(
-    pairs: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule, **adamw: Any
+    pairs: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """``pairs`` on the factors of pairs, AdamW on every other leaf: DoRA magnitudes, biases, norms, whole modules."""
-    return optax.partition({"pair": pairs, "other": optax.adamw(learning_rate, **adamw)}, label_factors)
+    return optax.partition({"pair": pairs, "other": adamw(learning_rate, **options)}, label_factors)
 
 
 def label_factors(params: Any, a: str = "pair", b: str = "pair", other: str = "other") -> Any:
@@ -70,26 +74,43 @@ def label_factors(params: Any, a: str = "pair", b: str = "pair", other: str = "o
 
 def whole(path: Any, node: Any) -> bool:
     """Whether ``node`` is a pair with both factors there, checked."""
-    if not is_pair(node):
+    if not holds_factors(node):
         return False
-    hidden = [name for name in ("lora_a", "lora_b") if not hasattr(node[name], "ndim")]
-    if len(hidden) == 2:
+    there = [name for name in FACTORS if hasattr(node.get(name), "ndim")]
+    if not there and all(name in node for name in FACTORS):
         return False
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    if hidden:
-        raise InputError(
-            f"{name}: {hidden[0]} is hidden by masked or partition, its partner is not; "
-            f"an optimizer of pairs needs both: wrap it around the partition"
-        )
-    a, b = node["lora_a"].shape, node["lora_b"].shape
-    if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2]:
-        raise InputError(f"{name}: lora_a {a} and lora_b {b} do not make a pair (..., in, r) and (..., r, out)")
+    for name in FACTORS:
+        if name not in node:
+            partner = FACTORS[1 - FACTORS.index(name)]
+            raise InputError(f"{name_of(path)} holds {partner} without {name}: an optimizer of pairs needs both")
+        if name not in there:
+            masked = isinstance(node[name], optax.MaskedNode)
+            found = "hidden by masked or partition" if masked else f"{node[name]!r:.60}"
+            raise InputError(
+                f"{name_of(path)}: {name} is {found}, its partner is not; "
+                f"an optimizer of pairs needs both{': wrap it around the partition' * masked}"
+            )
+    _require_shapes(name_of(path), node["lora_a"], node["lora_b"])
     return True
 
 
-def require_numbers(low: float = 0.0, below: float = math.inf, **numbers: Any) -> None:
-    """Refuse Python numbers outside [low, below); traced values and schedules are not looked at."""
-    for name, number in numbers.items():
-        if isinstance(number, int | float) and not low <= number < below:
-            limits = f"at least {low:g}" if below == math.inf else f"in [{low:g}, {below:g})"
-            raise InputError(f"{name} must be {limits}, not {number!r}")
+def holds_factors(node: Any) -> bool:
+    """Whether ``node`` is a dict that holds a pair, or half of one."""
+    return isinstance(node, Mapping) and any(name in node for name in FACTORS)
+
+
+def name_of(path: Any) -> str:
+    """A path of ``jax.tree_util`` with dots."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _require_shapes(name: str, a: Any, b: Any) -> None:
+    if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise InputError(
+            f"{name}: lora_a {a.shape} and lora_b {b.shape} do not make a pair (..., in, r) and (..., r, out)"
+        )
+    if 0 in a.shape or 0 in b.shape:
+        raise InputError(f"{name}: lora_a {a.shape} and lora_b {b.shape} hold no numbers: every axis needs at least 1")
+    for factor, found in zip(FACTORS, (a, b), strict=True):
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            raise InputError(f"{name}: {factor} is {found.dtype}; an optimizer needs floating point: float32 or wider")

@@ -65,7 +65,8 @@ def pairwise(
         is the number of updates before this one, ``extra`` holds the extra arguments of ``update``.
       scale: handed to the rule with each group.
 
-    Columns of A whose row of B is zero too, the padding of unequal ranks, get no update.
+    Columns of A whose row of B is zero too, the padding of unequal ranks, get no update. A pair of which a gradient is
+    not finite gets NaN, whatever the rule makes of it: what is wrong is seen.
     """
 
     def init(params: Any) -> PairwiseState:
@@ -73,8 +74,6 @@ def pairwise(
         return PairwiseState(jnp.zeros((), jnp.int32), map_pairs(lambda pair: first_state(tall(pair)), params))
 
     def update(grads: Any, state: PairwiseState, params: Any = None, **extra: Any) -> tuple[Any, PairwiseState]:
-        if params is None:
-            raise InputError("this optimizer needs the parameters: call update(updates, state, params)")
         found = _find(params, grads, state.pairs, scale, extra.get("kernel_grads"))
         shapes: dict[Any, list[Any]] = {}
         for path, g in found.items():
@@ -84,8 +83,8 @@ def pairwise(
             results = settled(update_groups(groups, state.count, extra), groups)
         new: dict[Any, Any] = {}
         for paths, group, (moved, after) in zip(shapes.values(), groups, results, strict=True):
-            in_use = used(group.params)[:, None, :]
-            moved = Pair(*(jnp.where(in_use, leaf, 0) for leaf in moved))
+            in_use, known = used(group.params)[:, None, :], _all_finite(group.grads)
+            moved = Pair(*(jnp.where(known, jnp.where(in_use, leaf, 0), jnp.nan) for leaf in moved))
             stacks = [found[path].scale.shape for path in paths]
             new |= _scatter(paths, stacks, (moved, after))
         return _put(new, grads, params, state)
@@ -105,6 +104,12 @@ def used(pair: Pair) -> jax.Array:
     return (pair.a != 0).any(-2) | (pair.b != 0).any(-2)
 
 
+def _all_finite(pair: Pair) -> jax.Array:
+    """Whether all numbers of a pair are finite, (P, 1, 1)."""
+    a, b = (jnp.isfinite(x).all(axis=(-2, -1), keepdims=True) for x in pair)
+    return a & b
+
+
 def settled(results: Sequence[tuple[Pair, Any]], groups: Sequence[Group]) -> list[tuple[Pair, Any]]:
     """A rule's results in the dtypes of the factors and of the state: under x64, ``b1**count`` is a float64."""
 
@@ -120,8 +125,8 @@ def value(number: Any, count: jax.Array) -> Any:
 
 
 def over(x: jax.Array, root: jax.Array) -> jax.Array:
-    """``x / root`` for ``root >= 0``; zero where the root is."""
-    return jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
+    """``x / root`` for ``root >= 0``; zero where the root is, NaN where it has overflowed or is NaN."""
+    return jnp.where(root < jnp.inf, jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0), jnp.nan)
 
 
 def hf_adam(
@@ -140,7 +145,8 @@ def _require_scale(scale: Scale, path: Any, node: Any) -> None:
     name, shape = jax.tree_util.keystr(path, simple=True, separator="."), np.shape(given)
     if not jnp.issubdtype(jnp.result_type(given), jnp.number) or shape not in ((), stack):
         raise InputError(f"{name}: scale must be a number or an array of shape {stack}, see scales(), not {shape}")
-    if not isinstance(given, jax.core.Tracer) and not (np.asarray(given) >= (0 if shape else 1e-30)).all():
+    inside = isinstance(given, jax.core.Tracer) or (np.asarray(given) >= (0 if shape else 1e-30)) & np.isfinite(given)
+    if not np.all(inside):
         raise InputError(f"{name}: scale must be positive, not {given}: alpha/r, or scales(adapters, spec)")
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import optax
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.adam import scale_by_adam
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import label_factors
 
 
@@ -34,18 +36,19 @@ def lora_plus(
       weight_decay: decoupled, scalar or schedule.
 
     Raises:
-      InputError: a ratio that is not positive; in ``init``, what makes no pair.
+      InputError: a number out of range; in ``init``, what makes no pair.
     """
-    if isinstance(ratio, int | float) and not ratio > 0:
-        raise InputError(f"ratio must be positive, not {ratio!r}")
+    require_numbers(ratio=ratio, learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     faster = optax.scale_by_schedule(ratio) if callable(ratio) else optax.scale(ratio)
 
     def only_b(params: object) -> object:
         return label_factors(params, "slow", "fast", "slow")
 
-    return optax.chain(
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay),
-        optax.partition({"slow": optax.identity(), "fast": faster}, only_b),
-        optax.scale_by_learning_rate(learning_rate),
+    return of_pairs(
+        optax.chain(
+            scale_by_adam(b1=b1, b2=b2, eps=eps),
+            optax.add_decayed_weights(weight_decay),
+            optax.partition({"slow": optax.identity(), "fast": faster}, only_b),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     )

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import gram, inverses, transpose
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.gram import inverses, times, transpose
+from stablelora_jax.optimize.limits import require_numbers, require_whole
 from stablelora_jax.optimize.pairing import others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise
 
@@ -68,10 +70,11 @@ def lora_pre(
       seed: of the random start; static.
 
     Raises:
-      InputError: a rank below 1; in ``init``, a pair of lower rank than the moments.
+      InputError: a number out of range; in ``init``, a pair of lower rank than the moments.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(f"rank must be a whole number of at least 1, not {rank!r} (static: see static_args)")
+    require_whole(1, rank=rank)
+    require_whole(-(2**63), seed=seed)
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
 
     def first_state(pair: Pair) -> LoraPreState:
         if min(pair.a.shape[-2:] + pair.b.shape[-2:]) < rank:
@@ -103,7 +106,7 @@ def lora_pre(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return others_by_adamw(adam, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return of_pairs(others_by_adamw(adam, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
 
 
 def _start(key: jax.Array, x: jax.Array, rank: int) -> Moment:
@@ -114,12 +117,12 @@ def _start(key: jax.Array, x: jax.Array, rank: int) -> Moment:
 
 def _newton(moments: Sequence[Moment], targets: Sequence[jax.Array], rate: Any) -> list[Moment]:
     """One step of both factors towards the targets, each from the other's old value."""
-    by_a = inverses([gram(transpose(m.a)) for m in moments])
-    by_b = inverses([gram(m.b) for m in moments])
+    by_a = inverses([transpose(m.a) for m in moments])
+    by_b = inverses([m.b for m in moments])
     return [
         Moment(
-            (1 - rate) * m.b + rate * g @ transpose(m.a) @ for_a,
-            (1 - rate) * m.a + rate * for_b @ (transpose(m.b) @ g),
+            (1 - rate) * m.b + times(rate * g @ transpose(m.a), for_a),
+            (1 - rate) * m.a + rate * transpose(times(transpose(g) @ m.b, for_b)),
         )
         for m, g, for_a, for_b in zip(moments, targets, by_a, by_b, strict=True)
     ]

@@ -26,8 +26,11 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.adam import adamw
+from stablelora_jax.optimize.checks import of_pairs
 from stablelora_jax.optimize.gram import eigh, gram, power, transpose
-from stablelora_jax.optimize.pairing import Scale, others_by_adamw, require_numbers
+from stablelora_jax.optimize.limits import require_numbers
+from stablelora_jax.optimize.pairing import Scale, others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise
 
 PROJECTIONS = ("sylvester", "zero", "symmetric")
@@ -60,14 +63,14 @@ def lora_pro(
       scale: the LoRA scale s: ``scales(adapters, spec)``; 1.0 only where alpha equals the rank.
 
     Raises:
-      InputError: an unknown form, projection or variant, or a scale that is missing for a pair.
+      InputError: a number out of range, an unknown form, projection or variant, or a scale that is missing for a pair.
     """
     _require(form=(form, "efficient", "full"), variant=(variant, "paper", "code"))
     _require(projection=(projection, *PROJECTIONS))
-    require_numbers(damping=damping)
-    adamw = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    require_numbers(damping=damping, learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
+    options = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if form == "efficient":
-        return optax.chain(scale_by_lora_pro(projection, damping, scale), optax.adamw(learning_rate, **adamw))
+        return optax.chain(scale_by_lora_pro(projection, damping, scale), adamw(learning_rate, **options))
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del extra
@@ -83,7 +86,7 @@ def lora_pro(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return others_by_adamw(full, learning_rate, **adamw)
+    return of_pairs(others_by_adamw(full, learning_rate, **options))
 
 
 def scale_by_lora_pro(
@@ -97,7 +100,7 @@ def scale_by_lora_pro(
         del count, extra
         return [(h, None) for h in _adjusted(groups, projection, damping)]
 
-    return pairwise(lambda pair: None, update, scale)
+    return of_pairs(pairwise(lambda pair: None, update, scale))
 
 
 def _require(**options: tuple[str, ...]) -> None:

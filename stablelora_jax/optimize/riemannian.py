@@ -21,8 +21,11 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import gram, inverses
-from stablelora_jax.optimize.pairing import others_by_adamw, require_numbers
+from stablelora_jax.optimize.adam import adamw
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.gram import inverses, times
+from stablelora_jax.optimize.limits import require_numbers
+from stablelora_jax.optimize.pairing import others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, hf_adam, pairwise, value
 
 
@@ -45,11 +48,11 @@ def scale_by_riemannian(delta: Any = 1e-6) -> optax.GradientTransformationExtraA
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del count, extra
-        found = inverses([gram(x) for g in groups for x in (g.params.b, g.params.a)], delta)
+        found = inverses([x for g in groups for x in (g.params.b, g.params.a)], delta)
         every = zip(groups, found[::2], found[1::2], strict=True)
-        return [(Pair(g.grads.a @ for_a, g.grads.b @ for_b), None) for g, for_a, for_b in every]
+        return [(Pair(times(g.grads.a, for_a), times(g.grads.b, for_b)), None) for g, for_a, for_b in every]
 
-    return pairwise(lambda pair: None, update)
+    return of_pairs(pairwise(lambda pair: None, update))
 
 
 def scaled_gd(
@@ -62,6 +65,7 @@ def scaled_gd(
       delta: added to the diagonals of the Gram matrices.
       weight_decay: decoupled, scalar or schedule.
     """
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay)
     return optax.chain(
         scale_by_riemannian(delta),
         optax.add_decayed_weights(weight_decay),
@@ -89,12 +93,12 @@ def scaled_adamw(
       weight_decay: decoupled, scalar or schedule.
       variant: the paper's rule, or that of the authors' GPT-2 or Mistral code.
     """
-    adamw = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    require_numbers(delta=delta, learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
+    options = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if variant == "paper":
-        return optax.chain(scale_by_riemannian(delta), optax.adamw(learning_rate, **adamw))
+        return optax.chain(scale_by_riemannian(delta), adamw(learning_rate, **options))
     if variant not in ("gpt2", "mistral"):
         raise InputError(f"variant must be paper, gpt2 or mistral, not {variant!r}")
-    require_numbers(delta=delta)
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del extra
@@ -104,14 +108,14 @@ def scaled_adamw(
         def move(p: jax.Array, h: jax.Array, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             return hf_adam(p, h, mu, nu, b1, b2, eps, step, rate * decay)
 
-        by_b = inverses([gram(g.params.b) for g in groups], delta)
+        by_b = inverses([g.params.b for g in groups], delta)
         new_a = [
-            move(g.params.a, g.grads.a @ inverse, g.state.mu.a, g.state.nu.a)
+            move(g.params.a, times(g.grads.a, inverse), g.state.mu.a, g.state.nu.a)
             for g, inverse in zip(groups, by_b, strict=True)
         ]
-        by_a = inverses([gram(a) for a, _, _ in new_a], delta)
+        by_a = inverses([a for a, _, _ in new_a], delta)
         new_b = [
-            move(g.params.b, g.grads.b @ inverse, g.state.mu.b, g.state.nu.b)
+            move(g.params.b, times(g.grads.b, inverse), g.state.mu.b, g.state.nu.b)
             for g, inverse in zip(groups, by_a, strict=True)
         ]
         return [
@@ -122,7 +126,7 @@ def scaled_adamw(
     def zeros(pair: Pair) -> HFAdamState:
         return HFAdamState(jax.tree.map(jnp.zeros_like, pair), jax.tree.map(jnp.zeros_like, pair))
 
-    return others_by_adamw(pairwise(zeros, update), learning_rate, **adamw)
+    return of_pairs(others_by_adamw(pairwise(zeros, update), learning_rate, **options))
 
 
 riemannian = scaled_adamw  # the name under which comparisons know it

@@ -20,6 +20,7 @@ paper's best learning rates are about twenty times Adam's: sweep a higher grid.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,9 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import eigh, gram, orthonormal, symmetric, transpose
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.gram import eigh, gram, orthonormal, safe_scale, symmetric, transpose
+from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, pairwise, used
 
@@ -82,15 +85,16 @@ def lora_rite(
       variant: the paper's rule or the defaults of the authors' port.
 
     Raises:
-      InputError: an unknown variant; in ``init``, what makes no pair.
+      InputError: a number out of range, an unknown variant; in ``init``, what makes no pair.
     """
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay)
     transform = scale_by_lora_rite(
         b1, b2, eps, escape, clip_unmagnified_grad, update_skipping, update_capping, variant=variant
     )
     chained = optax.chain(
         transform, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
     )
-    return others_by_adamw(chained, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return of_pairs(others_by_adamw(chained, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
 
 
 def scale_by_lora_rite(
@@ -107,16 +111,18 @@ def scale_by_lora_rite(
     if variant not in ("paper", "code"):
         raise InputError(f"variant must be paper or code, not {variant!r}")
     code = variant == "code"
-    escape = float(not code) if escape is None else escape
+    escape = float(not code) if escape is None else float(escape) if isinstance(escape, bool) else escape
     clip = float(code) if clip_unmagnified_grad is None else clip_unmagnified_grad
     skip = float(code) if update_skipping is None else update_skipping
+    require_numbers(b1=b1, b2=b2, eps=eps, escape=escape, update_capping=update_capping)
+    require_numbers(clip_unmagnified_grad=clip, update_skipping=skip)
     options = Options(b1, b2, eps, escape, clip, skip, update_capping, code)
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, RiteState]]:
         del extra
         return _update(groups, count + 1, options)
 
-    return pairwise(_first_state, update)
+    return of_pairs(pairwise(_first_state, update))
 
 
 def _first_state(pair: Pair) -> RiteState:
@@ -187,7 +193,8 @@ def _skipped(u: jax.Array, width: jax.Array, skip: Any) -> jax.Array:
 def _clipped(u: list[jax.Array], clip: Any) -> list[jax.Array]:
     if _off(clip):
         return u
-    norm = jnp.sqrt(sum(jnp.sum(x**2) for x in u))
+    scale = functools.reduce(jnp.maximum, (safe_scale(x).max() for x in u))
+    norm = scale * jnp.sqrt(sum(jnp.sum((x / scale) ** 2) for x in u))
     factor = jnp.where((norm > clip) & (jnp.asarray(clip) > 0), clip / jnp.where(norm > 0, norm, 1), 1)
     return [x * factor.astype(x.dtype) for x in u]
 

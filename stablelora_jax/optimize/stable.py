@@ -33,6 +33,9 @@ import numpy as np
 import optax
 
 from stablelora_jax.errors import InputError
+from stablelora_jax.optimize.adam import adamw
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import map_pairs
 from stablelora_jax.tree import names
 
@@ -62,11 +65,12 @@ def shrink_until_stable(
       A transformation whose ``update`` needs ``params``. Leaves that are in no pair pass through ``inner`` alone.
 
     Raises:
-      InputError: a ratio outside [0, 1); in ``init`` and ``update``, a pair of which one factor is hidden by
-        ``optax.masked`` or ``optax.partition``, or shapes that make no pair.
+      InputError: a ratio outside [0, 1), an ``inner`` that is no transformation; in ``init`` and ``update``, no pair,
+        half of one, a factor hidden by ``optax.masked`` or ``optax.partition``, or shapes that make no pair.
     """
-    if isinstance(shrink_ratio, int | float) and not 0 <= shrink_ratio < 1:
-        raise InputError(f"shrink_ratio must be in [0, 1), not {shrink_ratio!r}")
+    require_numbers(shrink_ratio=shrink_ratio)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise InputError(f"inner must be an optax.GradientTransformation, not {inner!r:.60}")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ShrinkUntilStableState:
@@ -77,8 +81,6 @@ def shrink_until_stable(
     def update(
         updates: Any, state: ShrinkUntilStableState, params: Any = None, **extra: Any
     ) -> tuple[Any, ShrinkUntilStableState]:
-        if params is None:
-            raise InputError("shrink_until_stable needs the parameters: call update(updates, state, params)")
         ratio = shrink_ratio(state.count) if callable(shrink_ratio) else shrink_ratio
 
         def look(latches: Any) -> tuple[Any, Any]:
@@ -96,7 +98,7 @@ def shrink_until_stable(
         count = None if state.count is None else optax.safe_increment(state.count)
         return updates, ShrinkUntilStableState(shrinking, count, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return of_pairs(optax.GradientTransformationExtraArgs(init, update))
 
 
 def stable_lora(
@@ -109,7 +111,8 @@ def stable_lora(
 ) -> optax.GradientTransformationExtraArgs:
     """Stable-LoRA with AdamW, the optimizer of the paper.
 
-    ``shrink_until_stable(optax.adamw(learning_rate, ...), shrink_ratio)`` and nothing else.
+    ``shrink_until_stable(optax.adamw(learning_rate, ...), shrink_ratio)`` and nothing else, except that gradients
+    beyond 1.8e19, whose squares leave float32, give NaN.
 
     Args:
       learning_rate: scalar or optax schedule.
@@ -119,7 +122,8 @@ def stable_lora(
       eps: added to the root of the second moment.
       weight_decay: decoupled, scalar or schedule; acts on A as shrunk.
     """
-    inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
+    inner = adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return shrink_until_stable(inner, shrink_ratio)
 
 
@@ -162,7 +166,7 @@ def _first_latch(pair: Mapping[str, jax.Array]) -> jax.Array:
 
 def _require_reach(pair: Mapping[str, jax.Array], ratio: Ratio) -> None:
     dtype = pair["lora_a"].dtype
-    if isinstance(ratio, float) and ratio > 0 and np.asarray(1 - ratio, dtype) == 1:
+    if isinstance(ratio, float | np.floating) and ratio > 0 and np.asarray(1 - ratio, dtype) == 1:
         raise InputError(f"in {dtype} a shrink by {ratio} changes nothing: adapters are float32 or wider")
 
 

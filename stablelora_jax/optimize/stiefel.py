@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.gram import symmetric, transpose
+from stablelora_jax.optimize.checks import of_pairs
+from stablelora_jax.optimize.gram import safe_scale, symmetric, transpose
+from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import others_by_adamw
 from stablelora_jax.optimize.pairwise import Group, Pair, over, pairwise, settled, used, value
 
@@ -52,8 +54,16 @@ def stiefel_lora(
       weight_decay: decoupled, of A, scalar or schedule.
 
     Raises:
-      InputError: in ``init``, a pair with fewer outputs than its rank.
+      InputError: a number out of range; in ``init``, a pair with fewer outputs than its rank.
     """
+    require_numbers(
+        stiefel_learning_rate=stiefel_learning_rate,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+    )
 
     def first_state(pair: Pair) -> StiefelState:
         m, r = pair.b.shape[-2:]
@@ -87,9 +97,8 @@ def stiefel_lora(
 
         return jax.lax.cond(count == 0, every(begin), every(move), list(groups))
 
-    return others_by_adamw(
-        pairwise(first_state, update), learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
-    )
+    pairs = pairwise(first_state, update)
+    return of_pairs(others_by_adamw(pairs, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
 
 
 def orthonormal_columns(x: jax.Array, *instead: jax.Array) -> jax.Array:
@@ -101,6 +110,7 @@ def orthonormal_columns(x: jax.Array, *instead: jax.Array) -> jax.Array:
     smallest = jnp.finfo(x.dtype).eps * x.shape[-1]
 
     def across(q: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        v = v / safe_scale(v)  # its direction alone matters
         size = jnp.linalg.norm(v, axis=-2, keepdims=True)
         for _ in range(2):
             v = v - q @ (transpose(q) @ v)
