@@ -42,7 +42,7 @@ class Site(NamedTuple):
     @property
     def rank(self) -> int:
         """The rank that the stack is padded to."""
-        return max(self.ranks)
+        return max(self.ranks, default=0)
 
     @property
     def parameters(self) -> int:
@@ -91,6 +91,8 @@ def adapter_sites(adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
         a, b = jnp.shape(pair["lora_a"]), jnp.shape(pair["lora_b"])
         if len(a) < 2 or len(a) != len(b) or a[:-2] != b[:-2] or a[-1] != b[-2]:
             raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} do not make a pair (in, r) and (r, out)")
+        if 0 in (*a, *b):
+            raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} hold nothing: make them with init_adapters")
         site = make_site(path, a[:-2], (a[-2], b[-1]), spec)
         if not site.rank:
             raise InputError(f"there are adapters at {'.'.join(path)}, which the spec does not select")

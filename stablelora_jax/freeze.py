@@ -71,10 +71,10 @@ def frozen(
     rows = [row for site in fitted_sites(params, adapters, spec).values() for row in _pair_rows(site, spec)]
     rows += [row for leaf in full_leaves(params, spec).values() for row in _full_rows(leaf)]
     every = sorted({name for _, names, used, _ in rows for name, one in zip(names, used, strict=True) if one})
+    found = tree.hits(patterns, {holder for name in every for holder in _holders(name)})
+    modules = sorted({name.rpartition(".")[0] for name in every})
     for pattern in patterns:
-        tree.compiled(pattern)
-        modules = sorted({name.rpartition(".")[0] for name in every})
-        tree.require_match("freeze:", pattern, any(_freezes((pattern,), name) for name in every), [*every, *modules])
+        tree.require_match("freeze:", pattern, pattern in found, [*every, *modules])
     mask: Any = {}
     for place, names, used, shape in rows:
         hit = np.array([_freezes(patterns, name) for name in names])
@@ -153,9 +153,13 @@ def _require_whole_pairs(state: Any, mask: Any) -> None:
 
 
 def _freezes(patterns: Sequence[str], name: str) -> bool:
+    return bool(patterns) and bool(tree.hits(patterns, _holders(name)))
+
+
+def _holders(name: str) -> list[str]:
+    """``a``, ``a.b`` and ``a.b.c``."""
     parts = name.split(".")
-    holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(tree.pattern_matches(pattern, holder) for pattern in patterns for holder in holders)
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _pair_rows(site: Site, spec: LoraSpec) -> list[Any]:

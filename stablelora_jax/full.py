@@ -119,8 +119,9 @@ def _full_leaf(path: Path, shape: tuple[int, ...], params: Any, spec: LoraSpec) 
 def _check_names(leaves: list[FullLeaf], params: Any, spec: LoraSpec) -> None:
     modules = [name for leaf in leaves for name in tree.names(leaf.path[:-1], leaf.stack, spec.stacked)]
     ancestors = [".".join(name.split(".")[: i + 1]) for name in set(modules) for i in range(name.count(".") + 1)]
+    there = tree.suffixes(ancestors) if spec.modules_to_save else ()
     for pattern in spec.modules_to_save:
-        tree.require_match("modules_to_save", pattern, any(tree.matches((pattern,), n) for n in ancestors), modules)
+        tree.require_match("modules_to_save", pattern, pattern in there, modules)
     if spec.bias != "none" and not any(leaf.path[-1] == "bias" and leaf.chosen for leaf in leaves):
         raise InputError(
             f"bias={spec.bias!r}: the {'adapted modules have' if spec.bias != 'all' else 'model has'} none"

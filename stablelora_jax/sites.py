@@ -7,6 +7,7 @@ module contracts with its input and some that it adds to its output. Pairs see i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +21,11 @@ from stablelora_jax.adapter import Site, adapter_sites, make_site
 from stablelora_jax.errors import InputError
 from stablelora_jax.parametrize import PARAMETRIZATIONS
 from stablelora_jax.quantize import dense
-from stablelora_jax.spec import LoraSpec, items
+from stablelora_jax.spec import LoraSpec, items, shown
 from stablelora_jax.tree import Path
 
 LEAVES = ("kernel", "embedding")
+MOST = 2**40  # numbers of a stack of pairs
 
 
 def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
@@ -102,7 +104,7 @@ def kernel_axes(site_path: Path, module: Mapping[str, Any], spec: LoraSpec) -> t
     depth = depth if len(leaf.shape) >= depth + 2 else 0
     shape, bias = leaf.shape[depth:], module.get("bias")
     name = ".".join(site_path)
-    declared = next((axes for key, axes in items(spec.in_axes) if tree.pattern_matches(key, name)), None)
+    declared = tree.first_match(items(spec.in_axes), name)
     if declared is not None:
         if not all(0 <= axis < len(shape) for axis in declared) or not 0 < len(declared) < len(shape):
             raise InputError(f"in_axes {declared} do not fit the kernel of {name}, whose axes are {shape}")
@@ -142,15 +144,19 @@ def _site(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> Site:
     depth, in_axes = kernel_axes(path, module, spec)
     leaf = kernel_leaf(module) or "kernel"
     shape = module[leaf].shape
-    rows = int(np.prod([shape[depth + axis] for axis in in_axes]))
-    columns = int(np.prod(shape[depth:])) // rows
-    return make_site(path, shape[:depth], (rows, columns), spec, leaf)
+    rows = math.prod(shape[depth + axis] for axis in in_axes)
+    columns = math.prod(size for axis, size in enumerate(shape[depth:]) if axis not in in_axes)
+    site = make_site(path, shape[:depth], (rows, columns), spec, leaf)
+    if site.rank and not rows * columns:
+        raise InputError(f"{'.'.join(path)}: a kernel of shape {shape} holds nothing to adapt: leave it out of target")
+    if site.rank * sum(site.size) * len(site.names) >= MOST:
+        raise InputError(f"{'.'.join(path)}: a pair of rank {site.rank} beside a kernel of {shape} fits no memory")
+    return site
 
 
 def _check_axes(paths: list[Path], spec: LoraSpec) -> None:
     names = [".".join(path) for path in paths]
-    for pattern, _ in items(spec.in_axes):
-        tree.require_match("in_axes", pattern, any(tree.pattern_matches(pattern, name) for name in names), names)
+    _require_hits("in_axes", spec.in_axes, names)
     for key in spec.stacked:
         if key != "layers" and not any(key in path for path in paths):
             raise InputError(f"stacked: no module of the model is called {key!r}")
@@ -160,15 +166,25 @@ def _check_patterns(names: list[str], spec: LoraSpec) -> None:
     for kind, patterns in (("target", spec.target), ("exclude", spec.exclude)):
         if patterns == "all-linear" and kind == "target":
             continue
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            one = pattern if isinstance(patterns, str) else (pattern,)
-            tree.require_match(kind, pattern, any(tree.matches(one, name) for name in names), names)
+        if isinstance(patterns, str):
+            tree.require_match(kind, patterns, any(tree.matches(patterns, name) for name in names), names)
+            continue
+        there = tree.suffixes(names) if patterns else ()
+        for pattern in patterns:
+            tree.require_match(kind, pattern, pattern in there, names)
+    layers = {tree.layer_number(name, spec.stacked) for name in names} if spec.layers else ()
     for layer in spec.layers or ():
-        if not any(tree.layer_number(name, spec.stacked) == layer for name in names):
-            raise InputError(f"layers: there is no layer {layer} in the model")
+        if layer not in layers:
+            raise InputError(f"layers: there is no layer {shown(layer)} in the model")
     chosen = [name for name in names if spec.selects(name)]
     if not chosen:
-        raise InputError(f"the spec selects no module: target {spec.target!r} less exclude {spec.exclude!r}")
+        raise InputError(f"the spec selects no module: target {spec.target!r:.200} less exclude {spec.exclude!r:.200}")
     for kind, table in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
-        for pattern, _ in items(table):
-            tree.require_match(kind, pattern, any(tree.pattern_matches(pattern, n) for n in chosen), chosen)
+        _require_hits(kind, table, chosen)
+
+
+def _require_hits(kind: str, table: Any, names: list[str]) -> None:
+    keys = [pattern for pattern, _ in items(table)]
+    found = tree.hits(keys, names)
+    for pattern in keys:
+        tree.require_match(kind, pattern, pattern in found, names)

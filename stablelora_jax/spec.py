@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stablelora_jax import tree
+from stablelora_jax import patterns, tree
 from stablelora_jax.errors import InputError
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "unembed")  # never part of "all-linear"
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
+
+MOST_LAYERS = 2**20
+MOST_LETTERS = 2**24  # that are compared to see whether the order of patterns matters
 
 
 def _help(default: Any, text: str) -> Any:
@@ -55,6 +60,10 @@ class LoraSpec:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern", "in_axes"):
             object.__setattr__(self, name, _canonical(name, getattr(self, name)))
+            patterns.table(tuple(key for key, _ in getattr(self, name)))
+        for name in ("target", "exclude"):
+            if isinstance(getattr(self, name), str):
+                patterns.whole(getattr(self, name))
         if isinstance(self.target, str) and self.target.lower() == "all-linear":
             object.__setattr__(self, "target", "all-linear")
         for name in ("stacked", "modules_to_save"):
@@ -62,32 +71,34 @@ class LoraSpec:
                 object.__setattr__(self, name, (getattr(self, name),))
         if self.layers is not None:
             layers = self.layers if isinstance(self.layers, tuple | list | set | range) else (self.layers,)
+            if isinstance(layers, range) and layers[MOST_LAYERS:]:
+                raise InputError(f"layers must be at most {MOST_LAYERS} numbers, not {self.layers!r}")
             if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-                raise InputError(f"layers must be whole numbers, not {self.layers!r}")
+                raise InputError(f"layers must be whole numbers, not {shown(self.layers)}")
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
         self._check()
 
     def _check(self) -> None:
-        for key, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in items(self.rank_pattern))):
+        for key, rank in (("rank", self.rank), *((f"rank_pattern[{k!r:.80}]", v) for k, v in items(self.rank_pattern))):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise InputError(f"{key} must be a whole number of at least 1, not {rank!r}")
+                raise InputError(f"{key} must be a whole number of at least 1, not {shown(rank)}")
             if rank >= 2**63:
-                raise InputError(f"{key} must be below 2**63, not {rank!r:.40}")
-        alphas = ((f"alpha_pattern[{k!r}]", v) for k, v in items(self.alpha_pattern))
+                raise InputError(f"{key} must be below 2**63, not {shown(rank)}")
+        alphas = ((f"alpha_pattern[{k!r:.80}]", v) for k, v in items(self.alpha_pattern))
         for key, alpha in (("alpha", self.alpha), *alphas):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
-                raise InputError(f"{key} must be a positive number, not {alpha!r}")
+                raise InputError(f"{key} must be a positive number, not {shown(alpha)}")
         self._check_scales()
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")
+            raise InputError(f"dropout must be in [0, 1), not {shown(self.dropout)}")
         if not self.target:
             raise InputError("target is empty: name modules, give a regular expression or say all-linear")
         if not isinstance(self.lora_bias, bool) or (self.lora_bias and self.parametrization != "lora"):
-            raise InputError(f"lora_bias must be true or false, and true only with lora, not {self.lora_bias!r}")
+            raise InputError(f"lora_bias must be true or false, and true only with lora, not {shown(self.lora_bias)}")
         for name, kind in get_type_hints(type(self)).items():
             allowed = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, not {shown(getattr(self, name))}")
 
     def _check_scales(self) -> None:
         """Adapters are float32: a scale beyond its range makes every step infinite, or every one nothing."""
@@ -115,7 +126,12 @@ class LoraSpec:
             chosen = name.rsplit(".", 1)[-1] not in HEADS
         else:
             chosen = tree.matches(self.target, name)
-        return chosen and (self.layers is None or tree.layer_number(name, self.stacked) in self.layers)
+        return chosen and (self.layers is None or self._has_layer(tree.layer_number(name, self.stacked)))
+
+    def _has_layer(self, number: int | None) -> bool:
+        layers = self.layers or ()  # sorted
+        at = len(layers) if number is None else bisect.bisect_left(layers, number)
+        return at < len(layers) and layers[at] == number
 
     def saves(self, name: str) -> bool:
         """Whether the module called ``name``, or one that it lies in, is trained in full by ``modules_to_save``."""
@@ -126,11 +142,11 @@ class LoraSpec:
 
     def rank_of(self, name: str) -> int:
         """The rank of the module called ``name``: the first key of ``rank_pattern`` that matches, else ``rank``."""
-        return next((rank for key, rank in items(self.rank_pattern) if tree.pattern_matches(key, name)), self.rank)
+        return tree.first_match(items(self.rank_pattern), name, self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module called ``name``, by ``alpha_pattern`` and ``alpha``."""
-        return next((alpha for key, alpha in items(self.alpha_pattern) if tree.pattern_matches(key, name)), self.alpha)
+        return tree.first_match(items(self.alpha_pattern), name, self.alpha)
 
     def scale_of(self, name: str) -> float:
         """The scale s of the module called ``name``."""
@@ -138,9 +154,9 @@ class LoraSpec:
         return self.alpha_of(name) / (rank if self.scaling == "lora" else math.sqrt(rank))
 
 
-def items(patterns: Any) -> tuple[tuple[str, Any], ...]:
+def items(table: Any) -> tuple[tuple[str, Any], ...]:
     """The ``(pattern, value)`` pairs of a spec's pattern map, in the order in which they are tried."""
-    return patterns
+    return table
 
 
 def _names(field_name: str, value: Any) -> str | tuple[str, ...]:
@@ -149,24 +165,39 @@ def _names(field_name: str, value: Any) -> str | tuple[str, ...]:
         return value
     names = () if value is None else value
     if not isinstance(names, tuple | list | set | frozenset) or not all(isinstance(n, str) for n in names):
-        raise InputError(f"{field_name} must be a string or a list of strings, not {value!r}")
+        raise InputError(f"{field_name} must be a string or a list of strings, not {shown(value)}")
     return tuple(names) if field_name == "stacked" else tuple(sorted(set(names)))
 
 
-def _canonical(field_name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
+def _canonical(field_name: str, value: Any) -> tuple[tuple[str, Any], ...]:
     """Pattern maps as tuples; sorted where the order cannot matter, since the first match wins where it can."""
-    given = tuple(patterns.items()) if isinstance(patterns, Mapping) else () if patterns is None else patterns
+    given = tuple(value.items()) if isinstance(value, Mapping) else () if value is None else value
     if not isinstance(given, tuple | list) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in given):
-        raise InputError(f"{field_name} must map patterns to values, not {patterns!r}")
+        raise InputError(f"{field_name} must map patterns to values, not {shown(given)}")
     pairs = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in given)
     if field_name == "in_axes" and not all(isinstance(axes, tuple) for _, axes in pairs):
-        raise InputError(f"in_axes must map patterns to lists of axes, such as {{'out': (0, 1)}}, not {patterns!r}")
-    return (
-        pairs if any(_overlap(p, q) for i, (p, _) in enumerate(pairs) for q, _ in pairs[:i]) else tuple(sorted(pairs))
+        raise InputError(f"in_axes must map patterns to lists of axes, such as {{'out': (0, 1)}}, not {shown(given)}")
+    return pairs if _overlap([pattern for pattern, _ in pairs]) else tuple(sorted(pairs))
+
+
+def _overlap(keys: Sequence[str]) -> bool:
+    """Whether two patterns may match the same name: literal endings are compared, other expressions assumed to.
+
+    Of very many it is assumed too.
+    """
+    if len(keys) < 2:
+        return False
+    if not all(c.isalnum() or c in "_." for pattern in keys for c in pattern):
+        return True
+    return len(keys) * sum(map(len, keys)) > MOST_LETTERS or any(
+        all(a == b or "." in (a, b) for a, b in zip(reversed(p), reversed(q), strict=False))
+        for p, q in itertools.combinations(keys, 2)
     )
 
 
-def _overlap(p: str, q: str) -> bool:
-    """Whether two patterns may match the same name: literal endings are compared, other expressions assumed to."""
-    literal = all(c.isalnum() or c in "_." for c in p + q)
-    return not literal or all(a == b or "." in (a, b) for a, b in zip(reversed(p), reversed(q), strict=False))
+def shown(value: Any) -> str:
+    """``repr(value)``, at most 80 characters of it."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of very many digits"

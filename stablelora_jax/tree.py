@@ -11,15 +11,17 @@ Patterns mean what they mean in PEFT (``peft/tuners/tuners_utils.py:check_target
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from stablelora_jax import patterns
 from stablelora_jax.errors import InputError
 
 Path = tuple[str, ...]
+FEW = 8  # names that are compared one after another
 
 
 def keys_of(path: Iterable[Any]) -> Path:
@@ -84,30 +86,52 @@ def _name(path: Path, index: tuple[int, ...], stacked: Sequence[str]) -> str:
 def layer_number(name: str, stacked: Sequence[str]) -> int | None:
     """The number of the layer a module sits in: ``model.layers.3.mlp`` and ``layers_3.mlp`` give 3."""
     for part in name.split("."):
-        found = re.fullmatch(rf"(?:(?:{'|'.join(map(re.escape, stacked))})_)?(\d+)", part) if stacked else None
-        if found:
-            return int(found[1])
+        stack, underscore, digits = part.rpartition("_")
+        if stacked and digits.isdecimal() and (not underscore or stack in stacked):
+            return int(digits)
     return None
 
 
 def matches(pattern: str | Iterable[str], name: str) -> bool:
     """PEFT's rule for targets: a string is a regular expression (full match), a list holds name suffixes."""
     if isinstance(pattern, str):
-        return compiled(pattern).fullmatch(name) is not None
+        return patterns.matches_whole(pattern, name)
+    if isinstance(pattern, tuple) and len(pattern) > FEW:
+        return not _set(pattern).isdisjoint(patterns.endings(name))
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """PEFT's rule for keys of ``rank_pattern`` and ``alpha_pattern``: a regular expression for the name's end."""
-    return compiled(rf"(.*\.)?({pattern})$").match(name) is not None
+    return bool(patterns.table((pattern,)).numbers(name))
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
-    """``re.compile`` whose failure is an :class:`InputError`."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{pattern!r} is not a valid regular expression: {error}") from None
+def first_match(pairs: tuple[tuple[str, Any], ...], name: str, default: Any = None) -> Any:
+    """The value of the first of ``(pattern, value)`` whose pattern :func:`pattern_matches` ``name``."""
+    found = patterns.table(_keys(pairs)).numbers(name) if pairs else ()
+    return pairs[min(found)][1] if found else default
+
+
+def hits(keys: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The patterns among ``keys`` that :func:`pattern_matches` one of ``names``."""
+    keys = tuple(keys)
+    found = patterns.table(keys)
+    return {keys[number] for name in names for number in found.numbers(name)} if keys else set()
+
+
+def suffixes(names: Iterable[str]) -> set[str]:
+    """Every suffix that a list for :func:`matches` may hold to match one of ``names``."""
+    return {end for name in names for end in patterns.endings(name)}
+
+
+@lru_cache(64)
+def _set(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(names)
+
+
+@lru_cache(64)
+def _keys(pairs: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
+    return tuple(key for key, _ in pairs)
 
 
 def require_match(kind: str, pattern: str, hit: bool, candidates: Sequence[str]) -> None:
@@ -115,7 +139,7 @@ def require_match(kind: str, pattern: str, hit: bool, candidates: Sequence[str])
     if hit:
         return
     endings = sorted({part for name in candidates for part in (name, name.rsplit(".", 1)[-1])})
-    close = difflib.get_close_matches(pattern, endings, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(pattern[:80], endings, n=3, cutoff=0.5)
     last = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     hint = f"did you mean {', '.join(close)}?" if close else f"modules here end in: {', '.join(last[:12])}"
-    raise InputError(f"{kind} {pattern!r} matches no module; {hint}")
+    raise InputError(f"{kind} {pattern!r:.80} matches no module; {hint}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 
 from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.errors import InputError
+from stablelora_jax.patterns import whole
 from stablelora_jax.spec import LoraSpec, items
 from stablelora_jax.tree import Path, keys_of
 
@@ -92,7 +94,10 @@ def _united_target(specs: Sequence[LoraSpec], names: Iterable[str]) -> dict[str,
         if all(isinstance(target, tuple) for target in targets):
             return {"target": tuple(name for target in targets for name in target)}
         if all(isinstance(target, str) and target != "all-linear" for target in targets):
-            return {"target": "|".join(f"({target})" for target in targets)}
+            joined = "|".join(f"({target})" for target in targets)
+            with suppress(InputError):  # too long
+                whole(joined)
+                return {"target": joined}
     return {"target": exactly(names), "exclude": (), "layers": None}
 
 

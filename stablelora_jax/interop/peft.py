@@ -35,6 +35,7 @@ from stablelora_jax.spec import LoraSpec
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "stablelora.json"
 WRITER = "stablelora_jax"
 PREFIX = "base_model.model."
+SHOWN = 10  # names that a warning lists
 UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
 
 
@@ -122,7 +123,8 @@ def load_peft(
     except (InputError, TypeError) as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
     if dropped:
-        warnings.warn(f"{directory / CONFIG}: {', '.join(dropped)} match no module of this model", stacklevel=4)
+        names = ", ".join(dropped[:SHOWN]) + f" and {len(dropped) - SHOWN} more" * (len(dropped) > SHOWN)
+        warnings.warn(f"{directory / CONFIG}: {names} match no module of this model", stacklevel=4)
     base = _base_weights(sites, params) | _whole_layers(params)
     _check_tensors(entries, tensors, base, str(directory / WEIGHTS))
     if difference := other_base(load_metadata(directory).get(BASE), params, base_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from stablelora_jax.adapter import Site
 from stablelora_jax.errors import InputError
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
 from stablelora_jax.sites import param_sites
-from stablelora_jax.spec import LoraSpec
+from stablelora_jax.spec import LoraSpec, shown
 
 READ = frozenset(
     """r lora_alpha target_modules use_rslora use_dora lora_dropout exclude_modules layers_to_transform rank_pattern
@@ -142,13 +143,13 @@ def _refuse(raw: Mapping[str, Any]) -> None:
 def _live(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -> Any:
     if isinstance(patterns, str):
         dead = key == "exclude_modules" and not any(tree.matches(patterns, name) for name in modules)
-        dropped += [f"{key} {patterns!r}"] * dead
+        dropped += [f"{key} {patterns!r:.80}"] * dead
         return () if dead else patterns
     if not isinstance(patterns, Mapping | list | tuple) or not all(isinstance(p, str) for p in patterns):
         raise InputError(f"{key} must be names, not {patterns!r:.60}")
-    rule = tree.pattern_matches if key.endswith("pattern") else lambda pattern, name: tree.matches((pattern,), name)
-    alive = [p for p in patterns if any(rule(p, name) for name in modules)]
-    dropped += [f"{key} {p!r}" for p in patterns if p not in alive]
+    there = tree.hits(patterns, modules) if key.endswith("pattern") else tree.suffixes(modules) & set(patterns)
+    dropped += [f"{key} {p!r:.80}" for p in patterns if p not in there]
+    alive = [p for p in patterns if p in there]
     return {p: patterns[p] for p in alive} if isinstance(patterns, Mapping) else alive
 
 
@@ -158,7 +159,7 @@ def _live_layers(layers: Any, modules: Sequence[str], dropped: list[str]) -> Any
     layers = layers if isinstance(layers, list) else [layers]
     there = {tree.layer_number(name, ("layers",)) for name in modules}
     dropped += [
-        f"layers_to_transform {layer!r:.60}" for layer in layers if isinstance(layer, int) and layer not in there
+        f"layers_to_transform {shown(layer)}" for layer in layers if isinstance(layer, int) and layer not in there
     ]
     return [layer for layer in layers if not isinstance(layer, int) or layer in there]
 
@@ -200,11 +201,20 @@ def _from_saved(entries: Any, params: Any, dropped: list[str]) -> tuple[str, ...
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) and entry for entry in entries):
         raise InputError(f"modules_to_save must be names, not {entries!r:.60}")
     names = _names(params)
-    alive = tuple(entry for entry in entries if any(name.endswith(entry) for name in names))
-    dropped += [f"modules_to_save {entry!r}" for entry in entries if entry not in alive]
+    backwards = sorted(name[::-1] for name in names)
+    alive = tuple(entry for entry in entries if _ends_one(entry, backwards))
+    there = set(alive)
+    dropped += [f"modules_to_save {entry!r:.80}" for entry in dict.fromkeys(entries) if entry not in there]
     theirs = [name for name in names if alive and name.endswith(alive)]
     ours = [name for name in names if tree.matches(alive, name)]
     return alive if ours == theirs else tuple(theirs)
+
+
+def _ends_one(entry: str, backwards: Sequence[str]) -> bool:
+    """Whether a name, of those that are given backwards and sorted, ends with the letters of ``entry``."""
+    start = entry[::-1]
+    at = bisect.bisect_left(backwards, start)
+    return at < len(backwards) and backwards[at].startswith(start)
 
 
 def _plain(value: Any) -> Any:
