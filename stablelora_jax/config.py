@@ -19,6 +19,7 @@ plain types takes the first member that fits.
 
 import collections.abc
 import difflib
+import io
 import json
 import os
 import re
@@ -29,16 +30,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from itertools import zip_longest
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from stablelora_jax import files, safe_yaml
 from stablelora_jax.errors import InputError
 
 T = TypeVar("T")
 _UNION, _MAP = (Union, UnionType), (dict, collections.abc.Mapping)
+LONG = 500  # characters of a text that a message repeats
 REQUIRED: Any = MISSING  # option(REQUIRED, "...") is a key without a default
 
 
@@ -102,19 +104,8 @@ class _Layer(NamedTuple):
     is_file: bool
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {  # 2026-01-31 stays a string: no key is a date
-        first: [(tag, regexp) for tag, regexp in pairs if not tag.endswith(":timestamp")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value!r} is given twice: keep one", key.start_mark)
-            seen.add(str(key.value))
-        return node
+class _Loader(safe_yaml.Loader):
+    pass
 
 
 class _Dumper(yaml.SafeDumper):
@@ -127,18 +118,28 @@ for _class in (_Loader, _Dumper):  # to PyYAML 1e-4 is a string
 
 
 def _fail(label: str, path: str, text: str) -> NoReturn:
+    label = label if len(label) <= LONG else f"{label[:LONG]}..."
     line = ": ".join(filter(None, [label, f"{path} {text}".strip()]))
+    line = line if len(line) <= 4 * LONG else f"{line[: 2 * LONG]} ... {line[-LONG:]}"
     raise InputError(" ".join(part.strip() for part in line.splitlines()))
 
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with files.as_path(path, "the configuration").open("rb") as file:
+            content = file.read(safe_yaml.BYTES + 1)
+        if len(content) <= safe_yaml.BYTES:
+            return io.StringIO(content.decode(), newline=None).read()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         _fail(str(path), "", f"{getattr(error, 'strerror', None) or error}: name a YAML file in UTF-8 that can be read")
+    _fail(str(path), "", f"is larger than {safe_yaml.BYTES} bytes, which no configuration is")
 
 
 def _parse(text: str, label: str) -> Any:
+    if len(text) > safe_yaml.BYTES:
+        _fail(label, "", f"is longer than {safe_yaml.BYTES} characters, which no configuration is")
     try:
         return yaml.load(text, Loader=_Loader)
     except Exception as error:  # besides YAMLError whatever a forced tag makes PyYAML's constructors raise (!!int x)
@@ -260,7 +261,7 @@ def _hint(cls: Any, key: str, path: str) -> str:
     """The key of the section, or of one inside it, that was probably meant; else all keys if they are few."""
     keys = ", ".join(_keys(cls))
     every = [*_keys(cls), *(row[0] for _, rows in _groups(cls, MISSING) for row in rows)]
-    near = [k for k in every if k.split(".")[-1] == key] or difflib.get_close_matches(key, every, n=1)
+    near = [k for k in every if k.split(".")[-1] == key] or difflib.get_close_matches(key[:80], every, n=1)
     if near:
         return f" (did you mean {f'{path}.{near[0]}'.lstrip('.')}?)"
     return f" ({cls.__name__} has {keys})" if len(keys) <= 240 else " (see the help)"

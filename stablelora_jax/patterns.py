@@ -15,6 +15,7 @@ from stablelora_jax.expressions import Expression, expression
 
 MOST = 1000  # regular expressions in one map of patterns
 DOTS = 64  # ways to place the dots that stand for any character, in one table
+KEPT = 2**12  # names whose patterns are remembered
 ANY = "\0"  # what stands for any character in a text of a table
 PLAIN = r"(?:\w|-|\.|\\\W)+"  # a name as an expression
 TOKEN = re.compile(rf"{PLAIN}|[(|)]")
@@ -48,6 +49,7 @@ class Table:
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._ends, self._whole, self._others = Texts(), Texts(), dict[int, Expression]()
+        self._known: dict[str, set[int]] = {}
         for number, pattern in enumerate(patterns):
             text = _plain(pattern.removeprefix("^"))
             if text is None or self._ends.shapes + self._whole.shapes > DOTS:
@@ -59,6 +61,13 @@ class Table:
 
     def numbers(self, name: str) -> set[int]:
         """Which patterns match ``name``."""
+        if name not in self._known:
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            self._known[name] = self._numbers(name)
+        return self._known[name]
+
+    def _numbers(self, name: str) -> set[int]:
         found = {number for number, one in self._others.items() if one.matches(name)}
         found.update(self._whole.numbers(name))
         for end in endings(name):
@@ -66,9 +75,14 @@ class Table:
         return found
 
 
-def endings(name: str) -> list[str]:
+@lru_cache(2**14)
+def endings(name: str) -> tuple[str, ...]:
     """``a.b.c``, ``b.c`` and ``c``."""
-    return [name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")]
+    found = [name]
+    while "." in name:
+        name = name.partition(".")[2]
+        found.append(name)
+    return tuple(found)
 
 
 def matches_whole(pattern: str, name: str) -> bool:

@@ -30,7 +30,7 @@ from stablelora_jax.models.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
 from stablelora_jax.parallel_config import MeshConfig
-from stablelora_jax.run_config import RunConfig, is_chat, takes_template
+from stablelora_jax.run_config import MOST, RunConfig, is_chat, takes_template
 from stablelora_jax.run_directory import identity
 from stablelora_jax.tasks import load_questions
 from stablelora_jax.train import Numbers, TrainState, init_state
@@ -194,8 +194,10 @@ def _load(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> Load
 def _with_steps(config: RunConfig, loader: Loader, say: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration with its epochs as steps, and the statistics of what is trained on, which are said."""
     if config.epochs is not None:
-        steps = max(1, math.ceil(config.epochs * loader.rows / config.batch_size))
-        config = replace(config, steps=steps, epochs=None)
+        steps = config.epochs * loader.rows / config.batch_size
+        if steps > MOST["steps"]:
+            raise InputError(f"epochs {config.epochs:g} are {steps:.3g} steps, more than {MOST['steps']}: name fewer")
+        config = replace(config, steps=max(1, math.ceil(steps)), epochs=None)
     n = statistics(loader, config.steps)
     say(
         f"{n['texts']} texts in {n['rows']} rows: {n['tokens']} tokens, {n['loss_tokens']} of them learnt; "

@@ -13,6 +13,8 @@ from stablelora_jax.parallel_config import DistributedConfig, MeshConfig, PmapCo
 from stablelora_jax.schedule_config import Cosine, ScheduleConfig, schedule_of
 from stablelora_jax.spec import LoraSpec
 
+MOST = {"steps": 2**31 - 1, "batch_size": 2**20, "length": 2**24}  # steps are counted in int32
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -144,6 +146,11 @@ class RunConfig:
         for name in (*positive, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise InputError(f"{name} must be at most {most}, not {getattr(self, name):.6g}")
+        if "layers" not in self.lora.stacked:
+            raise InputError("lora.stacked must hold layers: a run's model stacks its layers under that name")
         for name in ("seed", "show"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stablelora_jax"
 FLOORS = [
-    {"errors", "checked", "files", "outputs", "expressions", "patterns", "tree", "config"},
+    {"errors", "checked", "files", "outputs", "expressions", "patterns", "tree", "config"} | {"safe_yaml"},
     {"spec", "adapter", "lowrank", "quantize"},
     {"parametrize", "initialize", "optimize"},
     {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"}

@@ -27,7 +27,7 @@ import numpy as np
 from stablelora_jax.data.encoding import AT_ONCE, Example, Text, Truncate, encode_many
 from stablelora_jax.data.packing import first_fit
 from stablelora_jax.errors import InputError
-from stablelora_jax.files import write_whole
+from stablelora_jax.files import as_path, write_whole
 
 FORMAT = 1  # raise it when the same texts would give other arrays
 CHATS = 2  # the same of texts in a chat template
@@ -96,14 +96,15 @@ def tokenised(
     """
     if not texts:
         raise InputError("there is no text to train on")
+    directory = None if cache is None else as_path(cache, "data.cache")
     key = digest(tokenizer, texts, length=length, truncate=truncate, chat=chat)
     examples = encode_many(tokenizer, texts, end=True, length=length, truncate=truncate, chat=chat)
-    if cache is None:
+    if directory is None:
         parts = list(_chunks(examples))
         tokens, lengths, answers = (np.concatenate([part[i] for part in parts]) for i in range(3))
         rows = first_fit(lengths, length)
         return _store([tokens, lengths, answers, rows], sum(part.cut for part in parts), key)
-    place = Path(cache).expanduser() / key
+    place = directory / key
     try:
         store, damage = _open(place, key)
         if store is None:

@@ -7,6 +7,7 @@ is given. Every process must see the same run directory.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,19 +26,30 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
       process: which of them this one is, from 0.
 
     Raises:
-      InputError: the arguments do not fit each other, or there is no cluster to ask.
+      InputError: the arguments do not fit each other, no such host is known, or there is no cluster to ask.
     """
     given = (coordinator, processes, process)
     if any(x is None for x in given) and any(x is not None for x in given):
         raise InputError("distributed needs all of coordinator, processes and process, or none of them")
-    if coordinator is not None and ":" not in coordinator:
-        raise InputError(f"distributed.coordinator must be host:port, not {coordinator}")
+    if coordinator is not None:
+        _require_host(coordinator)
     if process is not None and processes is not None and not 0 <= process < processes:
         raise InputError(f"distributed.process must be in [0, {processes - 1}], not {process}")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the processes of this run did not find each other: {brief(error)}") from None
+
+
+def _require_host(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not (port.isdecimal() and port.isascii() and len(port) <= 5 and 0 < int(port) < 2**16):
+        raise InputError(f"distributed.coordinator must be host:port, not {coordinator:.80}")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or brief(error)
+        raise InputError(f"distributed.coordinator: the host of {coordinator!r:.80} is not found: {reason}") from None
 
 
 def require_devices() -> None:
