@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from stablelora_jax.checked import as_dtype
 from stablelora_jax.data import bucket
 from stablelora_jax.errors import InputError
 from stablelora_jax.models.block import wide
@@ -37,12 +38,17 @@ class State(NamedTuple):
     tokens: jax.Array  # (B, N) int32: all new ones, 0 behind the end
     counts: jax.Array  # (B,) int32: how many of them are real
     done: jax.Array  # (B,) bool
+    finite: jax.Array  # (B,) bool: whether all logits that a token was chosen from were
     step: jax.Array  # int32 scalar: columns of ``tokens`` that are filled
 
 
 def decoder_of(model: Any) -> Decoder:
     """The decoder inside ``model``: itself, or the one that an ``Adapted`` or anything like it holds as ``.model``."""
-    return model if isinstance(model, Decoder) else decoder_of(model.model)
+    if isinstance(model, Decoder):
+        return model
+    if not hasattr(model, "model"):
+        raise InputError(f"a model is a Decoder, or adapted(decoder, spec), not {type(model).__name__}")
+    return decoder_of(model.model)
 
 
 def generate_tokens(
@@ -78,7 +84,8 @@ def generate_tokens(
       New tokens (B, N) int32, 0 behind each row's end, and their counts (B,).
 
     Raises:
-      InputError: a token outside the vocabulary, or a row that would outgrow the model's positions.
+      InputError: a token outside the vocabulary, a row that would outgrow the model's positions, a cache of no floats,
+        or logits that are not finite.
     """
     decoder = decoder_of(model)
     if unread := sorted(set(variables) - {"params"}) if model is decoder else []:
@@ -91,10 +98,14 @@ def generate_tokens(
     stops[: len(stop_ids)] = stop_ids
     numbers = jnp.arange(B, dtype=jnp.int32) if rows is None else jnp.asarray(rows, jnp.int32)
     keys = row_keys(jax.random.key(0) if key is None else key, numbers)
-    dtype = jnp.dtype(cache_dtype or wide(decoder.dtype))
+    dtype = _cache_dtype(cache_dtype, decoder)
     state = _start(model, variables, tokens, mask, settings, stops, keys, T + N, N, dtype)
     reached = 1
     while True:
+        if not np.asarray(state.finite).all():
+            raise InputError(
+                "the model gives logits that are not finite: its parameters or adapters hold NaN or infinity"
+            )
         if watch is not None:
             state = state._replace(done=state.done | watch(np.asarray(state.tokens), np.asarray(state.counts)))
         if reached >= max_new_tokens or bool(state.done.all()):
@@ -123,7 +134,8 @@ def _start(
     logits, cache = model.apply(variables, tokens, positions_of(mask), cache=empty, at=last[:, None])
     counts, zero = jnp.zeros((B,), jnp.int32), jnp.zeros((), jnp.int32)
     before = mask.sum(axis=1, dtype=jnp.int32) - 1
-    state = State(cache, counts, before, jnp.zeros((B, new), jnp.int32), counts, ~mask.any(axis=1), zero)
+    done = ~mask.any(axis=1)
+    state = State(cache, counts, before, jnp.zeros((B, new), jnp.int32), counts, done, jnp.ones_like(done), zero)
     return _append(state, logits[:, 0], settings, stops, keys)
 
 
@@ -149,8 +161,17 @@ def _append(state: State, logits: jax.Array, settings: Sampling | None, stops: j
         jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
         state.counts + ~state.done,
         state.done | (token[:, None] == stops).any(axis=1),
+        state.finite & (state.done | jnp.isfinite(logits).all(axis=-1)),
         state.step + 1,
     )
+
+
+def _cache_dtype(given: Any, decoder: Decoder) -> Any:
+    """The dtype of keys and values."""
+    dtype = as_dtype(wide(decoder.dtype) if given is None else given, "cache_dtype")
+    if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise InputError(f"cache_dtype must be a float dtype that jax has here, not {dtype}")
+    return dtype
 
 
 def _compact(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -73,10 +73,13 @@ def generate(
         setting out of its range.
     """
     decoder, settings = decoder_of(model), sampling(temperature, top_k, top_p)
+    if not isinstance(variables, Mapping) or not variables.get("params"):
+        raise InputError('variables must hold "params", the parameters of the model')
+    listed = isinstance(stop_strings, Sequence) and not isinstance(stop_strings, str | bytes)
+    if not listed or not all(isinstance(text, str) and text for text in stop_strings):
+        raise InputError(f"stop_strings must be a list of strings that are not empty, not {stop_strings!r:.80}")
     if stop_strings and decoder.tokenizer is None:
         raise InputError("stop_strings need a tokenizer, and the model has none")
-    if isinstance(stop_strings, str) or not all(isinstance(text, str) and text for text in stop_strings):
-        raise InputError(f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}")
     ids = encode_prompts(decoder.tokenizer, prompts)
     vocabulary = decoder.config.vocab_size
     for number, own in enumerate(ids):
@@ -84,9 +87,8 @@ def generate(
             raise InputError(f"prompt {number}: token id {wrong[0]} is outside the model's vocabulary of {vocabulary}")
     ends = decoder.config.eos_token_id if stop_ids is None else _token_ids(stop_ids, "stop_ids")
     ends += _special(decoder.tokenizer, stop_strings)
-    rows = len(ids) if batch_size is None else batch_size
-    if rows < 1 and ids:
-        raise InputError(f"batch_size must be positive, not {batch_size}")
+    rows = _rows(batch_size, len(ids))
+    key = jax.random.key(_seed(seed))
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     results: list[Any] = [None] * len(ids)
     for start in tqdm(range(0, len(ids), max(rows, 1)), desc="generate", disable=not progress, leave=False):
@@ -102,7 +104,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             settings=settings,
             stop_ids=ends,
-            key=jax.random.key(seed),
+            key=key,
             rows=numbers,
             cache_dtype=cache_dtype,
             watch=partial(_seen, finish, [ids[i] for i in chosen]) if stop_strings else None,
@@ -110,6 +112,24 @@ def generate(
         for i, row, count in zip(chosen, new, counts, strict=False):
             results[i] = finish(ids[i], row[:count].tolist())
     return results
+
+
+def _rows(batch_size: Any, prompts: int) -> int:
+    """How many prompts run together: no more than there are."""
+    if batch_size is None:
+        return prompts
+    whole = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
+    if not whole or batch_size < 1:
+        raise InputError(f"batch_size must be positive, not {batch_size!r:.60}")
+    return min(int(batch_size), max(prompts, 1))
+
+
+def _seed(seed: Any) -> int:
+    """A seed of 64 bits, signed or not, as jax takes it."""
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed must be a whole number of 64 bits, not {seed!r:.60}")
+    return int(seed) - 2**64 * (seed >= 2**63)
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:

@@ -15,8 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from stablelora_jax.data import bucket
+from stablelora_jax.decode import decoder_of
 from stablelora_jax.errors import InputError
 from stablelora_jax.losses import token_scores
+from stablelora_jax.models.inputs import require_known
 from stablelora_jax.parallel import Layout, gather
 
 STEP = 16  # scored tokens of a row are padded to a multiple of it
@@ -53,7 +55,8 @@ def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple
 
     ``model`` is a ``Decoder``, or an adapted one; ``params`` lie as ``layout.base`` says, ``others`` are all other
     collections (``{"lora": adapters}`` or none), placed by ``layout.state``; every process passes all rows. Logits
-    exist for a tile of the scored tokens at a time; one compilation for each (B, T, K).
+    exist for a tile of the scored tokens at a time; one compilation for each (B, T, K). A token outside the
+    vocabulary is an InputError.
     """
 
     def compute(params: Any, others: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -64,8 +67,14 @@ def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple
         greedy = likeliest | (rows.mask == 0)
         return gather(((log_probs * rows.mask).sum(axis=1), greedy.all(axis=1)), layout.axis)
 
-    compiled = layout.compile(compute, ("base", "state", "rows"))
-    return lambda params, others, rows: layout.fetch(compiled(params, others, layout.split(rows)))
+    compiled, vocabulary = layout.compile(compute, ("base", "state", "rows")), decoder_of(model).config.vocab_size
+
+    def door(params: Any, others: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        require_known(rows.tokens, vocabulary)
+        require_known(rows.targets, vocabulary)
+        return layout.fetch(compiled(params, others, layout.split(rows)))
+
+    return door
 
 
 def likelihoods(

@@ -25,7 +25,7 @@ def token_log_probs(logits: jax.Array, tokens: ArrayLike) -> jax.Array:
 
     Args:
       logits: (B, T, V), float32 or wider.
-      tokens: (B, T) int32.
+      tokens: (B, T) int32; one outside the vocabulary gives NaN.
 
     Returns:
       (B, T): entry t belongs to ``tokens[:, t]``; entry 0, which nothing predicts, is 0.
@@ -41,7 +41,7 @@ def masked_cross_entropy(logits: jax.Array, tokens: ArrayLike, loss_mask: ArrayL
     the definition that :func:`tiled_cross_entropy` is tested against.
     """
     mask = jnp.asarray(loss_mask, logits.dtype).at[:, 0].set(0)
-    return -(token_log_probs(logits, tokens) * mask).sum(), mask.sum()
+    return -(token_log_probs(logits, jnp.where(mask == 0, 0, tokens)) * mask).sum(), mask.sum()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 6))
@@ -55,8 +55,8 @@ def tiled_cross_entropy(
       trained: what of the head has a gradient; often nothing.
       frozen: its other arrays, of which nothing is differentiated.
       x: (B, K, D), what the head reads.
-      targets: (B, K) int32.
-      weights: (B, K); 0 where nothing is to be predicted. Not differentiated.
+      targets: (B, K) int32; one outside the vocabulary gives NaN.
+      weights: (B, K); 0 where nothing is to be predicted, whatever the target is. Not differentiated.
       tile: tokens of a row that are seen together, see :func:`tile_length`.
     """
     return _visit(logits, trained, frozen, x, targets, weights, tile, learn=False)[0]
@@ -133,6 +133,7 @@ def _visit(
     learn: bool,
 ) -> tuple[Any, ...]:
     """The loss and, to ``learn``, its gradients with respect to ``trained`` and ``x``."""
+    targets = _fenced(jnp.where(weights == 0, 0, targets))
     parts = tiles(x, tile), tiles(targets, tile), tiles(weights, tile)
     numbers = jnp.arange(parts[0].shape[0])
     shape: Any = jax.eval_shape(logits, trained, frozen, parts[0][0], numbers[0])
@@ -162,6 +163,11 @@ def _visit(
     return losses.sum(), d_trained, untiled(dx, x.shape[1])
 
 
+def _fenced(targets: jax.Array) -> jax.Array:
+    """``targets`` in which no negative one counts from the end: beyond any vocabulary, a look-up gives NaN."""
+    return jnp.where(targets < 0, jnp.iinfo(targets.dtype).max, targets)
+
+
 def _log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, _fenced(targets)[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

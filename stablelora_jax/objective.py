@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stablelora_jax.data import Batch
+from stablelora_jax.errors import InputError
 from stablelora_jax.intercept import Adapted
 from stablelora_jax.losses import tile_length, tiled_cross_entropy
 from stablelora_jax.models.decoder import head_path
+from stablelora_jax.models.inputs import integers, places
 from stablelora_jax.tree import get_in, set_in
 
 
@@ -28,7 +30,13 @@ def summed_loss(
       batch: where ``batch.at`` is given, the head reads at those places alone.
       keys: (B,) dropout keys of the rows, typed; None: no dropout. An adapted head folds in the place of the token.
       parts: over so many devices the rows are split, in a program that sees all of them.
+
+    A learnt token outside the vocabulary gives NaN; in a pad, and as a target that is not learnt, no id matters.
+
+    Raises:
+      InputError: a field of ``batch`` of another shape or kind.
     """
+    batch = _checked(batch)
     at, weights = learnt_places(batch)
     rngs = None if keys is None else {"dropout": keys}
     inputs = (batch.tokens, batch.positions, batch.segment_ids)
@@ -61,10 +69,20 @@ def summed_loss(
 
 def learnt_places(batch: Batch) -> tuple[Any, Any]:
     """``(at, weights)``, (B, K): the places of tokens that may be learnt, and 1 where one is."""
-    chex.assert_rank((batch.tokens, batch.loss_mask, batch.segment_ids, batch.positions), 2)
-    chex.assert_equal_shape((batch.tokens, batch.loss_mask, batch.segment_ids, batch.positions))
     if batch.at is not None:
         return batch.at, batch.at > 0
     T = batch.tokens.shape[1]
     at = jnp.broadcast_to((jnp.arange(T) + 1) % T, batch.tokens.shape)
     return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
+
+
+def _checked(batch: Batch) -> Batch:
+    """``batch`` as JAX's arrays, of the shapes and kinds that it must have."""
+    tokens = integers(batch.tokens, "tokens")
+    segments, positions = (integers(getattr(batch, name), name, tokens.shape) for name in ("segment_ids", "positions"))
+    at = None if batch.at is None else places(batch.at, tokens)
+    shape, kind = jnp.shape(batch.loss_mask), jnp.result_type(batch.loss_mask)
+    if shape != tokens.shape or not (kind == np.bool_ or jnp.issubdtype(kind, jnp.number)):
+        raise InputError(f"loss_mask must be 1 or 0 for each of the tokens {tokens.shape}, not {kind} {shape}")
+    fields: Any = (tokens, jnp.asarray(batch.loss_mask), segments, positions, at)
+    return Batch(*fields)

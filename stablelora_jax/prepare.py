@@ -25,6 +25,7 @@ from stablelora_jax.memory import choose_remat
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here, require_here
 from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.inputs import require_known
 from stablelora_jax.models.pretrained import base_directory, load_pretrained
 from stablelora_jax.models.shapes import architecture
 from stablelora_jax.models.untie import untie
@@ -71,10 +72,11 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
     layout.require_rows(config.batch_size, config.accumulate)
     model, params = _load_base(config, base, layout)
     loader = _load(config, model.tokenizer, say)
-    if int(loader.store.tokens.max()) >= model.config.vocab_size:
-        raise InputError(f"the tokenizer of {base} gives ids beyond its vocabulary of {model.config.vocab_size}")
+    require_known(loader.store.tokens, model.config.vocab_size, base)
     config, data = _with_steps(config, loader, say)
     held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
+    for example in held.examples:
+        require_known(example.tokens, model.config.vocab_size, base)
     key = jax.random.key(config.seed)
     fresh = config.adapter is None or resumes
     adapters = init_adapters(key, params, config.lora) if fresh else _given(config, params)

@@ -11,12 +11,15 @@ same in every batch.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stablelora_jax.errors import InputError
+
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class Sampling(NamedTuple):
@@ -33,17 +36,23 @@ def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Samp
     Raises:
       InputError: a number out of its range, or top-k or top-p with greedy decoding.
     """
-    if isinstance(temperature, bool) or not (0 <= temperature < math.inf):
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
         raise InputError(f"temperature must be 0 (greedy) or a positive number, not {temperature!r}")
+    if 0 < temperature < SMALLEST or temperature > LARGEST:
+        raise InputError(f"temperature {temperature!r} is beyond float32's range: give 0 to take the likeliest token")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise InputError(f"top_k must be a positive whole number, not {top_k!r}")
-    if top_p is not None and (isinstance(top_p, bool) or not 0 < top_p <= 1):
+    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
         raise InputError(f"top_p must be above 0 and at most 1, not {top_p!r}")
     if temperature == 0:
         if top_k is not None or top_p is not None:
             raise InputError("top_k and top_p act on sampling: give a temperature above 0, or leave them out")
         return None
     return Sampling(float(temperature), min(top_k or 0, 2**31 - 1), 1.0 if top_p is None else float(top_p))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def warp(logits: jax.Array, settings: Sampling) -> jax.Array:

@@ -35,11 +35,16 @@ def make_batch(
     T is :func:`bucket` of ``longest``, by default of the longest example here; a host that holds a part of a batch
     passes the longest of the whole. ``learnt`` is the K of ``at``; None: no ``at``.
     """
+    if not examples:
+        raise InputError("a batch needs at least one example")
     T = bucket(longest or max(len(example.tokens) for example in examples))
     tokens, mask, segments = (np.zeros((rows or len(examples), T), np.int32) for _ in range(3))
     for i, example in enumerate(examples):
         n = len(example.tokens)
-        tokens[i, :n], segments[i, :n] = example.tokens, 1
+        try:
+            tokens[i, :n], segments[i, :n] = example.tokens, 1
+        except (OverflowError, TypeError, ValueError):
+            raise InputError(f"example {i} holds what is no token id of int32") from None
         mask[i, max(1, example.answer) : n] = 1  # nothing predicts the first token
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
     at = None if learnt is None else learnt_places(mask, learnt)

@@ -30,6 +30,7 @@ from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.block import Block, RMSNorm, wide
 from stablelora_jax.models.cache import Cache, write
 from stablelora_jax.models.dequantized import dequantized
+from stablelora_jax.models.inputs import integers, known, places
 from stablelora_jax.models.masks import FAR, cached_mask, windowed
 from stablelora_jax.models.remat import rematerialised
 from stablelora_jax.models.rope import angles
@@ -108,12 +109,22 @@ class Decoder(nn.Module):
           segment_ids: (B, T) int32; tokens see only their own segment. Default: one segment a row. Not with a cache.
           cache: the :class:`Cache` of the tokens before these, with T slots to spare (beyond its end, nothing warns).
           at: (B, K) int32, indices into T: logits for these tokens alone, (B, K, V).
+
+        A token outside the vocabulary makes its row NaN; in a pad (of segment 0, or at position -1) no id matters.
+
+        Raises:
+          InputError: an argument of another shape or kind.
         """
         if cache is None:
             return self.logits(self.hidden(tokens, positions, segment_ids, at))
         if positions is None or segment_ids is not None:
             raise InputError("with a cache, give positions (-1 at pads) and no segment_ids")
-        tokens = jnp.asarray(tokens)
+        tokens = integers(tokens, "tokens")
+        positions = integers(positions, "positions", tokens.shape)
+        if not isinstance(cache, Cache) or cache.positions.shape[:1] != tokens.shape[:1]:
+            raise InputError(f"cache must be what empty_cache gives for {tokens.shape[0]} rows")
+        at = None if at is None else places(at, tokens)
+        tokens = known(tokens, positions < 0, self.config.vocab_size)
         keys = write(cache.positions, positions, cache.used, axis=1)
         mask = windowed(cached_mask(positions, keys), positions, keys, self.config.windows)
         x, new = self.model(tokens, positions, mask, cache)
@@ -122,9 +133,13 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens, positions=None, segment_ids=None, at=None):
         """What the head reads, (B, T, D) or (B, K, D); the arguments are those of a call without a cache."""
-        tokens = jnp.asarray(tokens)
+        tokens = integers(tokens, "tokens")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        positions = integers(positions, "positions", tokens.shape)
+        segment_ids = None if segment_ids is None else integers(segment_ids, "segment_ids", tokens.shape)
+        at = None if at is None else places(at, tokens)
+        tokens = known(tokens, None if segment_ids is None else segment_ids == 0, self.config.vocab_size)
         return _taken(self.model(tokens, positions, segment_ids)[0], at)
 
     def logits(self, x):

@@ -43,6 +43,6 @@ def token_ids(raw: Mapping[str, Any], name: str, source: str, default: int | Non
     """One token id or a list of them; ``default`` stands for an absent key, and null is none."""
     value = raw.get(name, default)
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+    if not all(isinstance(token, int) and not isinstance(token, bool) and -(2**31) <= token < 2**31 for token in ids):
         raise InputError(f"{source}: {name} must be token ids, not {value!r:.60}")
     return ids

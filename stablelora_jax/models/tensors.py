@@ -64,14 +64,12 @@ def _safetensors_files(directory: Path) -> list[Path]:
         hint = f" (pickled weights such as {pickled[0]} are never read: convert them)" if pickled else ""
         raise InputError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json{hint}")
     try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()), key=str)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InputError(f"{index} has no readable weight_map: {named(error)}") from None
-    odd = next(
-        (shard for shard in shards if not (isinstance(shard, str) and shard and Path(shard).name == shard)), None
-    )
-    if odd is not None:
-        raise InputError(f"{index} names the shard {odd!r:.60}, which is not the name of a file beside it")
+    for shard in shards:
+        if not (isinstance(shard, str) and shard and Path(shard).name == shard):
+            raise InputError(f"{index} names the shard {shard!r:.60}, which is not the name of a file beside it")
     there = {file.name for file in directory.iterdir() if file.is_file()}
     absent = [shard for shard in shards if shard not in there]
     if absent:
