@@ -29,7 +29,7 @@ class Loader(yaml.SafeLoader):
         if self._count > NODES:
             _refuse(self.peek_event(), f"it holds more than {NODES} values")
         if self._depth > DEEPEST:
-            _refuse(self.peek_event(), f"more than {DEEPEST} values lie in each other")
+            raise yaml.MarkedYAMLError(None, None, f"more than {DEEPEST} values lie in each other")
         try:
             return super().compose_node(parent, index)
         finally:

@@ -136,9 +136,8 @@ class LoraSpec:
     def saves(self, name: str) -> bool:
         """Whether the module called ``name``, or one that it lies in, is trained in full by ``modules_to_save``."""
         parts = name.split(".")
-        return bool(self.modules_to_save) and any(
-            tree.matches(self.modules_to_save, ".".join(parts[: i + 1])) for i in range(len(parts))
-        )
+        above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return bool(self.modules_to_save) and tree.lists_one(self.modules_to_save, above)
 
     def rank_of(self, name: str) -> int:
         """The rank of the module called ``name``: the first key of ``rank_pattern`` that matches, else ``rank``."""

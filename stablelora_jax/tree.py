@@ -101,6 +101,12 @@ def matches(pattern: str | Iterable[str], name: str) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
 
 
+def lists_one(suffixes: tuple[str, ...], names: Iterable[str]) -> bool:
+    """Whether a list of suffixes :func:`matches` one of ``names``."""
+    wanted = _set(suffixes)
+    return any(not wanted.isdisjoint(patterns.endings(name)) for name in names)
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
     """PEFT's rule for keys of ``rank_pattern`` and ``alpha_pattern``: a regular expression for the name's end."""
     return bool(patterns.table((pattern,)).numbers(name))

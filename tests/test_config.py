@@ -1,6 +1,7 @@
 """stablelora_jax.config: what is read, what is refused in which words, and that a dump reads back."""
 
 import string
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -416,3 +417,76 @@ def test_help_is_aligned_and_wrapped():
     assert [line.index("a number") for line in lines if line.startswith("  n ")] == [column]
     assert [line[column - 2 : column].strip() for line in lines] == [""] * len(lines)
     assert " ".join(line[column:] for line in lines).split() == ("which one " * 20 + "all of them a number").split()
+
+
+def laughs(merge=False, count=12):
+    """Each anchor stands for nine of the one before."""
+    first = "a0: &a0 {seed: 1}\n" if merge else "a0: &a0 [x, x]\n"
+    lines = []
+    for i in range(1, count):
+        parts = f"[{', '.join([f'*a{i - 1}'] * 9)}]"
+        lines.append(f"a{i}: &a{i} {{<<: {parts}}}\n" if merge else f"a{i}: &a{i} {parts}\n")
+    return first + "".join(lines)
+
+
+BOMBS = {
+    "values": (laughs(), "its aliases stand for more than 100000 values"),
+    "merges of 8 levels": (laughs(merge=True, count=9), "its aliases stand for more than 100000 values"),
+    "merges of 12 levels": (laughs(merge=True), "its aliases stand for more than 100000 values"),
+    "key": ("? [&a [x, x], *a]\n: 1", "a key must be plain text"),
+    "key of anchors": (laughs(count=8) + "? *a7\n: 1\n", "a key must be plain text"),
+    "map in itself": ("lora: &a {pattern: *a}", "an alias stands for what it lies in"),
+    "list in itself": ("evals: &a [*a]", "an alias stands for what it lies in"),
+    "deep lists": ("seed: " + "[" * 50_000, "more than 100 values lie in each other"),
+    "deep maps": ("seed: " + "{a: " * 5000, "more than 100 values lie in each other"),
+    "many keys": ("".join(f"k{i}: {i}\n" for i in range(60_000)), "it holds more than 50000 values"),
+    "digits of base 60": ("seed: 1" + ":1" * 200_000, "a number of more than 1000 digits"),
+}
+
+
+@pytest.mark.parametrize("text, message", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_ends_in_one_short_line(tmp_path, text, message):
+    start = time.monotonic()
+    with pytest.raises(InputError, match=message) as caught:
+        read(tmp_path, text)
+    assert time.monotonic() - start < 10 and len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("lora={? [&a [x, x], *a] : 1}", "a key must be plain text"),
+        ("evals=&a [*a]", "an alias stands for what it lies in"),
+        ("lora=&a {pattern: *a}", "an alias stands for what it lies in"),
+        ("seed=" + "[" * 50_000, "more than 100 values lie in each other"),
+        ("seed=1" + ":1" * 200_000, "a number of more than 1000 digits"),
+        ("evals=[" + "1," * 60_000 + "]", "it holds more than 50000 values"),
+    ],
+    ids=range(6),
+)
+def test_a_bomb_in_an_override_ends_in_one_short_line(tmp_path, override, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read(tmp_path, "", [override])
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("source", ["file", "override"])
+def test_a_long_text_is_refused(tmp_path, source):
+    text = "x" * 2**20
+    with pytest.raises(InputError, match="1048576") as caught:
+        read(tmp_path, *((f"run: {text}", []) if source == "file" else ("", [f"run={text}x"])))
+    assert len(str(caught.value)) < 1500
+
+
+def test_anchors_and_merges_of_everyday_work(tmp_path):
+    config = read(tmp_path, "lora: &a {rank: 3, target: &t [q, v]}\nevals: [&e {batch: 2}, *e, {<<: *e, batch: 5}]\n")
+    assert config.lora.rank == 3 and [part.batch for part in config.evals] == [2, 2, 5]
+
+
+def test_a_tilde_in_a_path_is_the_home(tmp_path, monkeypatch):
+    (tmp_path / "x.yaml").write_text("seed: 7")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(Train, "~/x.yaml").seed == 7
+    for bad in ("\0", "", "x" * 300):
+        with pytest.raises(InputError):
+            load(Train, bad)

@@ -146,3 +146,9 @@ def test_statistics_are_counted(tokenizer):
         assert (found["texts"], found["rows"], found["cut"]) == (50, loader.rows, 0)
         assert found["epochs"] == steps * 5 / loader.rows and json.dumps(found)
     assert loader.rows < 20 and found["padding"] < 0.15
+
+
+@pytest.mark.parametrize("cache", ["\0", "\ud800", "", "x" * 300])
+def test_a_place_that_no_file_system_takes_is_one_line(tokenizer, cache):
+    with pytest.raises(InputError, match="^data.cache "):
+        tokenised(tokenizer, [Text("a", "b", "0")], length=16, cache=cache)

@@ -31,10 +31,10 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     given = (coordinator, processes, process)
     if any(x is None for x in given) and any(x is not None for x in given):
         raise InputError("distributed needs all of coordinator, processes and process, or none of them")
-    if coordinator is not None:
-        _require_host(coordinator)
     if process is not None and processes is not None and not 0 <= process < processes:
         raise InputError(f"distributed.process must be in [0, {processes - 1}], not {process}")
+    if coordinator is not None:
+        _require_host(coordinator)
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:

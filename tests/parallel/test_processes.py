@@ -107,6 +107,11 @@ def test_an_adapted_embedding_that_is_split_over_processes_is_written_whole(tmp_
         (("host:1", None, 0), "needs all of coordinator, processes and process"),
         (("host", 2, 0), "must be host:port, not host"),
         (("host:1", 2, 2), r"process must be in \[0, 1\], not 2"),
+        (("no.such.host.invalid:1", 2, 0), "the host of 'no.such.host.invalid:1' is not found"),
+        (("localhost:0", 2, 0), "must be host:port"),
+        (("localhost:99999", 2, 0), "must be host:port"),
+        (("x" * 300 + ":1", 2, 0), "is not found"),
+        (("a\0b:1", 2, 0), "is not found"),
         ((None, None, None), "did not find each other"),
     ],
 )
