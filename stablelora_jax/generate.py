@@ -85,7 +85,7 @@ def generate(
     for number, own in enumerate(ids):
         if wrong := [token for token in own if not 0 <= token < vocabulary]:
             raise InputError(f"prompt {number}: token id {wrong[0]} is outside the model's vocabulary of {vocabulary}")
-    ends = decoder.config.eos_token_id if stop_ids is None else _token_ids(stop_ids, "stop_ids")
+    ends = _token_ids(*(decoder.config.eos_token_id, "eos_token_id") if stop_ids is None else (stop_ids, "stop_ids"))
     ends += _special(decoder.tokenizer, stop_strings)
     rows = _rows(batch_size, len(ids))
     key = jax.random.key(_seed(seed))

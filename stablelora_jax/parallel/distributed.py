@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -41,15 +42,24 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         raise InputError(f"the processes of this run did not find each other: {brief(error)}") from None
 
 
+PATIENCE = 5.0  # seconds in which a host may come to be known, as where a cluster starts all at once
+
+
 def _require_host(coordinator: str) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isdecimal() and port.isascii() and len(port) <= 5 and 0 < int(port) < 2**16):
         raise InputError(f"distributed.coordinator must be host:port, not {coordinator:.80}")
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or brief(error)
-        raise InputError(f"distributed.coordinator: the host of {coordinator!r:.80} is not found: {reason}") from None
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            return
+        except (OSError, UnicodeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or brief(error)
+            known = isinstance(error, OSError)
+        if not known or time.monotonic() > end:
+            raise InputError(f"distributed.coordinator: the host of {coordinator!r:.80} is not found: {reason}")
+        time.sleep(0.5)
 
 
 def require_devices() -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from stablelora_jax import InputError, base_directory, checkpoint, load_peft, load_pretrained
 from stablelora_jax.fingerprint import fingerprint
-from stablelora_jax.parallel import initialize
+from stablelora_jax.parallel import distributed, initialize
 from tests.conftest import ROOT
 from tests.parallel.cases import batches, go, make, problem
 
@@ -115,6 +115,7 @@ def test_an_adapted_embedding_that_is_split_over_processes_is_written_whole(tmp_
         ((None, None, None), "did not find each other"),
     ],
 )
-def test_what_cannot_be_joined(given, message):
+def test_what_cannot_be_joined(given, message, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", 0.0)
     with pytest.raises(InputError, match=message):
         initialize(*given)
