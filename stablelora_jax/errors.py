@@ -12,14 +12,14 @@ class InputError(ValueError):
     """What the caller gave cannot be used; ``str(error)`` is one line that names it and says what would work."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # a path may hold a line break
+        super().__init__(_one_line(message))
 
 
 class RunError(RuntimeError):
     """A run cannot go on (a full disk, losses that are not finite); what was saved before is whole."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(_one_line(message))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,6 +28,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+def _one_line(message: str) -> str:
+    """``message`` without line breaks, which a path may hold, and as what can be printed: half a surrogate cannot."""
+    return " ".join(message.splitlines()).encode("utf-8", "backslashreplace").decode()
 
 
 def brief(error: BaseException) -> str:

@@ -134,7 +134,7 @@ def _write_model(directory: Path, model: Decoder, params: Any, dtype: DTypeLike 
 
 
 def _open(path_or_id: str | Path) -> tuple[dict[str, Any], TensorSource, Any, str]:
-    path = Path(path_or_id).expanduser()
+    path = as_path(path_or_id, "the model")
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{path} is a file but not a .gguf; give the directory that holds config.json")

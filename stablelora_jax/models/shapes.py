@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax.errors import InputError, brief, named
+from stablelora_jax.files import as_path
 from stablelora_jax.models.architecture import DecoderConfig, decoder_config
 from stablelora_jax.models.pretrained import base_directory
 
@@ -50,7 +51,7 @@ def architecture(path_or_id: str | None) -> DecoderConfig:
       InputError: there is no ``config.json`` to be had, or the decoder is not such a model.
     """
     name = path_or_id or str(base_directory())
-    directory = Path(name).expanduser()
+    directory = as_path(name, "the model")
     if name in KNOWN and not directory.is_dir():
         return decoder_config(KNOWN[name], name)
     if directory.is_file():

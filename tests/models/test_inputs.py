@@ -225,3 +225,13 @@ def test_the_end_ids_of_a_model_fit_int32(tiny):
     far = model.clone(config=dataclasses.replace(model.config, eos_token_id=(2**40,)))
     with pytest.raises(InputError, match="must be a list of token ids"):
         generate(far, {"params": params}, [[1]], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "a\0b", "\ud800"])
+def test_names_that_no_file_system_takes_are_one_line(name):
+    from stablelora_jax.models.shapes import architecture
+
+    for read in (load_pretrained, architecture):
+        with pytest.raises(InputError, match="the model") as error:
+            read(name)
+        assert str(error.value).encode() and "\n" not in str(error.value)
