@@ -15,7 +15,8 @@ from stablelora_jax.errors import InputError
 from stablelora_jax.files import as_path
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
 from stablelora_jax.interop.merged import save_merged
-from stablelora_jax.interop.peft import CONFIG, OURS, load_metadata, load_peft, read_config, save_peft
+from stablelora_jax.interop.metadata import OURS, load_metadata
+from stablelora_jax.interop.peft import CONFIG, load_peft, read_config, save_peft
 from stablelora_jax.interop.vllm import save_vllm
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained import base_directory, load_pretrained

@@ -13,7 +13,7 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, init_adapters, load_peft, load_pretrained, merge, save_peft
 from stablelora_jax import base_directory as shipped_base
 from stablelora_jax.export import KINDS, export, open_source
-from stablelora_jax.interop.peft import load_metadata
+from stablelora_jax.interop.metadata import load_metadata
 from stablelora_jax.models.pretrained import save_pretrained
 from stablelora_jax.quantize import is_quantized
 from stablelora_jax.run_config import ModelConfig, RunConfig

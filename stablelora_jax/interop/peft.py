@@ -9,7 +9,6 @@ or magnitudes without DoRA and says nothing; here every tensor must be expected 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,17 +22,17 @@ from stablelora_jax import tree
 from stablelora_jax.adapter import Site, adapter_sites
 from stablelora_jax.checked import checked
 from stablelora_jax.errors import InputError, brief
-from stablelora_jax.files import as_path, read_json_object, require_replaceable, write_bytes_whole
+from stablelora_jax.files import as_path, read_json_object, write_bytes_whole
 from stablelora_jax.full import unknown_full
 from stablelora_jax.interop.base_record import KEY as BASE
 from stablelora_jax.interop.base_record import base_record, other_base
+from stablelora_jax.interop.metadata import OURS, WRITER, load_metadata, require_own
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, Entry, is_tied, layout
 from stablelora_jax.sites import as_dict, fitted_sites, param_sites, require_leaves
 from stablelora_jax.spec import LoraSpec
 
-CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "stablelora.json"
-WRITER = "stablelora_jax"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SHOWN = 10  # names that a warning lists
 UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
@@ -68,7 +67,7 @@ def save_peft(
     from safetensors.numpy import save
 
     directory = as_path(directory, "the adapter's directory")
-    _require_own(directory)
+    require_own(directory, (CONFIG, WEIGHTS, OURS))
     params = None if params is None else as_dict(params)
     sites = require_peft_form(adapters, spec, params)
     entries = layout(sites, params, spec)
@@ -132,24 +131,6 @@ def load_peft(
             raise InputError(f"{directory} {difference}: give that base, or leave strict out")
         warnings.warn(f"{directory} {difference}: on this base it is another model", stacklevel=4)
     return _assemble(entries, tensors), spec
-
-
-def load_metadata(directory: str | Path) -> dict[str, Any]:
-    """The content of ``stablelora.json``, which holds what :func:`save_peft` was given as ``metadata``; empty for an
-    adapter that another program wrote."""
-    path = as_path(directory, "the adapter's directory") / OURS
-    return read_json_object(path) if path.is_file() else {}
-
-
-def _require_own(directory: Path) -> None:
-    """Refuse a directory whose adapter no :func:`save_peft` has written."""
-    there = [name for name in (CONFIG, WEIGHTS, OURS) if os.path.lexists(directory / name)]
-    if not there:
-        return
-    for name in there:
-        require_replaceable(directory / name)
-    if OURS not in there or load_metadata(directory).get("written_by") != WRITER:
-        raise InputError(f"{directory / there[0]} was not written by {WRITER}: choose another directory")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

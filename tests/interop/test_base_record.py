@@ -11,7 +11,7 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, init_adapters, load_peft, load_pretrained, save_peft
 from stablelora_jax.attach import attach
 from stablelora_jax.interop.base_record import base_record, other_base
-from stablelora_jax.interop.peft import load_metadata
+from stablelora_jax.interop.metadata import load_metadata
 from stablelora_jax.models.pretrained import save_pretrained
 from stablelora_jax.quantize import quantize_params
 from tests.helpers import tiny_decoder, trained
