@@ -18,7 +18,6 @@ import optax
 
 from stablelora_jax import optimize
 from stablelora_jax.config import option
-from stablelora_jax.optimize.adam import adamw as guarded_adamw
 from stablelora_jax.optimize.limits import require_numbers
 
 
@@ -42,7 +41,7 @@ def adamw(
       InputError: a number out of range.
     """
     require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
-    return guarded_adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {

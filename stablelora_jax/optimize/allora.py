@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.adam import scale_by_adam
 from stablelora_jax.optimize.checks import of_pairs
 from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import map_pairs
@@ -51,7 +50,7 @@ def allora(
     require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     if applies_to not in ("gradient", "update"):
         raise InputError(f"applies_to must be gradient or update, not {applies_to!r}")
-    adam = [scale_by_adam(b1=b1, b2=b2, eps=eps)]
+    adam = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
     adam.insert(0 if applies_to == "gradient" else 1, scale_rows_by_norm(eta))
     decayed = optax.add_decayed_weights(weight_decay)
     return of_pairs(optax.chain(*adam, decayed, optax.scale_by_learning_rate(learning_rate)))

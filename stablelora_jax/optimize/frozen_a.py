@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.adam import adamw
 from stablelora_jax.optimize.checks import of_pairs
 from stablelora_jax.optimize.gram import inverses, times
 from stablelora_jax.optimize.limits import require_numbers
@@ -66,7 +65,7 @@ def lora_fa(
     require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     options = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if variant == "paper":
-        rules = {"frozen": optax.stateless(_stay), "trained": adamw(learning_rate, **options)}
+        rules = {"frozen": optax.stateless(_stay), "trained": optax.adamw(learning_rate, **options)}
         return of_pairs(optax.partition(rules, lambda params: label_factors(params, "frozen", "trained", "trained")))
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, LoraFAState]]:

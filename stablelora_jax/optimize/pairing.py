@@ -12,7 +12,6 @@ import optax
 from stablelora_jax import tree
 from stablelora_jax.adapter import adapter_sites
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.adam import adamw
 from stablelora_jax.spec import LoraSpec
 
 FACTORS = ("lora_a", "lora_b")
@@ -59,7 +58,7 @@ def others_by_adamw(
     pairs: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """``pairs`` on the factors of pairs, AdamW on every other leaf: DoRA magnitudes, biases, norms, whole modules."""
-    return optax.partition({"pair": pairs, "other": adamw(learning_rate, **options)}, label_factors)
+    return optax.partition({"pair": pairs, "other": optax.adamw(learning_rate, **options)}, label_factors)
 
 
 def label_factors(params: Any, a: str = "pair", b: str = "pair", other: str = "other") -> Any:

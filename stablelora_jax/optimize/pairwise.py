@@ -125,8 +125,8 @@ def value(number: Any, count: jax.Array) -> Any:
 
 
 def over(x: jax.Array, root: jax.Array) -> jax.Array:
-    """``x / root`` for ``root >= 0``; zero where the root is, NaN where it has overflowed or is NaN."""
-    return jnp.where(root < jnp.inf, jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0), jnp.nan)
+    """``x / root`` for ``root >= 0``; zero where the root is, NaN where it is NaN."""
+    return jnp.where(root == 0, 0, x / jnp.where(root == 0, 1, root))
 
 
 def hf_adam(

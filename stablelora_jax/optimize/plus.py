@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import optax
 
-from stablelora_jax.optimize.adam import scale_by_adam
 from stablelora_jax.optimize.checks import of_pairs
 from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import label_factors
@@ -46,7 +45,7 @@ def lora_plus(
 
     return of_pairs(
         optax.chain(
-            scale_by_adam(b1=b1, b2=b2, eps=eps),
+            optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
             optax.add_decayed_weights(weight_decay),
             optax.partition({"slow": optax.identity(), "fast": faster}, only_b),
             optax.scale_by_learning_rate(learning_rate),

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.adam import adamw
 from stablelora_jax.optimize.checks import of_pairs
 from stablelora_jax.optimize.gram import eigh, gram, power, transpose
 from stablelora_jax.optimize.limits import require_numbers
@@ -70,7 +69,7 @@ def lora_pro(
     require_numbers(damping=damping, learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     options = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if form == "efficient":
-        return optax.chain(scale_by_lora_pro(projection, damping, scale), adamw(learning_rate, **options))
+        return optax.chain(scale_by_lora_pro(projection, damping, scale), optax.adamw(learning_rate, **options))
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, Any]]:
         del extra

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.adam import adamw
 from stablelora_jax.optimize.checks import of_pairs
 from stablelora_jax.optimize.gram import inverses, times
 from stablelora_jax.optimize.limits import require_numbers
@@ -96,7 +95,7 @@ def scaled_adamw(
     require_numbers(delta=delta, learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     options = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if variant == "paper":
-        return optax.chain(scale_by_riemannian(delta), adamw(learning_rate, **options))
+        return optax.chain(scale_by_riemannian(delta), optax.adamw(learning_rate, **options))
     if variant not in ("gpt2", "mistral"):
         raise InputError(f"variant must be paper, gpt2 or mistral, not {variant!r}")
 

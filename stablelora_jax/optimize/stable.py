@@ -33,7 +33,6 @@ import numpy as np
 import optax
 
 from stablelora_jax.errors import InputError
-from stablelora_jax.optimize.adam import adamw
 from stablelora_jax.optimize.checks import of_pairs
 from stablelora_jax.optimize.limits import require_numbers
 from stablelora_jax.optimize.pairing import map_pairs
@@ -111,8 +110,7 @@ def stable_lora(
 ) -> optax.GradientTransformationExtraArgs:
     """Stable-LoRA with AdamW, the optimizer of the paper.
 
-    ``shrink_until_stable(optax.adamw(learning_rate, ...), shrink_ratio)`` and nothing else, except that gradients
-    beyond 1.8e19, whose squares leave float32, give NaN.
+    ``shrink_until_stable(optax.adamw(learning_rate, ...), shrink_ratio)`` and nothing else.
 
     Args:
       learning_rate: scalar or optax schedule.
@@ -123,7 +121,7 @@ def stable_lora(
       weight_decay: decoupled, scalar or schedule; acts on A as shrunk.
     """
     require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
-    inner = adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return shrink_until_stable(inner, shrink_ratio)
 
 

@@ -136,22 +136,14 @@ def test_a_gradient_that_is_none_shows_in_the_update(name, b):
 @pytest.mark.parametrize("size", [1e20, 1e-40, 0.0])
 @pytest.mark.parametrize("b", [0.0, 1.0])
 @EACH
-def test_parameters_stay_finite_where_updates_that_are_not_are_skipped(name, b, size):
-    """As the training step does: an update that is not finite is left out, with its state, and seen."""
+def test_finite_gradients_give_finite_parameters(name, b, size):
+    """Squares of 1e20 leave float32: Gram matrices are taken at a safe scale, and Adam's step over infinity is zero."""
     (tx, update), params = compiled(name), tree(b=b)
     state, grads = tx.init(params), jax.tree.map(lambda leaf: jnp.full_like(leaf, size), params)
-    skipped = 0
     for _ in range(4):
-        updates, after = update(grads, state, params)
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates)):
-            skipped += 1
-            continue
-        params, state = optax.apply_updates(params, updates), after
-    moved = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(params))
-    assert np.isfinite(moved) and (size == 1e20 or skipped == 0)
-    assert all(
-        bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    )
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("ratio", [None, "x", float("nan"), -1, 2, float("inf"), True, 1.0])
