@@ -133,6 +133,20 @@ def test_a_gradient_that_is_none_shows_in_the_update(name, b):
         assert not finite
 
 
+@pytest.mark.parametrize("factor", ["lora_a", "lora_b"])
+@EACH
+def test_one_number_of_one_factor_shows_at_once(name, factor):
+    """Where the rule does not look at that factor, too: AltLoRA in the other's turn, the first step of Stiefel-LoRA."""
+    (tx, update), params = compiled(name), tree()
+    state = tx.init(params)
+    for bad in (np.nan, np.inf):
+        grads = tree(1)
+        grads["q"][factor] = grads["q"][factor].at[1, 1].set(bad)
+        updates, _ = update(grads, state, params)
+        assert any(bool(jnp.isnan(leaf).any()) for leaf in updates["q"].values())
+        _, state = update(tree(1), state, params)
+
+
 @pytest.mark.parametrize("size", [1e20, 1e-40, 0.0])
 @pytest.mark.parametrize("b", [0.0, 1.0])
 @EACH
@@ -144,6 +158,17 @@ def test_finite_gradients_give_finite_parameters(name, b, size):
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+
+
+def test_a_mask_over_every_pair_and_static_numbers_of_another_kind_are_refused():
+    masked = optax.masked(FACTORIES["lora_plus"].make(1e-3), {"q": False, "v": False, "w": True})
+    with pytest.raises(InputError, match="no pair to train.* masked or partition hides the rest; the tree holds w"):
+        masked.init({**tree(), "w": jnp.ones(3)})
+    with pytest.raises(InputError, match="q: lora_b is None, its partner is not"):
+        FACTORIES["stable_lora"].make(1e-3).init({"q": {**tree()["q"], "lora_b": None}})
+    for seed in ("x", None, True, 1.5, 2**63):
+        with pytest.raises(InputError, match="seed must be a whole number"):
+            FACTORIES["lora_pre"].make(1e-3, seed=seed)
 
 
 @pytest.mark.parametrize("ratio", [None, "x", float("nan"), -1, 2, float("inf"), True, 1.0])
