@@ -145,7 +145,7 @@ MISTAKES = [  # what is given on the command line -> what is said
     ("model.path=nowhere", "nowhere is no model directory, and the hub gave no config.json"),
     ("model.path=data", "data/config.json cannot be read"),
     ("task.path=nowhere", "nowhere has neither train.jsonl nor train.jsonl.gz"),
-    ("task.kind=choice", "data/train.jsonl: row 1 is damaged"),
+    ("task.kind=choice", "data/train.jsonl: row 1: there is no column 'choices'; the columns are prompt, completion"),
     ("task.fields={x:\xa0y}", "task.fields.x is not read for kind completion"),
     ("--config nowhere.yaml", "nowhere.yaml"),
     ("--config data", "data: Is a directory"),
@@ -201,7 +201,7 @@ INPUTS = {  # what is done to base and data -> what is said
     "data gone": (remove("data/train.jsonl"), "data has neither train.jsonl nor"),
     "data empty": (in_place_of("data/train.jsonl", ""), "data/train.jsonl has no rows"),
     "data no JSON": (in_place_of("data/train.jsonl", "hello\n"), "data/train.jsonl: line 1 is not JSON"),
-    "data of another kind": (in_place_of("data/train.jsonl", "[]\n"), "data/train.jsonl: row 1 is damaged"),
+    "data of another kind": (in_place_of("data/train.jsonl", "[]\n"), "data/train.jsonl has no rows"),
     "data a directory": (in_place_of("data/train.jsonl", None), "data has neither train.jsonl nor"),
     "validation gone": (remove("data/validation.jsonl"), "data has neither validation.jsonl nor"),
     "weights changed": (

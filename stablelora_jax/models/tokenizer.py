@@ -89,7 +89,7 @@ def _read_rules(path: Path) -> Mapping[str, Any]:
                 return _object(json.loads(head.rstrip().removesuffix(b",") + b"}"), path)
         return _object(json.loads(content), path)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {brief(error)}") from None
+        raise InputError(f"{path.parent}: its tokenizer cannot be read: {path.name}: {brief(error)}") from None
 
 
 def _object(value: Any, path: Path) -> Mapping[str, Any]:
