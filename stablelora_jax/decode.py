@@ -7,18 +7,20 @@ traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from jax.typing import ArrayLike, DTypeLike
 
 from stablelora_jax.checked import as_dtype
 from stablelora_jax.data import bucket
-from stablelora_jax.errors import InputError
+from stablelora_jax.errors import InputError, brief
 from stablelora_jax.models.block import wide
 from stablelora_jax.models.cache import Cache, empty_cache, positions_of
 from stablelora_jax.models.decoder import Decoder
@@ -85,21 +87,26 @@ def generate_tokens(
 
     Raises:
       InputError: a token outside the vocabulary, a row that would outgrow the model's positions, a cache of no floats,
-        or logits that are not finite.
+        an argument of another kind, or logits that are not finite.
     """
     decoder = decoder_of(model)
+    if not isinstance(variables, Mapping) or not variables.get("params"):
+        raise InputError('variables must hold "params", the parameters of the model')
+    if not isinstance(settings, Sampling | None):
+        raise InputError(f"settings must be what sampling() gives, not {settings!r:.60}")
     if unread := sorted(set(variables) - {"params"}) if model is decoder else []:
         raise InputError(f"a bare decoder does not read {unread[0]!r}: give adapted(model, spec), or banked(model)")
-    tokens, mask = _compact(np.asarray(tokens), np.asarray(mask, bool))
+    tokens, mask = _compact(tokens, mask)
     _check(decoder.config, tokens, mask, max_new_tokens)
     T, N, B = bucket(tokens.shape[1]), bucket(max_new_tokens), tokens.shape[0]
-    tokens, mask = (np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in (tokens, mask))
+    tokens, mask = (np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in (tokens.astype(np.int32), mask))
+    stop_ids = token_ids(stop_ids, "stop_ids")
     stops = np.full(-(-max(1, len(stop_ids)) // STOPS) * STOPS, -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
-    numbers = jnp.arange(B, dtype=jnp.int32) if rows is None else jnp.asarray(rows, jnp.int32)
-    keys = row_keys(jax.random.key(0) if key is None else key, numbers)
+    keys = _keys(key, rows, B)
     dtype = _cache_dtype(cache_dtype, decoder)
-    state = _start(model, variables, tokens, mask, settings, stops, keys, T + N, N, dtype)
+    with _fitting():
+        state = _start(model, variables, tokens, mask, settings, stops, keys, T + N, N, dtype)
     reached = 1
     while True:
         if not np.asarray(state.finite).all():
@@ -174,13 +181,52 @@ def _cache_dtype(given: Any, decoder: Decoder) -> Any:
     return dtype
 
 
-def _compact(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def token_ids(ids: Any, name: str) -> tuple[int, ...]:
+    """``ids``, a list or an array, as a tuple of int32; -1 is a token that never comes.
+
+    Raises:
+      InputError: it is something else.
+    """
+    good = isinstance(ids, Sequence | np.ndarray) and not isinstance(ids, str | bytes) and np.shape(ids)[1:] == ()
+    kind = int | np.integer
+    if not good or not all(isinstance(i, kind) and not isinstance(i, bool) and -1 <= i < 2**31 for i in ids):
+        raise InputError(f"{name} must be a list of token ids, not {ids!r:.60}")
+    return tuple(int(i) for i in ids)
+
+
+def _keys(key: Any, rows: Any, count: int) -> jax.Array:
+    """One key for each of ``count`` rows."""
+    numbers = np.arange(count) if rows is None else np.asarray(rows)
+    if numbers.shape != (count,) or not np.issubdtype(numbers.dtype, np.integer):
+        raise InputError(f"rows must be a whole number for each of {count} rows, not {rows!r:.60}")
+    try:
+        return row_keys(jax.random.key(0) if key is None else key, jnp.asarray(numbers, jnp.int32))
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"key must be a key such as jax.random.key(0), and rows int32, not {key!r:.60}") from None
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Parameters that the model does not find, or finds in another shape, are one line."""
+    try:
+        yield
+    except FlaxError as error:
+        raise InputError(f"the parameters are not those of the model: {brief(error)}") from None
+
+
+def _compact(tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     """The same rows with all pads at the end: where a prompt's pads were cannot change what follows it."""
+    try:
+        tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
+    except (TypeError, ValueError):
+        raise InputError("tokens and mask must be arrays (B, T), of rows of one length") from None
     if tokens.ndim != 2 or tokens.shape != mask.shape or not mask.any():
         raise InputError(f"tokens {tokens.shape} and mask {mask.shape} must be (B, T), and the mask not empty")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"tokens must be whole numbers, not {tokens.dtype}")
     order = np.argsort(~mask, axis=1, kind="stable")[:, : mask.sum(axis=1).max()]
     tokens, mask = (np.take_along_axis(x, order, axis=1) for x in (tokens, mask))
-    return np.where(mask, tokens, 0).astype(np.int32), mask
+    return np.where(mask, tokens, 0), mask
 
 
 def _check(config: Any, tokens: np.ndarray, mask: np.ndarray, new: int) -> None:

@@ -163,6 +163,8 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
       InputError: it cannot be read, is not JSON, or holds something else.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise OSError("it is no regular file")
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or brief(error)

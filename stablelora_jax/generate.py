@@ -15,8 +15,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from stablelora_jax.bank import Bank
 from stablelora_jax.data.template import render
-from stablelora_jax.decode import decoder_of, generate_tokens
+from stablelora_jax.decode import decoder_of, generate_tokens, token_ids
 from stablelora_jax.errors import InputError
 from stablelora_jax.sampling import sampling
 
@@ -85,7 +86,7 @@ def generate(
     for number, own in enumerate(ids):
         if wrong := [token for token in own if not 0 <= token < vocabulary]:
             raise InputError(f"prompt {number}: token id {wrong[0]} is outside the model's vocabulary of {vocabulary}")
-    ends = _token_ids(*(decoder.config.eos_token_id, "eos_token_id") if stop_ids is None else (stop_ids, "stop_ids"))
+    ends = token_ids(*(decoder.config.eos_token_id, "eos_token_id") if stop_ids is None else (stop_ids, "stop_ids"))
     ends += _special(decoder.tokenizer, stop_strings)
     rows = _rows(batch_size, len(ids))
     key = jax.random.key(_seed(seed))
@@ -166,14 +167,6 @@ def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _token_ids(ids: Any, name: str) -> tuple[int, ...]:
-    """``ids`` as a tuple of int32."""
-    good = isinstance(ids, Sequence) and not isinstance(ids, str)
-    if not good or not all(isinstance(i, int | np.integer) and -1 <= i < 2**31 for i in ids):
-        raise InputError(f"{name} must be a list of token ids, not {ids!r:.60}")
-    return tuple(int(i) for i in ids)
-
-
 def _special(tokenizer: Any, stop_strings: Sequence[str]) -> tuple[int, ...]:
     """Ids of the stop strings that are special tokens: they are no part of any text."""
     special = [] if tokenizer is None else zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
@@ -184,10 +177,14 @@ def _of_rows(variables: Mapping[str, Any], numbers: np.ndarray, prompts: int) ->
     """``variables`` for the prompts ``numbers``: those of a bank name an adapter for each."""
     if "rows" not in variables:
         return variables
-    rows = np.asarray(variables["rows"])
+    rows, bank = np.asarray(variables["rows"]), variables.get("bank")
+    if not isinstance(bank, Bank):
+        raise InputError('variables with "rows" must hold "bank", which make_bank gives')
     if rows.shape != (prompts,):
         raise InputError(f"the bank's rows of shape {rows.shape} do not name an adapter for each of {prompts} prompts")
-    size = variables["bank"].size
+    size = bank.size
+    if not np.issubdtype(rows.dtype, np.integer):
+        raise InputError(f"the bank's rows must be whole numbers, not {rows.dtype}")
     if (rows < -1).any() or (rows >= size).any():
         raise InputError(f"the bank's rows must be from -1 (the base) to {size - 1}, not {rows.tolist()!r:.60}")
     return {**variables, "rows": jax.numpy.asarray(rows[numbers])}

@@ -96,6 +96,8 @@ def likelihoods(
     for context, continuation in different:
         if not context or not 0 < len(continuation) <= max_length:
             raise InputError(f"{len(continuation)} tokens after {len(context)} cannot be scored in {max_length}")
+        if not -(2**31) <= min(context + continuation) <= max(context + continuation) < 2**31:
+            raise InputError("the tokenizer gives ids beyond int32, and so beyond any vocabulary")
     chunks = [different[start : start + rows] for start in range(0, len(different), rows)]
     T = [min(bucket(len(_read(chunk[0], max_length))), max_length) for chunk in chunks]
     K: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """The tasks by name, measured: one row a question, a mean and its standard error for each metric, files and a table.
 
 Definitions are lm-evaluation-harness's; a standard error is that of a mean, with ``n - 1`` (``mean_stderr``), absent
-for one row and for perplexities.
+for one row and for perplexities. A perplexity beyond float64 is None.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from stablelora_jax.checked import checked
 from stablelora_jax.decode import decoder_of
 from stablelora_jax.errors import InputError
 from stablelora_jax.evaluate import choice_scores, correct
 from stablelora_jax.files import write_whole
-from stablelora_jax.likelihood import Compute, encode, likelihoods, make_compute, prefix_token, rolling
+from stablelora_jax.likelihood import Compute, Rows, encode, likelihoods, make_compute, prefix_token, rolling
 from stablelora_jax.outputs import new_directory
 from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.tasks import arc, gsm8k, hellaswag, merged_qa, openbookqa, social_i_qa, text
@@ -35,6 +37,7 @@ CHOICES = {
     "merged_qa": merged_qa.METRICS,
 }
 TASKS = (*CHOICES, "gsm8k", "text")
+MOST_ROWS = 2**16  # of a batch; all are computed, whether there are so many texts or not
 SPLITS = {"gsm8k": "test"}  # the others: validation
 
 Metrics = dict[str, float | None]
@@ -57,6 +60,7 @@ class Subject(NamedTuple):
     progress: bool
 
 
+@checked
 def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, progress: bool = False) -> Subject:
     """A model ready to be measured.
 
@@ -67,19 +71,32 @@ def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, p
       progress: show bars.
 
     Raises:
-      InputError: the model has no tokenizer, or the batch is not positive.
+      InputError: the model has no tokenizer, the variables no parameters, or the batch is not positive or absurd; and
+        on measuring, where the model gives no finite numbers.
     """
+    if "params" not in variables:
+        raise InputError('variables must hold "params", the parameters of the model')
     if decoder_of(model).tokenizer is None:
         raise InputError("the model has no tokenizer, and all tasks are text")
     if batch_size < 1:
         raise InputError(f"batch_size must be positive, not {batch_size}")
+    if batch_size > MOST_ROWS:
+        raise InputError(f"batch_size must be at most {MOST_ROWS}, not {batch_size}")
     layout = pmap_layout()
     inner, placed = make_compute(model, layout), layout.place_base(variables["params"])
     others = layout.state({name: own for name, own in variables.items() if name != "params"})
     n = layout.parts
-    return Subject(model, variables, lambda rows: inner(placed, others, rows), -(-batch_size // n) * n, progress)
+
+    def compute(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        total, greedy = inner(placed, others, rows)
+        if not np.isfinite(total).all():
+            raise InputError("the model gives no finite numbers: its parameters or adapters hold NaN or infinity")
+        return total, greedy
+
+    return Subject(model, variables, compute, -(-batch_size // n) * n, progress)
 
 
+@checked
 def measure(
     subject: Subject,
     task: str,
@@ -148,7 +165,7 @@ def table(measured: Mapping[str, Measured]) -> str:
                     summary["split"],
                     str(summary["rows"]),
                     name,
-                    f"{value:.4f}",
+                    f"{value:.4f}" if value is not None else "-",
                     f"{stderr:.4f}" if stderr is not None else "-",
                 )
             )
@@ -166,6 +183,11 @@ def _means(values: Mapping[str, Sequence[float]]) -> Metrics:
     for name, own in values.items():
         metrics |= {name: float(np.mean(own)), f"{name}_stderr": mean_stderr(own)}
     return metrics
+
+
+def _exp(value: float) -> float | None:
+    """``exp(value)``; None beyond float64, as of a text without white space, which is one long word."""
+    return math.exp(value) if value < math.log(sys.float_info.max) else None
 
 
 def _choices(subject: Subject, questions: Sequence[Question], metrics: Sequence[str]) -> tuple[list[Any], Metrics]:
@@ -226,5 +248,5 @@ def _texts(subject: Subject, texts: Sequence[str]) -> tuple[list[Any], Metrics]:
     ]
     total = sum(row["loglikelihood"] for row in rows)
     per = {unit: -total / sum(row[f"{unit}s"] for row in rows) for unit in ("word", "byte", "token")}
-    metrics: Metrics = {f"{unit}_perplexity": math.exp(value) for unit, value in per.items()}
+    metrics: Metrics = {f"{unit}_perplexity": _exp(value) for unit, value in per.items()}
     return rows, metrics | {"bits_per_byte": per["byte"] / math.log(2)}

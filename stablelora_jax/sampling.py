@@ -19,6 +19,7 @@ import numpy as np
 
 from stablelora_jax.errors import InputError
 
+COLD = 1e-6  # as good as greedy
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -57,7 +58,9 @@ def _is_number(value: Any) -> bool:
 
 def warp(logits: jax.Array, settings: Sampling) -> jax.Array:
     """``logits`` (..., V) over the temperature, and minus infinity at the tokens that may not be drawn."""
-    logits = logits / jnp.asarray(settings.temperature, logits.dtype)
+    temperature = jnp.asarray(settings.temperature, logits.dtype)
+    top = jnp.where(temperature < COLD, logits.max(axis=-1, keepdims=True), 0)  # which no cold carries beyond float32
+    logits = (logits - top) / temperature
     V = logits.shape[-1]
     order = jnp.argsort(logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)  # the least likely first

@@ -26,6 +26,7 @@ class Banked:
 
     model: nn.Module
 
+    @checked
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """``model.apply`` with an adapter for each row.
 
@@ -47,7 +48,9 @@ class Banked:
                 raise InputError(f'the variables lack "{name}": give params, bank and rows')
         if kwargs.get("rngs") is not None:
             raise InputError("a bank is for inference, without dropout: leave out rngs")
-        bank: Bank = variables["bank"]
+        bank = variables["bank"]
+        if not isinstance(bank, Bank):
+            raise InputError(f'"bank" must be what make_bank gives, not {type(bank).__name__}')
         rows = _checked(variables["rows"], bank.size, args)
         own = {name: value for name, value in variables.items() if name not in ("bank", "rows")}
         gathered = jax.tree.map(lambda x: jnp.take(x, rows, 0, mode="fill"), (bank.adapters, bank.numbers))
@@ -73,7 +76,11 @@ def banked(model: nn.Module) -> Banked:
 
 def _checked(rows: Any, size: int, args: Any) -> jax.Array:
     """Places in the bank's arrays: the last for -1, one beyond it for what is outside."""
-    shape, dtype = jnp.shape(rows), jnp.result_type(rows)
+    try:
+        rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    except ValueError:  # lists of different lengths
+        rows = np.array(None)
+    shape, dtype = rows.shape, rows.dtype
     batch = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(args, is_leaf=_is_cache) if not _is_cache(leaf)}
     if not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 1 or batch - {shape}:
         raise InputError(f"rows must be whole numbers, one for each row of the batch, not {dtype.name} {shape}")

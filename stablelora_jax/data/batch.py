@@ -35,20 +35,34 @@ def make_batch(
     T is :func:`bucket` of ``longest``, by default of the longest example here; a host that holds a part of a batch
     passes the longest of the whole. ``learnt`` is the K of ``at``; None: no ``at``.
     """
-    if not examples:
+    if not isinstance(examples, Sequence) or not examples:
         raise InputError("a batch needs at least one example")
-    T = bucket(longest or max(len(example.tokens) for example in examples))
-    tokens, mask, segments = (np.zeros((rows or len(examples), T), np.int32) for _ in range(3))
-    for i, example in enumerate(examples):
-        n = len(example.tokens)
-        try:
-            tokens[i, :n], segments[i, :n] = example.tokens, 1
-        except (OverflowError, TypeError, ValueError):
-            raise InputError(f"example {i} holds what is no token id of int32") from None
+    texts = [_ids(example, i) for i, example in enumerate(examples)]
+    most = max(len(text) for text in texts)
+    T, B = bucket(longest or most), rows or len(examples)
+    if most > T or len(examples) > B:
+        raise InputError(f"{len(examples)} examples of up to {most} tokens do not fit in {B} rows of {T}")
+    tokens, mask, segments = (np.zeros((B, T), np.int32) for _ in range(3))
+    for i, (example, text) in enumerate(zip(examples, texts, strict=True)):
+        n = len(text)
+        tokens[i, :n], segments[i, :n] = text, 1
         mask[i, max(1, example.answer) : n] = 1  # nothing predicts the first token
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
     at = None if learnt is None else learnt_places(mask, learnt)
     return Batch(tokens, mask, segments, np.ascontiguousarray(positions), at)
+
+
+def _ids(example: Example, number: int) -> np.ndarray:
+    """The tokens of ``example``, which are int32."""
+    try:
+        ids = np.asarray(example.tokens)
+        ids = ids if ids.size else np.zeros(0, np.int32)
+        fits = ids.ndim == 1 and isinstance(example.answer, int | np.integer) and np.issubdtype(ids.dtype, np.integer)
+    except (AttributeError, ValueError):  # no example; lists of different lengths
+        fits = False
+    if not fits or not (np.can_cast(ids.dtype, np.int32) or -(2**31) <= ids.min() <= ids.max() < 2**31):
+        raise InputError(f"example {number} holds what is no token id of int32")
+    return ids
 
 
 def learnt_places(loss_mask: np.ndarray, most: int) -> np.ndarray:

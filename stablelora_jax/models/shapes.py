@@ -62,6 +62,8 @@ def architecture(path_or_id: str | None) -> DecoderConfig:
         return decoder_config(read_gguf(directory).config, str(directory))
     file = directory / "config.json" if directory.is_dir() else _from_hub(name)
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for, a device read without an end
+            raise OSError("it is no regular file")
         raw = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read: {brief(error)}") from None
