@@ -9,26 +9,42 @@ too: it reads bfloat16 and gives float32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
-@jax.custom_vjp
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Type:
+    """What the backward pass must know of an operand that it may not keep."""
+
+    dtype: Any
+    sharding: Any  # on a mesh with explicit axes; else None
+
+
 def product(x: jax.Array, factor: jax.Array) -> jax.Array:
     """``x @ factor``: x (..., n), factor (n, m) of any float dtype; (..., m) in at least float32.
 
-    Reverse-mode differentiable only.
+    Inside ``jax.shard_map`` and on a mesh with explicit axes the gradient of ``factor`` is summed over the devices and
+    lies as ``factor`` does. Reverse-mode differentiable only.
     """
+    axes = _varying(x) | _varying(factor)
+    return _product(_cast(x, axes), _cast(factor, axes))
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, factor: jax.Array) -> jax.Array:
     return _dot(x, factor.astype(x.dtype), (x.ndim - 1,), (0,))
 
 
 def _forward(x: Any, factor: Any) -> tuple[jax.Array, Any]:
     """What is None in the residuals is constant: the other has no gradient."""
     kept = x.value if factor.perturbed else None, factor.value if x.perturbed else None
-    dtypes = jnp.zeros(0, x.value.dtype), jnp.zeros(0, factor.value.dtype)
-    return product(x.value, factor.value), (*kept, *dtypes)
+    return _product(x.value, factor.value), (*kept, _type(x.value), _type(factor.value))
 
 
 def _backward(residuals: Any, cotangent: Any) -> tuple[Any, Any]:
@@ -38,18 +54,47 @@ def _backward(residuals: Any, cotangent: Any) -> tuple[Any, Any]:
         return dx, gradient
     cotangent = cotangent.astype(of_x.dtype)
     if factor is not None:
-        dx = _dot(cotangent, factor.astype(of_x.dtype), (cotangent.ndim - 1,), (1,)).astype(of_x.dtype)
+        operands = (cotangent, factor.astype(of_x.dtype), (cotangent.ndim - 1,), (1,))
+        dx = _dot(*operands, of_x.sharding).astype(of_x.dtype)
     if x is not None:
-        x, cotangent = (a.reshape(-1, a.shape[-1]) for a in (x, cotangent))  # of two axes XLA's CPU sums no bfloat16
-        thin = x.shape[-1] < cotangent.shape[-1]
-        gradient = _dot(x, cotangent, (0,), (0,)) if thin else _dot(cotangent, x, (0,), (0,)).T
-        gradient = gradient.astype(of_factor.dtype)
+        gradient = _of_factor(x, cotangent, of_factor).astype(of_factor.dtype)
     return dx, gradient
 
 
-product.defvjp(_forward, _backward, symbolic_zeros=True)
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _dot(x: jax.Array, y: jax.Array, of_x: tuple[int, ...], of_y: tuple[int, ...]) -> jax.Array:
+def _of_factor(x: jax.Array, cotangent: jax.Array, like: Type) -> jax.Array:
+    """``x^T cotangent``, the wide operand read as it lies."""
+    if like.sharding is None:  # of two axes XLA's CPU sums no bfloat16
+        x, cotangent = (a.reshape(-1, a.shape[-1]) for a in (x, cotangent))
+    rows = tuple(range(x.ndim - 1))
+    if x.shape[-1] < cotangent.shape[-1]:
+        return _dot(x, cotangent, rows, rows, like.sharding)
+    turned = like.sharding and NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[::-1]))
+    return _dot(cotangent, x, rows, rows, turned).T
+
+
+def _dot(x: jax.Array, y: jax.Array, of_x: tuple[int, ...], of_y: tuple[int, ...], sharding: Any = None) -> jax.Array:
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, y, ((of_x, of_y), ((), ())), preferred_element_type=wide)
+    dimensions = ((of_x, of_y), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=wide, out_sharding=sharding)
+
+
+def _type(x: jax.Array) -> Type:
+    """Where there is an explicit mesh, what knows nothing of it is replicated."""
+    mesh, sharding = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding
+    if AxisType.Explicit not in mesh.axis_types:
+        return Type(x.dtype, None)
+    return Type(x.dtype, NamedSharding(mesh, sharding.spec if sharding.mesh.axis_names else PartitionSpec()))
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The axes of ``jax.shard_map`` over which ``x`` differs, as far as it checks that."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def _cast(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """``x`` as one that differs over ``axes``; the transpose sums over those over which it does not."""
+    missing = tuple(sorted(axes - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from stablelora_jax import LoraSpec, adapted, freeze_a, init_adapters
 from stablelora_jax.flops import dots
@@ -184,3 +185,52 @@ def test_under_vmap_scan_and_checkpoint():
     many = lambda f: lambda x, a: jnp.square(jax.vmap(f, (None, 0))(x, a)).sum()
     for found, expected in zip(*(jax.grad(many(f), (0, 1))(x, factors) for f in (product, jnp.matmul)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def of_pair(a, b, x):
+    """A loss through both products."""
+    return jnp.sum(jnp.sin(product(product(x, a), b)))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_gradients_inside_shard_map(check):
+    """Where ``shard_map`` checks what varies, the gradient of what does not is the sum; else it is the device's own."""
+    x, a, _ = drawn((8, 3, 6), 2, np.float32)
+    b = drawn((2,), 6, np.float32)[1]
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+
+    def gradients(a, b, x):
+        da, db, dx = jax.grad(of_pair, (0, 1, 2))(a, b, x)
+        return (da, db, dx) if check else (*jax.lax.psum((da, db), "rows"), dx)
+
+    lie = (PartitionSpec(), PartitionSpec(), PartitionSpec("rows"))
+    found = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=lie, out_specs=lie, check_vma=check))(a, b, x)
+    for one, other in zip(found, jax.grad(of_pair, (0, 1, 2))(a, b, x), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+EXPLICIT = {  # where x, A and B lie, on a mesh of 4 x 2
+    "rows": (("d",), (), ()),
+    "rows and tokens": (("d", "t"), (), ()),
+    "the outputs of B": (("d",), (), (None, "t")),
+    "the inputs of A": (("d",), ("t",), ()),
+    "what knows no mesh": (("d",), None, None),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_gradients_on_a_mesh_with_explicit_axes(name):
+    """They lie as the factors do."""
+    x, a, _ = drawn((8, 4, 6), 2, np.float32)
+    b = drawn((2,), 6, np.float32)[1]
+    wanted = jax.grad(of_pair, (0, 1, 2))(a, b, x)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)):
+        specs = [None if axes is None else PartitionSpec(*axes) for axes in EXPLICIT[name]]
+        x, a, b = (v if s is None else jax.device_put(v, s) for v, s in zip((x, a, b), specs, strict=True))
+        found = jax.jit(jax.grad(of_pair, (0, 1, 2)))(a, b, x)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    for gradient, spec in zip(found, (specs[1], specs[2], specs[0]), strict=True):
+        assert gradient.sharding.is_equivalent_to(
+            jax.sharding.NamedSharding(gradient.sharding.mesh, spec or PartitionSpec()), gradient.ndim
+        )
