@@ -34,6 +34,7 @@ from stablelora_jax.spec import LoraSpec
 from stablelora_jax.tree import Path
 
 LINEAR = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Einsum)
+SCOPE = "lora"  # in the names of operations, by which a profile tells them from the base's
 Observer = Callable[[jax.Array, Mapping[str, jax.Array], Callable[[jax.Array], jax.Array]], jax.Array]
 
 
@@ -146,7 +147,8 @@ def _interceptor(model: Adapted, axes: Mapping[Path, tuple[int, ...]], reads: di
                 x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
             )
         down = lambda a: contract(module, x, _kernel(own), a, axes[path], args[1:], kwargs)  # noqa: E731
-        y = _changed(member, module, y, own, axes[path], down, dropped)
+        with jax.named_scope(SCOPE):
+            y = _changed(member, module, y, own, axes[path], down, dropped)
         return y if model.observe is None else model.observe(y, own, lambda a: down(a)[0])
 
     return intercept
@@ -184,8 +186,11 @@ def _attend(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
     gain = member.gain(own["embedding"], own, own["lora_scale"])
     x = x if gain is None else (x * gain).astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=wide).astype(x.dtype)
-    return _add(next_fun(x), member.delta(z, {**own, "lora_b": own["lora_a"].T}, own["lora_scale"]), False)
+    with jax.named_scope(SCOPE):
+        z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=wide).astype(x.dtype)
+    y = next_fun(x)
+    with jax.named_scope(SCOPE):
+        return _add(y, member.delta(z, {**own, "lora_b": own["lora_a"].T}, own["lora_scale"]), False)
 
 
 def _kernel(own: Mapping[str, jax.Array]) -> jax.Array:

@@ -64,7 +64,8 @@ def summed_loss(
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(keys, impl=impl), at)
         return apply(x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
-    return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
+    with jax.named_scope("loss"):  # in the names of operations, for a profile
+        return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
 
 
 def learnt_places(batch: Batch) -> tuple[Any, Any]:

@@ -90,7 +90,8 @@ def make_train_step(
 
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
         loss, grads = layout.total(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
-        after, metrics = _updated(state, made(numbers), loss, grads)
+        with jax.named_scope("update"):  # in the names of operations, for a profile
+            after, metrics = _updated(state, made(numbers), loss, grads)
         used, space = (layout.total(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
         return after, metrics | {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space}
 

@@ -81,7 +81,8 @@ class Attention(nn.Module):
         segment_ids = None if self.segments == 1 else segment_ids
         most = 0 if segment_ids is None else self.segments or SEGMENTS + 1
         kind = best_here(q.dtype, c, q.shape[1], most) if kind == "auto" else kind
-        return self_attention(q, k, v, segment_ids, window, kind, self.segments)
+        with jax.named_scope("attention"):  # in the names of operations, for a profile
+            return self_attention(q, k, v, segment_ids, window, kind, self.segments)
 
 
 class MLP(nn.Module):
