@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax
@@ -21,6 +22,7 @@ from stablelora_jax.adapter import pairs
 from stablelora_jax.build import make_training, numbers_of
 from stablelora_jax.data import Batch
 from stablelora_jax.data.batch import learnt_places
+from stablelora_jax.memory import choose_remat
 from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.attention import require_here
 from stablelora_jax.models.decoder import Decoder
@@ -44,6 +46,7 @@ class Ready(NamedTuple):
     numbers: Any
     lora: int  # numbers in the adapters
     held: int  # those that have no gradient
+    remat: str
 
 
 def drawn(model: Decoder, layout: Layout, kind: str | None) -> Any:
@@ -55,15 +58,20 @@ def drawn(model: Decoder, layout: Layout, kind: str | None) -> Any:
         if keys[-1] in ("scale", "bias"):
             return jnp.full(leaf.shape, keys[-1] == "scale", leaf.dtype, device=lie)
         seeds = jax.random.split(jax.random.key(next(count), impl="rbg"), math.prod(leaf.shape[:-2]))
-
-        def make(seeds: jax.Array) -> Any:  # a matrix at a time: the random bits are as large again
-            found = jax.lax.map(lambda key: 0.02 * jax.random.normal(key, leaf.shape[-2:], leaf.dtype), seeds)
-            kernel = found.reshape(leaf.shape)
-            return quantize(kernel, kind) if kind and is_linear(keys) else kernel
-
-        return jax.jit(make, out_shardings=lie)(seeds)
+        return _drawer(leaf.shape, leaf.dtype, kind if is_linear(keys) else None, lie)(seeds)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(model))
+
+
+@cache
+def _drawer(shape: tuple[int, ...], dtype: Any, kind: str | None, lie: Any) -> Any:
+    """Random keys, one a matrix, to a parameter: a matrix at a time, since the random bits are as large again."""
+
+    def make(seeds: jax.Array) -> Any:
+        found = jax.lax.map(lambda key: 0.02 * jax.random.normal(key, shape[-2:], dtype), seeds).reshape(shape)
+        return quantize(found, kind) if kind else found
+
+    return jax.jit(make, out_shardings=lie)
 
 
 def batch_of(work: Work) -> Batch:
@@ -81,7 +89,7 @@ def local_devices(work: Work) -> list[jax.Device]:
     Raises:
       InputError: there are fewer.
     """
-    cut = work.devices or math.gcd(work.batch, cores())
+    cut = work.devices or math.gcd(work.batch // work.accumulate, cores())
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cut)
     found = jax.local_devices()
@@ -91,32 +99,34 @@ def local_devices(work: Work) -> list[jax.Device]:
     return found[:wanted]
 
 
-def ready(work: Work, devices: list[jax.Device]) -> Ready:
-    """The step that ``experiments/train.py`` takes with the same settings, without clipping."""
+def ready(work: Work, layout: Layout, params: Any = None) -> Ready:
+    """The step that ``experiments/train.py`` takes with the same settings, without clipping; ``params`` else drawn."""
     require_here(work.attention or "auto")
-    layout = pmap_layout(devices)
-    options = {key: getattr(work, key) for key in ("remat", "attention") if getattr(work, key)}
     known = {"dtype": jnp.dtype(work.dtype), "segments": work.documents}  # as a run counts them in its data
-    model = Decoder(decoder_config(work.config, work.shape), **known, **options)
-    params = drawn(model, layout, work.quantize)
+    model = Decoder(decoder_config(work.config, work.shape), **known, attention=work.attention or "auto")
+    params = drawn(model, layout, work.quantize) if params is None else layout.place_base(params)
     spec = LoraSpec(target=work.target, rank=work.rank, alpha=2 * work.rank)
     adapters = init_adapters(jax.random.key(0), params, spec)
+    rows = work.batch // (layout.parts * work.accumulate)
+    sizes: dict[str, Any] = {"rows": rows, "length": work.length, "dtype": model.dtype, "attention": model.attention}
+    model = model.clone(remat=work.remat or choose_remat(model.config, params, adapters, **sizes))
     run = RunConfig(lora=spec, optimizer=CONFIGS[work.optimizer](), schedule=Constant(), clip_norm=None)
     tx, trained = make_training(run, params, adapters)
     numbers = numbers_of(run, adapters)
-    step = make_train_step(adapted(model, spec), tx, layout, trained=trained)
+    step = make_train_step(adapted(model, spec), tx, layout, trained=trained, accumulate=work.accumulate)
     state = layout.state(jax.tree.map(np.asarray, init_state(adapters, tx(numbers), jax.random.key(1))))
     lora = sum(x.size for x in jax.tree.leaves(adapters))
     held = sum(pair["lora_a"].size for pair in pairs(adapters).values()) if work.optimizer in FREEZES_A else 0
-    return Ready(step, state, params, layout.split(batch_of(work)), layout.place_base(numbers), lora, held)
+    return Ready(step, state, params, layout.split(batch_of(work)), layout.place_base(numbers), lora, held, model.remat)
 
 
 def prepare(work: Work) -> Side:
     """Compile the step and take it twice."""
-    jax.config.update("jax_enable_compilation_cache", False)  # compile times are of compiling
+    if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:  # compile times are of compiling, unless it is asked for
+        jax.config.update("jax_enable_compilation_cache", False)
     devices = local_devices(work)
     device, before = devices[0], resident()
-    made = ready(work, devices)
+    made = ready(work, pmap_layout(devices))
     state = made.state
     jax.block_until_ready((state, made.params))  # else the compiler shares the cores with the drawing of weights
     began = time.perf_counter()
@@ -133,7 +143,17 @@ def prepare(work: Work) -> Side:
     run(2)
     about = {"compile_seconds": seconds, "device": device.device_kind, "platform": device.platform}
     about |= {"devices": len(devices), "lora_parameters": made.lora, "held": made.held, "versions": versions()}
+    about |= {"remat": made.remat, "program_bytes": program_bytes(compiled)}
     return Side(run, about, host_memory(before) if device.platform == "cpu" else lambda: device_memory(device))
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """What the compiled step holds at once on a device, arguments and results included; None where it does not say."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    own = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return own + found.temp_size_in_bytes
 
 
 def device_memory(device: jax.Device) -> dict[str, Any]:

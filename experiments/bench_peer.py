@@ -1,12 +1,13 @@
 """The other side of ``bench.py train --peer peft``: transformers' model, PEFT's LoRA, PyTorch's AdamW.
 
-The same ``config.json``, tokens and learnt tokens (labels -100 elsewhere); SDPA attention; random weights in the dtype
-of the base, adapters in float32 and, with a bfloat16 base, autocast as ``Trainer(bf16=True)`` does; no cache of keys
-and values; AdamW in its fused form.
+The same ``config.json``, tokens and learnt tokens (labels -100 elsewhere); SDPA attention, on a GPU flash-attn's for
+rows of one text where it is installed; random weights in the dtype of the base, adapters in float32 and, with a
+bfloat16 base, autocast as ``Trainer(bf16=True)`` does; no cache of keys and values; AdamW in its fused form.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from contextlib import nullcontext
@@ -17,8 +18,8 @@ from bench_side import Side, cores, host_memory, resident, serve
 from bench_work import Work, arrays
 
 
-def prepare(work: Work) -> Side:
-    """Take the step a few times; a third argument ``compile`` of the process puts it through ``torch.compile``."""
+def prepare(work: Work, backend: str | None = None) -> Side:
+    """Take the step a few times, through ``torch.compile`` with a ``backend`` if there is one."""
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
@@ -33,7 +34,8 @@ def prepare(work: Work) -> Side:
     inputs = {"input_ids": found["tokens"], "labels": found["tokens"].masked_fill(found["loss_mask"] == 0, -100)}
     if work.documents > 1:
         inputs["position_ids"] = found["positions"]  # where they begin again, transformers masks other texts
-    forward = torch.compile(model) if sys.argv[2:] == ["compile"] else model
+    parts = [dict(zip(inputs, cut, strict=True)) for cut in zip(*chunks(inputs, work), strict=True)]
+    forward = torch.compile(model, backend=backend) if backend else model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01, fused=True)
     half = partial(torch.autocast, device.type, torch.bfloat16) if work.dtype == "bfloat16" else nullcontext
@@ -41,9 +43,10 @@ def prepare(work: Work) -> Side:
 
     def run(count: int) -> float:
         for _ in range(count):
-            with half():
-                loss = forward(**inputs, use_cache=False).loss
-            loss.backward()
+            for part in parts:  # as many loss tokens in each: the mean of means is the mean
+                with half():
+                    loss = forward(**part, use_cache=False).loss
+                (loss / len(parts)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         wait()
@@ -64,12 +67,25 @@ def made(work: Work, device: Any) -> Any:
     import transformers
 
     raw = {key: value for key, value in work.config.items() if key != "model_type"}
-    config = transformers.AutoConfig.for_model(work.config["model_type"], **raw, attn_implementation="sdpa")
+    config = transformers.AutoConfig.for_model(
+        work.config["model_type"], **raw, attn_implementation=attention(device, work)
+    )
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, work.dtype))
     model.config.use_cache = False
     lora = peft.LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules=work.target, task_type="CAUSAL_LM")
     return peft.get_peft_model(model, lora).train()
+
+
+def chunks(inputs: dict[str, Any], work: Work) -> list[Any]:
+    """Each input in micro-batches."""
+    return [value.chunk(work.accumulate) for value in inputs.values()]
+
+
+def attention(device: Any, work: Work) -> str:
+    """What transformers is asked for; of packed rows its flash attention keeps texts apart in a batch of one alone."""
+    flash = device.type == "cuda" and work.documents == 1 and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def clock(run: Any) -> float:
@@ -89,4 +105,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    serve(prepare)
+    serve(partial(prepare, backend="inductor" if sys.argv[2:] == ["compile"] else None))

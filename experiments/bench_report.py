@@ -1,6 +1,6 @@
 """What ``bench.py train`` says of the sides: medians and quartiles over the rounds, MFU, ratios, a table.
 
-A ratio is the median of the ratios of each round, and of our side to the fastest peer.
+A ratio is the median of the ratios of each round, of our side to a peer.
 """
 
 from __future__ import annotations
@@ -45,21 +45,37 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def result(sides: dict[str, dict[str, Any]], work: Work) -> dict[str, Any]:
-    """The one line of JSON: our side, and under ``peer`` the fastest of the others, with the ratios to that."""
+    """The one line of JSON: our side, ``peers`` with the ratios to each, ``peer`` the fastest, with its ratios here."""
     ours, peers = sides[OURS], {name: side for name, side in sides.items() if name != OURS}
     about = {key: value for key, value in vars(work).items() if key not in ("config", "devices")}
     if not peers:
         return {**ours, **about}
+    peers = {name: {**side, **ratios(ours, side)} for name, side in peers.items()}
     best = min(peers, key=lambda name: peers[name]["step_seconds"])
-    rounds = [b / a for a, b in zip(ours["round_seconds"], peers[best]["round_seconds"], strict=True)]
+    return {**ours, **about, "peer": {"name": best, **peers[best]}, "peers": peers, **ratios(ours, peers[best])}
+
+
+def ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """How often faster our side is than a peer, and what of its memory it takes."""
+    rounds = [b / a for a, b in zip(ours["round_seconds"], peer["round_seconds"], strict=True)]
     low, middle, high = quartiles(rounds)
-    ratios = {"ratio": middle, "ratio_quartiles": [low, high], "ratio_rounds": rounds}
-    held = [side["peak_memory_bytes"] for side in (ours, peers[best])]
-    ratios["memory_ratio"] = held[0] / held[1] if all(held) else None
-    if ours.get("steps_bytes") and peers[best].get("steps_bytes"):
-        beyond = [side["steps_bytes"] - side["before_bytes"] for side in (ours, peers[best])]
-        ratios["memory_ratio_beyond_imports"] = beyond[0] / beyond[1]
-    return {**ours, **about, "peer": {"name": best, **peers[best]}, "peers": peers, **ratios}
+    found: dict[str, Any] = {"ratio": middle, "ratio_quartiles": [low, high], "ratio_rounds": rounds}
+    held = [side["peak_memory_bytes"] for side in (ours, peer)]
+    found["memory_ratio"] = held[0] / held[1] if all(held) else None
+    if ours.get("steps_bytes") and peer.get("steps_bytes"):
+        beyond = [side["steps_bytes"] - side["before_bytes"] for side in (ours, peer)]
+        found["memory_ratio_beyond_imports"] = beyond[0] / beyond[1]
+    return found
+
+
+def made_of(sides: dict[str, dict[str, Any]]) -> str:
+    """The versions of everything; a peer's that is not ours with the name of the peer."""
+    found: dict[str, str] = {}
+    for name, side in sides.items():
+        for key, value in side["versions"].items():
+            if found.setdefault(key, value) != value:
+                found[f"{name}'s {key}"] = value
+    return ", ".join(f"{key} {value}" for key, value in found.items())
 
 
 def table(sides: dict[str, dict[str, Any]], whole: dict[str, Any]) -> str:
@@ -77,11 +93,16 @@ def table(sides: dict[str, dict[str, Any]], whole: dict[str, Any]) -> str:
         share = "-" if mfu is None else f"{100 * mfu:.1f} %"
         row = (name, f"{side['tokens_per_second']:,.0f}", step, share, held, f"{side['compile_seconds']:.1f}")
         lines.append(f"| {' | '.join(row)} |")
-    if "ratio" in whole:
-        low, high = whole["ratio_quartiles"]
-        lines += ["", f"{whole['ratio']:.2f} times {whole['peer']['name']} (quartiles {low:.2f} to {high:.2f})"]
-        if whole["memory_ratio"] is not None:
-            lines[-1] += f", {whole['memory_ratio']:.2f} of its peak memory"
-        if "memory_ratio_beyond_imports" in whole:
-            lines[-1] += f" ({whole['memory_ratio_beyond_imports']:.2f} of the steps' beyond imports)"
-    return "\n".join(lines)
+    found = [said(name, peer) for name, peer in whole.get("peers", {}).items()]
+    return "\n\n".join(["\n".join(lines), *found])
+
+
+def said(name: str, peer: dict[str, Any]) -> str:
+    """A line of the ratios to a peer."""
+    low, high = peer["ratio_quartiles"]
+    line = f"{peer['ratio']:.2f} times {name} (quartiles {low:.2f} to {high:.2f})"
+    if peer["memory_ratio"] is not None:
+        line += f", {peer['memory_ratio']:.2f} of its peak memory"
+    if "memory_ratio_beyond_imports" in peer:
+        line += f" ({peer['memory_ratio_beyond_imports']:.2f} of the steps' beyond imports)"
+    return line

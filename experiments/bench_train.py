@@ -1,4 +1,4 @@
-"""``bench.py train``: tokens a second, model FLOPs, memory and compile time of the training step, alone or beside PEFT.
+"""``bench.py train``: tokens a second, model FLOPs, memory and compile time of a training step, alone or beside peers.
 
 Each side is a process of its own (:mod:`bench_side`). Times are means over the steps of a round, so that steps may
 queue up as they do in training; what is said of them are medians and quartiles over the rounds.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import get_args
 
-from bench_report import result, summary, table
+from bench_peers import add_peer_options, asked
+from bench_report import made_of, result, summary, table
 from bench_shapes import SHAPES
 from bench_turns import OURS, measured
 from bench_work import Work
@@ -23,8 +23,6 @@ from stablelora_jax.models.attention import KINDS
 from stablelora_jax.models.remat import Remat
 from stablelora_jax.optimizer_config import CONFIGS
 from stablelora_jax.quantize import FORMATS
-
-MODES = ("eager", "compile", "eager,compile", "compile,eager")  # of the peer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--remat", choices=get_args(Remat), help="what the backward pass finds again (default: the model's)")
     add("--attention", choices=KINDS, help="how attention is computed (default: the model's)")
     add("--quantize", choices=tuple(FORMATS), help="keep the base in this format, on our side alone")
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
     add("--devices", type=int, metavar="N", help="of our side (default: 1; a CPU's cores, if they divide the rows)")
-    add("--peer", choices=("peft",), help="do the same work in PyTorch, in turn")
-    add("--peer-modes", metavar="MODES", help="eager, compile or both with a comma; default: eager, on a GPU both")
+    add_peer_options(add)
     add("--apart", action="store_true", help="one side after the other, where memory does not hold them together")
     add(
         "--peak-flops",
@@ -69,21 +67,20 @@ def work_of(given: argparse.Namespace) -> Work:
     Raises:
       InputError: a number out of range. A target that is no linear module, the side itself refuses.
     """
-    for name in ("batch", "length", "documents", "rank", "devices", "steps", "rounds"):
+    for name in ("batch", "length", "documents", "rank", "accumulate", "devices", "steps", "rounds"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(given, name)}")
     if given.length < 2 * given.documents:
         raise InputError(f"--length {given.length} is less than two tokens for each of {given.documents} documents")
     if not 0 < given.loss_fraction <= 1 or round(given.loss_fraction * given.length / given.documents) < 1:
         raise InputError(f"--loss-fraction must leave a token to learn and be at most 1, not {given.loss_fraction}")
-    if given.devices and given.batch % given.devices:
+    if given.batch % given.accumulate:
+        raise InputError(f"--batch {given.batch} rows cannot be cut into --accumulate {given.accumulate} alike")
+    if given.devices and given.batch // given.accumulate % given.devices:
         raise InputError(f"--batch {given.batch} rows cannot be spread over --devices {given.devices} alike")
     if given.peak_flops is not None and not given.peak_flops > 0:
         raise InputError(f"--peak-flops must be positive, not {given.peak_flops}")
-    if given.peer_modes is not None and not given.peer:
-        raise InputError("--peer-modes says how the peer runs: give --peer, too")
-    if (given.peer_modes or "eager") not in MODES:
-        raise InputError(f"--peer-modes takes eager, compile, or both with a comma, not {given.peer_modes}")
+    asked(given)  # refused here, before anything runs
     config = dict(SHAPES[given.shape])
     if given.length > config["max_position_embeddings"]:
         raise InputError(f"--length {given.length} is more than the model's {config['max_position_embeddings']}")
@@ -95,25 +92,16 @@ def work_of(given: argparse.Namespace) -> Work:
 def bench(given: argparse.Namespace) -> None:
     """What ``bench.py train`` does."""
     work = work_of(given)
-    names = [OURS]
-    if given.peer:
-        modes = given.peer_modes or ("eager,compile" if on_gpu() else "eager")
-        names += [f"{given.peer} {mode}" for mode in modes.split(",")]
-    found = measured(names, work, given.steps, given.rounds, given.apart)
+    names, pythons = asked(given)
+    found = measured(names, work, given.steps, given.rounds, given.apart, pythons)
     known = peak_flops(found[OURS]["device"]) if work.dtype == "bfloat16" else None
     sides = {name: summary(side, work, given.peak_flops or known) for name, side in found.items()}
     whole = result(sides, work)
     about = f"{work.shape}, {work.batch} x {work.length} tokens, {work.documents} a row, r={work.rank} {given.target}, "
     about += f"loss on {work.loss_fraction:.0%}, {work.dtype}, {work.optimizer}; {whole['device']}"
     about += f" as {whole['devices']} devices" if whole["devices"] > 1 else ""
-    versions = {key: value for side in sides.values() for key, value in side["versions"].items()}
-    about += "; " + ", ".join(f"{key} {value}" for key, value in versions.items())
+    about += f"; {made_of(sides)}"
     text = f"{about}\n\n{table(sides, whole)}"
     print(text, file=sys.stderr if given.json else sys.stdout)
     if given.json:
         print(json.dumps(whole))
-
-
-def on_gpu() -> bool:
-    """Whether there is an NVIDIA GPU, without taking it."""
-    return Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists()

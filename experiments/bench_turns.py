@@ -6,17 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench_work import Work, dumped
 
-from stablelora_jax.errors import InputError, RunError
+from stablelora_jax.errors import InputError, RunError, brief
 
 HERE = Path(__file__).parent
 OURS = "stablelora_jax"
+FILES = {OURS: "bench_ours.py", "peft": "bench_peer.py", "tunix": "bench_tunix.py"}  # first words of names
 
 
 class Worker(NamedTuple):
@@ -28,15 +29,17 @@ class Worker(NamedTuple):
 
 
 @contextmanager
-def started(name: str, work: Work, together: bool) -> Iterator[Worker]:
+def started(name: str, work: Work, together: bool, pythons: Mapping[str, str]) -> Iterator[Worker]:
     """The process of a side, warmed up; it ends with the block."""
-    file = "bench_ours.py" if name == OURS else "bench_peer.py"
-    more = ["compile"] if name.endswith("compile") else []
+    peer, *more = name.split()
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     alone = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if together else {}
-    command = [sys.executable, str(HERE / file), dumped(work), *more]
+    command = [pythons.get(peer, sys.executable), str(HERE / FILES[peer]), dumped(work), *more]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **pipes, env={**os.environ, **quiet, **alone})
+    try:
+        process = subprocess.Popen(command, **pipes, env={**os.environ, **quiet, **alone})
+    except OSError as error:
+        raise InputError(f"{name}: {command[0]} cannot be run: {brief(error)}") from None
     try:
         print(f"{name}: making the model, warming up", file=sys.stderr)
         yield Worker(name, process, answer(name, process))
@@ -55,7 +58,10 @@ def answer(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
     line = process.stdout.readline()  # type: ignore[union-attr]
     if not line:
         raise RunError(f"{name} ended with exit code {process.wait()}; what it said is above")
-    found = json.loads(line)
+    try:
+        found = json.loads(line)
+    except ValueError:
+        raise InputError(f"{name}: its interpreter is no Python, it said {line.strip():.100}") from None
     if "error" in found:
         raise InputError(f"{name}: {found['error']}")
     return found
@@ -69,13 +75,19 @@ def told(worker: Worker, line: str) -> dict[str, Any]:
     return answer(worker.name, worker.process)
 
 
-def measured(names: list[str], work: Work, steps: int, rounds: int, apart: bool) -> dict[str, dict[str, Any]]:
-    """Of each side what it says of itself, the seconds of a step in each round, and its memory; peers may fail."""
+def measured(
+    names: list[str], work: Work, steps: int, rounds: int, apart: bool, pythons: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Of each side what it says of itself, the seconds of a step in each round, and its memory; peers may fail.
+
+    ``pythons`` are the interpreters of peers that are not run by this one.
+    """
+    pythons = pythons or {}
     if apart and len(names) > 1:
-        return {k: v for name in names for k, v in measured([name], work, steps, rounds, True).items()}
+        return {k: v for name in names for k, v in measured([name], work, steps, rounds, True, pythons).items()}
     times: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
-        workers = [found for name in names if (found := able(stack, name, work, len(names) > 1))]
+        workers = [found for name in names if (found := able(stack, name, work, len(names) > 1, pythons))]
         for turn in range(rounds):
             for worker in workers if turn % 2 == 0 else workers[::-1]:
                 found = told(worker, str(steps))
@@ -85,10 +97,10 @@ def measured(names: list[str], work: Work, steps: int, rounds: int, apart: bool)
         return {w.name: {**w.about, "round_seconds": times[w.name], **told(w, "")} for w in workers}
 
 
-def able(stack: ExitStack, name: str, work: Work, together: bool) -> Worker | None:
+def able(stack: ExitStack, name: str, work: Work, together: bool, pythons: Mapping[str, str]) -> Worker | None:
     """The worker that :func:`started` gives, or None for a peer that could not do it (out of memory, say)."""
     try:
-        return stack.enter_context(started(name, work, together))
+        return stack.enter_context(started(name, work, together, pythons))
     except RunError as error:
         if name == OURS:
             raise

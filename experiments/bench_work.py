@@ -1,13 +1,17 @@
-"""What ``bench.py train`` measures, said once for both sides: shapes, tokens, labels. Imports no framework."""
+"""What ``bench.py train`` measures, said once for both sides: shapes, tokens, labels. Imports no framework.
+
+A side whose environment lacks NumPy, too, can so say what it lacks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Work:
     remat: str | None = None
     attention: str | None = None
     quantize: str | None = None
+    accumulate: int = 1  # micro-batches that the rows are cut into
     devices: int | None = None  # that our side spreads the rows over; None: one, or of a CPU's cores as many as fit
 
     @property
@@ -37,12 +42,15 @@ class Work:
     @property
     def attended(self) -> float:
         """``sum(len ** 2) / sum(len)`` over the texts of a row."""
-        lengths = [len(part) for part in np.array_split(np.arange(self.length), self.documents)]
+        short, longer = divmod(self.length, self.documents)
+        lengths = [short + (place < longer) for place in range(self.documents)]
         return sum(n * n for n in lengths) / self.length
 
 
 def arrays(work: Work) -> dict[str, np.ndarray]:
     """``tokens``, ``positions``, ``segment_ids`` (from 1) and ``loss_mask``, each (B, T) int32; from one seed."""
+    import numpy as np
+
     tokens = np.random.default_rng(0).integers(0, work.config["vocab_size"], (work.batch, work.length))
     parts = [np.arange(len(part)) for part in np.array_split(np.arange(work.length), work.documents)]
     learnt = [position >= len(position) - round(work.loss_fraction * len(position)) for position in parts]

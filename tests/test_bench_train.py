@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from tests.conftest import ROOT
 
 KEYS = {"tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes", "compile_seconds"}
 BLOCKED = ("transformers", "datasets", "orbax", "tensorboardX", "torch", "peft", "safetensors", "gguf", "matplotlib")
+TUNIX_PYTHON = os.environ.get("STABLELORA_TUNIX_PYTHON")  # an interpreter that has google-tunix, if not this one
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +47,12 @@ def test_shapes_are_those_of_the_models():
 
     counts = {"llama-15m": 15.2, "smollm2-135m": 134.5, "qwen2-0.5b": 494.0, "qwen2-1.5b": 1543.7}
     counts |= {"llama3.2-1b": 1235.8, "llama3.2-3b": 3212.7, "llama3.1-8b": 8030.3}
+    counts |= {"qwen3-0.6b": 596.0, "qwen3-1.7b": 1720.6, "qwen3-4b": 4022.5, "qwen3-8b": 8190.7}
     assert set(counts) == set(SHAPES)
     for name, millions in counts.items():
         config = decoder_config(SHAPES[name], name)
         heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        small = 2 * config.hidden_size + heads * config.qkv_bias
+        small = 2 * config.hidden_size + heads * config.qkv_bias + 2 * config.head_dim * config.qk_norm
         again = config.vocab_size * config.hidden_size * (not config.tie_word_embeddings)
         total = flops_per_token(config, 0, 0) / 4 + config.num_hidden_layers * small + config.hidden_size + again
         assert round(total / 1e6, 1) == millions, name
@@ -93,9 +96,20 @@ def test_ratios_are_of_the_rounds_and_of_the_fastest_peer():
     whole_cpu = bench_report.summary({**four, "device": "cpu"}, made, 1e9)  # its devices are parts of it
     assert whole_cpu["mfu"] == pytest.approx(whole["mfu"]) and whole_cpu["devices"] == 4
     assert "2.00 times peft compile (quartiles 1.50 to 2.50), 1.00 of its" in bench_report.table(sides, whole)
+    assert whole["peers"]["peft eager"]["ratio"] == 4.5 and "4.50 times peft eager" in bench_report.table(sides, whole)
     sides["stablelora_jax"] |= {"peak_memory_bytes": None, "steps_bytes": None}  # an allocator that keeps no count
     whole = bench_report.result(sides, made)
     assert whole["memory_ratio"] is None and "times peft compile" in bench_report.table(sides, whole).splitlines()[-1]
+
+
+def test_versions_that_are_not_ours_are_said_with_the_peer():
+    import bench_report
+
+    sides = {
+        "stablelora_jax": {"versions": {"jax": "1", "flax": "2"}},
+        "tunix": {"versions": {"jax": "3", "flax": "2"}},
+    }
+    assert bench_report.made_of(sides) == "jax 1, flax 2, tunix's jax 3"
 
 
 def test_memory_forgets_what_was_before_the_steps():
@@ -179,6 +193,81 @@ def test_the_peer_does_the_same_work():
         b / a for a, b in zip(found["round_seconds"], found["peer"]["round_seconds"], strict=True)
     ]
     assert found["mfu"] is None and found["memory_ratio"] > 0
+
+
+def test_tunix_does_the_same_work():
+    """In an environment of its own, or in this one."""
+    if not TUNIX_PYTHON:
+        pytest.importorskip("tunix")
+        pytest.importorskip("qwix")
+    flags = "--batch 2 --length 32 --documents 2 --loss-fraction 0.25 --steps 1 --rounds 1 --peer tunix".split()
+    done = run(*flags, *(["--peer-python", TUNIX_PYTHON] if TUNIX_PYTHON else []))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert KEYS <= set(found["peer"]) and found["peer"]["name"] == "tunix" and found["ratio"] > 0
+    assert found["lora_parameters"] == found["peer"]["lora_parameters"] == 6 * 8 * (4 * 2 * 288 + 3 * (288 + 768))
+    losses = dict(re.findall(r"round 1 of 1: (\w+): .* loss ([0-9.]+)", done.stderr))
+    assert set(losses) == {"stablelora_jax", "tunix"}
+    assert all(abs(float(loss) - np.log(32000)) < 0.3 for loss in losses.values())
+
+
+def test_tunix_says_what_it_cannot_do():
+    if not TUNIX_PYTHON:
+        pytest.importorskip("tunix")
+        pytest.importorskip("qwix")
+    import bench_turns
+
+    with pytest.raises(InputError, match="^tunix: no target 'lm_head' in tunix's model: choose of q_proj, k_proj"):
+        pythons = {"tunix": TUNIX_PYTHON} if TUNIX_PYTHON else {}
+        bench_turns.measured(["tunix"], work("--target", "q_proj,lm_head"), 1, 1, False, pythons)
+
+
+def test_peers_have_names_and_interpreters(monkeypatch):
+    import argparse
+
+    import bench_peers
+
+    parser = argparse.ArgumentParser()
+    bench_peers.add_peer_options(parser.add_argument)
+    monkeypatch.setattr(bench_peers, "on_gpu", lambda: True)
+
+    def asked(flags):
+        return bench_peers.asked(parser.parse_args(flags.split()))
+
+    here = sys.executable
+    assert asked("") == (["stablelora_jax"], {})
+    names = ["stablelora_jax", "peft eager", "peft compile", "tunix"]
+    assert asked(f"--peer peft,tunix --peer-python tunix={here}") == (names, {"tunix": here})
+    assert asked(f"--peer tunix,peft --peer-modes eager --peer-python {here}") == (
+        ["stablelora_jax", "tunix", "peft eager"],
+        {"tunix": here, "peft": here},
+    )
+
+
+@pytest.mark.parametrize(
+    "peer, lacks", [("tunix", r"tunix: google-tunix is not here \(No"), ("peft eager", "peft eager: No")]
+)
+def test_an_environment_without_the_peer_is_one_line(tmp_path, monkeypatch, peer, lacks):
+    """Not even NumPy is there."""
+    import bench_turns
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    pythons = {peer.split()[0]: str(tmp_path / "bare" / "bin" / "python")}
+    with pytest.raises(InputError, match=f"^{lacks} module named '(jax|torch)'"):
+        bench_turns.measured([peer], work("--batch", 1, "--length", 32), 1, 1, False, pythons)
+
+
+@pytest.mark.parametrize(
+    "text, said", [("", "cannot be run"), ("#!/bin/sh\necho hello\n", "is no Python, it said hello")]
+)
+def test_an_interpreter_that_is_none_is_one_line(tmp_path, text, said):
+    import bench_turns
+
+    (tmp_path / "python").write_text(text)
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(InputError, match=f"^tunix: .*{said}"):
+        bench_turns.measured(["tunix"], work(), 1, 1, False, {"tunix": str(tmp_path / "python")})
 
 
 def test_a_side_that_cannot_says_so():
