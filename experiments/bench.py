@@ -1,7 +1,8 @@
-"""Measure what things cost: ``python experiments/bench.py train|curves|optimizers ...``; each has its ``--help``.
+"""Measure what things cost: ``python experiments/bench.py train|curves|optimizers|gpu ...``; each has its ``--help``.
 
-``train``: tokens a second, memory and compile time of the training step, alone or in turn with PyTorch and PEFT.
+``train``: tokens a second, memory and compile time of the training step, alone or in turn with PEFT or tunix.
 ``curves``: how these grow with tokens, length, layers and rank. ``optimizers``: what an update of each optimizer costs.
+``gpu``: everything that is to be known of a GPU, in one call that may be started again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from stablelora_jax.command import exit_code
 
-WHAT = ("train", "curves", "optimizers")
+WHAT = ("train", "curves", "optimizers", "gpu")
 
 
 def parser(**about: Any) -> argparse.ArgumentParser:
