@@ -6,13 +6,21 @@ import hashlib
 import platform
 import re
 import subprocess
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "flax")
 PACKAGES += ("optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft", "google-tunix", "qwix")
+
+
+def place() -> dict[str, Any]:
+    """What every row says of where and when it was measured."""
+    found = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "card": card(), "versions": versions()}
+    return {**found, "commit": commit(), "source": source()}
 
 
 @cache

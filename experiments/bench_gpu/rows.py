@@ -23,6 +23,20 @@ def opened(output: Path, rehearsal: bool) -> Iterator[Path]:
     Raises:
       InputError: it holds something else, or rows of the other kind, or another process writes to it.
     """
+    _make(output, rehearsal)
+    if read_json_object(output / MARK).get("rehearsal") is not rehearsal:
+        kind = "real rows" if rehearsal else "rows of a rehearsal"
+        raise InputError(f"--output {output} holds {kind}: choose another")
+    with (output / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--output {output} is being written by another process: wait for it") from None
+        yield output
+
+
+def _make(output: Path, rehearsal: bool) -> None:
+    """The directory with our mark and its folders, where nothing of others is."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is no directory: choose another")
     mark = output / MARK
@@ -36,15 +50,6 @@ def opened(output: Path, rehearsal: bool) -> Iterator[Path]:
             (output / folder).mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output} cannot be written: {error.strerror}") from None
-    if read_json_object(mark).get("rehearsal") is not rehearsal:
-        kind = "real rows" if rehearsal else "rows of a rehearsal"
-        raise InputError(f"--output {output} holds {kind}: choose another")
-    with (output / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--output {output} is being written by another process: wait for it") from None
-        yield output
 
 
 def read(output: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -80,8 +79,7 @@ def _row(session: Session, one: Measurement) -> None:
         found = _summed(one.summary, found, arguments)
     row = {"name": one.name, "section": one.section, "function": one.function, "arguments": arguments}
     row |= {**found, **({"tried": tried} if tried else {}), "seconds": round(time.monotonic() - began, 1)}
-    row |= {"command": session.command.format(name=one.name), "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-    row |= {"card": about.card(), "versions": about.versions(), "commit": about.commit(), "source": about.source()}
+    row |= {"command": session.command.format(name=one.name), **about.place()}
     with session.lock:
         rows.write(session.output, row, one.name in session.again)
         print(f"{one.name}: {row['status']}, {row['seconds']} s{_why(row)}", file=sys.stderr, flush=True)
