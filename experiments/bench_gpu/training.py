@@ -16,7 +16,7 @@ def work_of(toy: bool = False, **arguments: Any) -> Work:
     """The work of a row; ``toy``: of a model that has hardly a size."""
     config = dict(SHAPES[arguments["shape"]])
     config |= shrunk(config) if toy else {}
-    given = {"target": "all-linear", "loss_fraction": 1.0, **arguments}
+    given = {"target": ["q_proj", "down_proj"] if toy else "all-linear", "loss_fraction": 1.0, **arguments}
     return Work(config=config, **{key: value for key, value in given.items() if key in Work.__dataclass_fields__})
 
 
