@@ -17,6 +17,7 @@ from stablelora_jax.errors import InputError, RunError, brief
 
 HERE = Path(__file__).parent
 OURS = "stablelora_jax"
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 FILES = {OURS: "bench_ours.py", "peft": "bench_peer.py", "tunix": "bench_tunix.py"}  # first words of names
 
 
@@ -32,12 +33,11 @@ class Worker(NamedTuple):
 def started(name: str, work: Work, together: bool, pythons: Mapping[str, str]) -> Iterator[Worker]:
     """The process of a side, warmed up; it ends with the block."""
     peer, *more = name.split()
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     alone = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if together else {}
     command = [pythons.get(peer, sys.executable), str(HERE / FILES[peer]), dumped(work), *more]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     try:
-        process = subprocess.Popen(command, **pipes, env={**os.environ, **quiet, **alone})
+        process = subprocess.Popen(command, **pipes, env={**os.environ, **QUIET, **alone})
     except OSError as error:
         raise InputError(f"{name}: {command[0]} cannot be run: {brief(error)}") from None
     try:

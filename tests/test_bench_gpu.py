@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -322,10 +323,27 @@ def test_a_directory_of_others_is_left_alone(tmp_path):
             pass
     with pytest.raises(InputError, match="holds real rows"), rows.opened(tmp_path / "out", True):
         pass
-    rows.write(tmp_path / "out", {"name": "a", "value": 1})
+    row = {"name": "a", "status": "done", "value": 1}
+    rows.write(tmp_path / "out", row)
     with pytest.raises(InputError, match="exists already"):
-        rows.write(tmp_path / "out", {"name": "a", "value": 2})
-    assert rows.read(tmp_path / "out") == {"a": {"name": "a", "value": 1}}
+        rows.write(tmp_path / "out", {**row, "value": 2})
+    assert rows.read(tmp_path / "out") == {"a": row}
+
+
+@pytest.mark.parametrize(
+    "text, said", [("{", "is not readable JSON: .*: remove it, and"), ('{"name": 1}', "is no row")]
+)
+def test_a_row_that_is_damaged_is_one_line(tmp_path, monkeypatch, capsys, text, said):
+    import bench as front
+    from bench_gpu import rows
+
+    with rows.opened(tmp_path / "out", True):
+        (tmp_path / "out" / "rows" / "serve.bank.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "gpu", "--rehearse", "--output", str(tmp_path / "out")])
+    assert front.main() == 2
+    found = capsys.readouterr().err
+    assert re.match(f"error: .*serve.bank.json {said}", found) and found.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out" / "rows").iterdir()] == ["serve.bank.json"]
 
 
 def test_the_report_sets_ours_beside_the_fastest_peer():

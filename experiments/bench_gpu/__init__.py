@@ -76,6 +76,8 @@ def bench(given: argparse.Namespace) -> None:
         def tell() -> None:
             try:
                 write_whole(output / "report.md", report(every, rows.read(output)))
+            except InputError:  # a file that somebody has damaged
+                raise
             except Exception:  # the rows are what counts; the next call writes the report
                 traceback.print_exc()
 

@@ -53,8 +53,22 @@ def _make(output: Path, rehearsal: bool) -> None:
 
 
 def read(output: Path) -> dict[str, dict[str, Any]]:
-    """All rows so far, by name."""
-    return {path.stem: read_json_object(path) for path in sorted((output / "rows").glob("*.json"))}
+    """All rows so far, by name.
+
+    Raises:
+      InputError: a file that is no row.
+    """
+    return {path.stem: _row(path) for path in sorted((output / "rows").glob("*.json"))}
+
+
+def _row(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json_object(path)
+    except InputError as error:
+        raise InputError(f"{error}: remove it, and it is measured again") from None
+    if found.get("name") != path.stem or "status" not in found:
+        raise InputError(f"{path} is no row of bench.py gpu: remove it")
+    return found
 
 
 def write(output: Path, row: dict[str, Any], again: bool = False) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from bench_turns import QUIET
+
 from bench_gpu import about, rows
 from bench_gpu.suite import RIGHT, Measurement
 
@@ -162,7 +164,7 @@ def _environment(session: Session, one: Measurement) -> dict[str, str]:
     paths = [str(EXPERIMENTS), str(EXPERIMENTS.parent), os.environ.get("PYTHONPATH", "")]
     share = {} if "XLA_CLIENT_MEM_FRACTION" in os.environ else {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
     given = {**share, **os.environ}  # PyTorch takes what it needs, too
-    given |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    given |= QUIET
     given["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if one.section == RIGHT:  # several at once, with the CPU beside the device
         platforms = given.get("JAX_PLATFORMS", "")

@@ -17,7 +17,6 @@ PEERS = "Beside the peers"
 MARKS = "Beside published marks"
 PROFILE = "Where the time goes"
 SERVING = "Generation, loading, checkpoints, banks"
-SECTIONS = (RIGHT, PEERS, MARKS, PROFILE, SERVING)
 BROKEN = ("crash", "hang", "memory")  # what --spoil can make of a row
 POLICIES = ("everything", "useful", "no_mlp", "attention", "nothing")
 TOY: Mapping[str, Any] = {"toy": True, "length": 64, "steps": 1, "rounds": 2}

@@ -9,8 +9,6 @@ from typing import Any
 from bench_shapes import SHAPES
 from bench_work import Work
 
-SIDES = ("ours", "peft eager", "peft compile", "tunix")
-
 
 def work_of(toy: bool = False, **arguments: Any) -> Work:
     """The work of a row; ``toy``: of a model that has hardly a size."""
