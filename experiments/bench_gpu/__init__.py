@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", metavar="DIR", help="where rows and report.md are written; a rehearsal may do without")
     add("--budget-minutes", type=float, default=25, metavar="M", help="end after so long, at most (default 25)")
-    add("--only", metavar="NAMES", help="these rows alone, or those that begin so: names with commas between")
+    add("--only", metavar="NAMES", help="only these rows, by name or by prefix, with commas between")
     add("--retry", action="store_true", help="measure again the rows that failed")
     add("--rehearse", action="store_true", help="every row on the CPU with toy shapes, two at a time")
     add("--row-seconds", type=float, metavar="S", help="the time limit of every row (default: each row's own)")
