@@ -20,9 +20,9 @@ os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
 import yaml  # noqa: E402
 
 from stablelora_jax import InputError  # noqa: E402
-from stablelora_jax.command import exit_code  # noqa: E402
+from stablelora_jax.runs.cli import exit_code  # noqa: E402
 
-YAMLS = Path(__file__).parents[1] / "tests" / "harness_tasks"
+YAMLS = Path(__file__).parents[1] / "tests" / "evaluation" / "harness_tasks"
 METRICS = ("acc", "acc_norm", "exact_match")
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "social_i_qa", "hellaswag", "gsm8k")
 
@@ -57,8 +57,8 @@ def compare(
     """
     import jax.numpy as jnp
 
-    from stablelora_jax.attach import attach
-    from stablelora_jax.measure import measure, subject
+    from stablelora_jax.evaluation.tasks import measure, subject
+    from stablelora_jax.interop.load_adapted import attach
 
     one = subject(*attach(model, adapter, dtype=jnp.float32), batch_size=batch_size)
     lm = their_model(model, adapter, batch_size)

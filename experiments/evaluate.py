@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from stablelora_jax import InputError
-from stablelora_jax.command import add_model_options, exit_code, load_model
-from stablelora_jax.outputs import require_new
+from stablelora_jax.runs.cli import add_model_options, exit_code, load_model
+from stablelora_jax.utils.outputs import require_new
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, measure, write, and print the table."""
     if arguments.output is not None:
         require_new(arguments.output)
-    from stablelora_jax.measure import TASKS, measure, subject, table, write
+    from stablelora_jax.evaluation.tasks import TASKS, measure, subject, table, write
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     for name in names:

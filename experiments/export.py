@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stablelora_jax.command import exit_code
-from stablelora_jax.export import KINDS, export
+from stablelora_jax.interop.export import KINDS, export
+from stablelora_jax.runs.cli import exit_code
 
 
 def main() -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax import InputError
-from stablelora_jax.command import add_model_options, exit_code, load_model
-from stablelora_jax.errors import brief
-from stablelora_jax.files import as_path
+from stablelora_jax.runs.cli import add_model_options, exit_code, load_model
+from stablelora_jax.utils.errors import brief
+from stablelora_jax.utils.files import as_path
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown = row["prompt"] if isinstance(row["prompt"], str) else ""
             print(shown + str(row["text"]) if shown else row["text"], flush=True)
         return
-    from stablelora_jax.outputs import open_output
+    from stablelora_jax.utils.outputs import open_output
 
     with open_output(arguments.output) as output:
         for row in rows(arguments, prompts):
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
     """What came of each prompt."""
-    from stablelora_jax.generate import generate
+    from stablelora_jax.generation.generate import generate
 
     model, variables = load_model(arguments)
     results = generate(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelora_jax.command import exit_code
+from stablelora_jax.runs.cli import exit_code
 
 SHAPE = dict(hidden_size=1536, num_hidden_layers=28, intermediate_size=8960, num_attention_heads=12)
 SHAPE |= dict(num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)

@@ -4,7 +4,7 @@ Everything follows from the seed. The same seed, steps, versions and machine giv
 
     python experiments/pretrain_base.py --output runs/base
 
-The text is ``stablelora_jax/tasks/small_world.py``; the model is a Llama small enough to train on a laptop's CPU.
+The text is ``stablelora_jax/data/tasks/small_world.py``; the model is a Llama small enough to train on a laptop's CPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from zlib import crc32
 
 import numpy as np
 
-from stablelora_jax.command import exit_code
-from stablelora_jax.errors import InputError
+from stablelora_jax.runs.cli import exit_code
+from stablelora_jax.utils.errors import InputError
 
 SPECIAL = BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # ids 0, 1, 2
 LENGTH = 128  # tokens in a row
@@ -37,7 +37,7 @@ THREADS = "2"  # XLA splits its sums over NPROC threads, by default one a proces
 
 def texts(seed: int, *, held_out: bool) -> Iterator[str]:
     """Paragraphs without end, for training or held out; a paragraph's checksum decides which of the two it may be."""
-    from stablelora_jax.tasks.small_world import paragraphs
+    from stablelora_jax.data.tasks.small_world import paragraphs
 
     stream = paragraphs(f"{'held out' if held_out else 'train'} {seed}")
     return (text for text in stream if (crc32(text.encode()) % 10 == 0) == held_out)
@@ -153,7 +153,7 @@ def make_base(output: Path, seed: int, steps: int) -> float:
         raise InputError(f"--steps must be at least 1 and --seed at least 0, not {steps} and {seed}")
     import jax
 
-    from stablelora_jax.models.pretrained import save_pretrained
+    from stablelora_jax.models.pretrained.load import save_pretrained
 
     tokenizer = train_tokenizer(seed)
     model = new_model(tokenizer)

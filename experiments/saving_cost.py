@@ -19,14 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_optimizers import decoder, machine
+from bench.optimizers import decoder, machine
 
-from stablelora_jax import LoraSpec, adapted, checkpoint, config, init_adapters, stable_lora
-from stablelora_jax.command import exit_code
-from stablelora_jax.config import option
+from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora
+from stablelora_jax.config import engine as config
+from stablelora_jax.config.engine import option
 from stablelora_jax.data import Batch
 from stablelora_jax.parallel import pmap_layout
-from stablelora_jax.train import init_state, make_train_step
+from stablelora_jax.runs.cli import exit_code
+from stablelora_jax.training import checkpoint
+from stablelora_jax.training.step import init_state, make_train_step
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 
-from stablelora_jax import config
-from stablelora_jax.command import exit_code
-from stablelora_jax.run_config import RunConfig
+from stablelora_jax.config import engine as config
+from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs.cli import exit_code
 
 
 def main() -> int:
@@ -48,11 +48,11 @@ def work(arguments: argparse.Namespace) -> None:
     """Load the configuration, and train or try it dry."""
     run_config = config.load(RunConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from stablelora_jax.dry_run import dry_run
+        from stablelora_jax.runs.dry_run import dry_run
 
         dry_run(run_config)
         return
-    from stablelora_jax.run import run
+    from stablelora_jax.runs.run import run
 
     run(run_config, say)
 

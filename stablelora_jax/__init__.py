@@ -3,17 +3,18 @@
 See README.md for the quick start; every public name is documented where it is defined.
 """
 
-from stablelora_jax.bank import banked, make_bank
-from stablelora_jax.combine import combine
-from stablelora_jax.describe import describe
-from stablelora_jax.errors import InputError, RunError
-from stablelora_jax.freeze import freeze, frozen, hold
-from stablelora_jax.generate import generate
-from stablelora_jax.intercept import adapted
+from stablelora_jax.generation.bank import banked, make_bank
+from stablelora_jax.generation.generate import generate
 from stablelora_jax.interop import load_peft, save_peft
-from stablelora_jax.models.pretrained import base_directory, load_pretrained, save_pretrained
+from stablelora_jax.interop.warm_start import start_adapters
+from stablelora_jax.lora.apply import adapted
+from stablelora_jax.lora.combine import combine
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.summary import describe
+from stablelora_jax.lora.transform import hyper, init_adapters, merge, unmerge
+from stablelora_jax.models.pretrained.load import base_directory, load_pretrained, save_pretrained
 from stablelora_jax.models.untie import untie
-from stablelora_jax.optimize import (
+from stablelora_jax.optimizers import (
     allora,
     altlora,
     altlora_plus,
@@ -33,9 +34,8 @@ from stablelora_jax.optimize import (
     stiefel_lora,
     still_shrinking,
 )
-from stablelora_jax.spec import LoraSpec
-from stablelora_jax.transform import hyper, init_adapters, merge, unmerge
-from stablelora_jax.warm_start import start_adapters
+from stablelora_jax.optimizers.freeze import freeze, frozen, hold
+from stablelora_jax.utils.errors import InputError, RunError
 
 __all__ = [
     "InputError",

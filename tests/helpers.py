@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stablelora_jax import LoraSpec, tree
-from stablelora_jax.adapter import adapter_sites
+from stablelora_jax import LoraSpec
+from stablelora_jax.lora.pairs import adapter_sites
 from stablelora_jax.models.architecture import DecoderConfig, Rope
 from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.utils import tree
 
 TINY = dict(
     model_type="llama",

@@ -1,24 +1,31 @@
-"""The floors of the house: a module imports only from its own floor and below; axes never import each other."""
+"""The folders of the package: what may import what, heavy imports, the size of files."""
 
 import ast
+import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stablelora_jax"
-FLOORS = [
-    {"errors", "checked", "files", "outputs", "expressions", "patterns", "tree", "config"} | {"safe_yaml"},
-    {"spec", "adapter", "lowrank", "quantize"},
-    {"parametrize", "initialize", "optimize"},
-    {"sites", "full", "contraction", "transform", "intercept", "stability", "describe", "models", "combine", "bank"}
-    | {"fingerprint", "freeze"},
-    {"optimizer_config", "schedule_config", "parallel_config", "run_config", "tasks", "data", "losses", "objective"}
-    | {"metrics", "sampling", "checkpoint", "interop", "interrupt", "parallel"},
-    {"run_files", "run_directory", "log", "trackers", "build", "warm_start", "train", "evaluate", "decode", "generate"}
-    | {"memory", "flops", "summary", "likelihood", "until", "measure", "validate", "selection", "curves"},
-    {"prepare", "loop", "run", "export", "attach", "harness", "dry_run", "command", "report", "compile_cache"},
-]
-AXES = FLOORS[2]
+IMPORTS = {  # a folder imports from those named here, and from nothing else of the package
+    "utils": "",
+    "quantization": "utils",
+    "parallel": "utils",
+    "models": "utils quantization",
+    "lora": "utils quantization",
+    "optimizers": "utils lora",
+    "config": "utils lora optimizers",
+    "data": "utils config",
+    "interop": "utils quantization models lora config",
+    "training": "utils parallel models lora optimizers data",
+    "generation": "utils models lora data",
+    "evaluation": "utils parallel models interop data training generation",
+    "runs": "utils quantization parallel models lora optimizers config interop data training evaluation",
+}
+AXES = ["lora/parametrizations", "lora/initializers"]
+LOOSE = {"__init__.py", "py.typed", "assets"}  # of the top level
+LINES = 350
 HEAVY = {
     "torch",
     "transformers",
@@ -33,10 +40,6 @@ HEAVY = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
-
-
 def imports(path, nodes=None):
     for node in ast.walk(ast.parse(path.read_text())) if nodes is None else nodes:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -47,23 +50,40 @@ def imports(path, nodes=None):
             yield from [alias.name for alias in node.names]
 
 
-def floor(name: str) -> int:
-    return next(i for i, rooms in enumerate(FLOORS) if name in rooms)
+def used(folder: str) -> set[str]:
+    """Which other folders the files of ``folder`` import from."""
+    names = {name for path in (PACKAGE / folder).rglob("*.py") for name in imports(path)}
+    return {name.split(".")[1] for name in names if name.startswith("stablelora_jax.")} - {folder}
 
 
-def own_room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_folders_and_loose_files():
+    names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert names == {*IMPORTS, *LOOSE}
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if own_room(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE))
-)
-def test_floors(path):
-    mine = own_room(path)
-    used = {room(name) for name in imports(path) if name.startswith("stablelora_jax.")} - {mine}
-    for other in used:
-        assert floor(other) <= floor(mine), f"{mine} imports {other} from a higher floor"
-        assert not (mine in AXES and other in AXES), f"the axes {mine} and {other} must not know each other"
+@pytest.mark.parametrize("folder", IMPORTS)
+def test_imports_go_one_way(folder):
+    allowed, order = IMPORTS[folder].split(), list(IMPORTS)
+    assert used(folder) == set(allowed)
+    assert all(order.index(other) < order.index(folder) for other in allowed)
+
+
+@pytest.mark.parametrize("folder", IMPORTS)
+def test_each_folder_says_what_it_imports(folder):
+    said = re.search(r"^Imports:? (.*?)\.( |$)", import_module(f"stablelora_jax.{folder}").__doc__, re.MULTILINE)[1]
+    names = said.replace("nothing of the package", "")
+    assert set(filter(None, names.split(", "))) == set(IMPORTS[folder].split())
+
+
+def test_lora_and_models_are_strangers():
+    assert "models" not in used("lora") and "lora" not in used("models")
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_members_of_an_axis_do_not_know_the_other_axes(axis):
+    names = {name for path in (PACKAGE / axis).rglob("*.py") for name in imports(path)}
+    others = [f"stablelora_jax.{other.replace('/', '.')}" for other in AXES if other != axis]
+    assert not [name for name in names if any(name.startswith(other) for other in others)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -79,4 +99,4 @@ def test_nothing_needs_torch():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_are_small(path):
-    assert len(path.read_text().splitlines()) <= 350 and path.read_text().startswith('"""')
+    assert len(path.read_text().splitlines()) <= LINES and path.read_text().startswith('"""')

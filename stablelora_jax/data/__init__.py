@@ -1,4 +1,7 @@
-"""From texts to batches: tokenise, cut, cache, pack or pad, and order by a rule that needs no state."""
+"""From texts to batches: tokenise, truncate, cache, pack or pad, and order by a rule that needs no state.
+
+Imports: utils, config.
+"""
 
 from stablelora_jax.data.batch import Batch, bucket, make_batch
 from stablelora_jax.data.encoding import Example, Text, encode, templated, training_texts

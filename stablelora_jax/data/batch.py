@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stablelora_jax.data.encoding import Example
-from stablelora_jax.errors import InputError
+from stablelora_jax.utils.errors import InputError
 
 SHORTEST = 32  # rows are padded to 32, 64, 96, 128, 192, 256, 384, 512, ...: a run compiles a handful of shapes
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from stablelora_jax.data.tasks.question import Chat, Problem, Question
 from stablelora_jax.data.template import render
-from stablelora_jax.errors import InputError
-from stablelora_jax.tasks.question import Chat, Problem, Question
+from stablelora_jax.utils.errors import InputError
 
 Truncate = Literal["left", "right", "refuse"]
 AT_ONCE = 1024  # texts of one call of the tokenizer: bounds the memory, and keeps its threads busy

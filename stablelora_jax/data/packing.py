@@ -18,7 +18,7 @@ import numpy as np
 
 from stablelora_jax.data.batch import Batch, learnt_places
 from stablelora_jax.data.encoding import Example
-from stablelora_jax.errors import InputError
+from stablelora_jax.utils.errors import InputError
 
 
 class Plan(NamedTuple):

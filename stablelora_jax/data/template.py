@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stablelora_jax.errors import InputError, brief
+from stablelora_jax.utils.errors import InputError, brief
 
 AT_ONCE = 128  # chats of a request, which share its limit of time
 WORKER = Path(__file__).with_name("template_worker.py")

@@ -26,8 +26,8 @@ import numpy as np
 
 from stablelora_jax.data.encoding import AT_ONCE, Example, Text, Truncate, encode_many
 from stablelora_jax.data.packing import first_fit
-from stablelora_jax.errors import InputError
-from stablelora_jax.files import as_path, write_whole
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.files import as_path, write_whole
 
 FORMAT = 1  # raise it when the same texts would give other arrays
 CHATS = 2  # the same of texts in a chat template

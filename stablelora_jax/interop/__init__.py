@@ -1,4 +1,7 @@
-"""Formats of other programs."""
+"""Adapters and models in the formats of other programs: PEFT, vLLM, llama.cpp, Hugging Face.
+
+Imports: utils, quantization, models, lora, config.
+"""
 
 from stablelora_jax.interop.peft import load_peft, save_peft
 

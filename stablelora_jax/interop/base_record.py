@@ -1,9 +1,9 @@
 """Which base an adapter was made on: kept in ``stablelora.json``, and compared where it is laid on a base again.
 
-The record is the base's name and :func:`stablelora_jax.fingerprint.fingerprint`, leaf by leaf, of the bits and of the
-numbers rounded to bfloat16. Where a leaf has the dtype that it had, its bits are compared; else what both round to, so
-that a base in float32 is the base that it was in bfloat16. Leaves of other shapes, or of one side alone (an untied
-head, kernels that are quantised on one side), tell nothing.
+The record is the base's name and :func:`~stablelora_jax.utils.fingerprint.fingerprint`, leaf by leaf, of the bits and
+of the numbers rounded to bfloat16. Where a leaf has the dtype that it had, its bits are compared; else what both round
+to, so that a base in float32 is the base that it was in bfloat16. Leaves of other shapes, or of one side alone (an
+untied head, kernels that are quantised on one side), tell nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stablelora_jax.fingerprint import fingerprint, form, named_leaves
+from stablelora_jax.utils.fingerprint import fingerprint, form, named_leaves
 
 KEY = "base"
 

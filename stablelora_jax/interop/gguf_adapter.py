@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from stablelora_jax import tree
-from stablelora_jax.adapter import Site, adapter_sites
-from stablelora_jax.checked import checked
-from stablelora_jax.errors import InputError
-from stablelora_jax.files import as_path, partial_name
+from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.models.architecture import DecoderConfig
-from stablelora_jax.models.gguf import gguf_name, permute
-from stablelora_jax.spec import LoraSpec
+from stablelora_jax.models.pretrained.gguf import gguf_name, permute
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.checked import checked
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.files import as_path, partial_name
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 EMBEDDING = "token_embd.weight"  # whose lora_a is looked up by row

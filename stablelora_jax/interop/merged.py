@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.intercept import adapted
+from stablelora_jax.lora.apply import adapted
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.transform import merge
 from stablelora_jax.models.decoder import Decoder
-from stablelora_jax.models.pretrained import load_pretrained, save_pretrained
-from stablelora_jax.quantize import dense
-from stablelora_jax.spec import LoraSpec
-from stablelora_jax.transform import merge
+from stablelora_jax.models.pretrained.load import load_pretrained, save_pretrained
+from stablelora_jax.quantization import dense
+from stablelora_jax.utils.errors import InputError
 
 
 class MergeCheck(NamedTuple):

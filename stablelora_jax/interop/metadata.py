@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.files import as_path, read_json_object, require_replaceable
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.files import as_path, read_json_object, require_replaceable
 
 OURS, WRITER = "stablelora.json", "stablelora_jax"
 

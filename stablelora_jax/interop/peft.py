@@ -18,19 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stablelora_jax import tree
-from stablelora_jax.adapter import Site, adapter_sites
-from stablelora_jax.checked import checked
-from stablelora_jax.errors import InputError, brief
-from stablelora_jax.files import as_path, read_json_object, write_bytes_whole
-from stablelora_jax.full import unknown_full
 from stablelora_jax.interop.base_record import KEY as BASE
 from stablelora_jax.interop.base_record import base_record, other_base
 from stablelora_jax.interop.metadata import OURS, WRITER, load_metadata, require_own
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, Entry, is_tied, layout
-from stablelora_jax.sites import as_dict, fitted_sites, param_sites, require_leaves
-from stablelora_jax.spec import LoraSpec
+from stablelora_jax.lora.full_parameters import unknown_full
+from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import as_dict, fitted_sites, param_sites, require_leaves
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.checked import checked
+from stablelora_jax.utils.errors import InputError, brief
+from stablelora_jax.utils.files import as_path, read_json_object, write_bytes_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

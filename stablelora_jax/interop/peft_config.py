@@ -9,12 +9,12 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from stablelora_jax import tree
-from stablelora_jax.adapter import Site
-from stablelora_jax.errors import InputError
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
-from stablelora_jax.sites import param_sites
-from stablelora_jax.spec import LoraSpec, shown
+from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.spec import LoraSpec, shown
+from stablelora_jax.lora.target_modules import param_sites
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.errors import InputError
 
 READ = frozenset(
     """r lora_alpha target_modules use_rslora use_dora lora_dropout exclude_modules layers_to_transform rank_pattern

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stablelora_jax import tree
-from stablelora_jax.adapter import Site
-from stablelora_jax.full import FullLeaf, full_leaves
-from stablelora_jax.models.weights import LEAF
-from stablelora_jax.sites import extra_leaves
-from stablelora_jax.spec import LoraSpec
-from stablelora_jax.tree import Path
+from stablelora_jax.lora.full_parameters import FullLeaf, full_leaves
+from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import extra_leaves
+from stablelora_jax.models.pretrained.safetensors import LEAF
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.tree import Path
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 

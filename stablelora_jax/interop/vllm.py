@@ -16,14 +16,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from stablelora_jax import tree
-from stablelora_jax.adapter import Site, adapter_sites
-from stablelora_jax.errors import InputError
-from stablelora_jax.files import read_json_object
 from stablelora_jax.interop.peft import save_peft
 from stablelora_jax.interop.peft_layout import EMBEDDING, is_tied
-from stablelora_jax.sites import as_dict
-from stablelora_jax.spec import LoraSpec
+from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import as_dict
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.files import read_json_object
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank may have
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")

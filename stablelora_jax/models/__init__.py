@@ -1,1 +1,4 @@
-"""Pretrained decoders: architecture, weights in and out, tokenizers."""
+"""Decoders as Flax Linen modules: architecture, attention, cache, pretrained weights, tokenizers.
+
+Imports: utils, quantization. They know nothing of :mod:`stablelora_jax.lora`.
+"""

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.models.fields import flag, number, size, token_ids
+from stablelora_jax.models.pretrained.fields import flag, number, size, token_ids
 from stablelora_jax.models.windows import KEYS as WINDOW_KEYS
 from stablelora_jax.models.windows import read_windows, window_keys
+from stablelora_jax.utils.errors import InputError
 
 
 class Family(NamedTuple):

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from stablelora_jax.errors import InputError
 from stablelora_jax.models.architecture import DecoderConfig
-from stablelora_jax.models.attention_blocks import blockwise
-from stablelora_jax.models.attention_cudnn import cudnn
-from stablelora_jax.models.attention_splash import splash
+from stablelora_jax.models.attention_kernels.blockwise import blockwise
+from stablelora_jax.models.attention_kernels.cudnn import cudnn
+from stablelora_jax.models.attention_kernels.splash import splash
+from stablelora_jax.utils.errors import InputError
 
 KINDS = ("xla", "blocks", "cudnn", "splash")
 SHORT = 128  # tokens of a row up to which the dense way is as fast as tiles: measured on a CPU

@@ -24,8 +24,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.lowrank import product
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.block import Block, RMSNorm, wide
 from stablelora_jax.models.cache import Cache, write
@@ -34,6 +32,8 @@ from stablelora_jax.models.inputs import integers, known, places
 from stablelora_jax.models.masks import FAR, cached_mask, windowed
 from stablelora_jax.models.remat import rematerialised
 from stablelora_jax.models.rope import angles
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.matmul import product
 
 
 class Embed(nn.Embed):

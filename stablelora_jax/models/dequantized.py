@@ -12,8 +12,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.quantize import dense, is_quantized
+from stablelora_jax.quantization import dense, is_quantized
+from stablelora_jax.utils.errors import InputError
 
 
 def dequantized(block: Any, variables: Mapping[str, Any], policy: str) -> Any:

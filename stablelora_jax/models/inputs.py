@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.utils.errors import InputError
 
 INT32 = np.iinfo(np.int32)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax
 
-from stablelora_jax.errors import InputError
+from stablelora_jax.utils.errors import InputError
 
 Remat = Literal["everything", "useful", "no_mlp", "attention", "nothing"]
 PAIR = ("lora_xa",)

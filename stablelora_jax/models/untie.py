@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from stablelora_jax.checked import checked
-from stablelora_jax.errors import InputError
 from stablelora_jax.models.decoder import Decoder
-from stablelora_jax.tree import get_in
+from stablelora_jax.utils.checked import checked
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import get_in
 
 
 @checked

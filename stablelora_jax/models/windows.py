@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.models.fields import flag, size
+from stablelora_jax.models.pretrained.fields import flag, size
+from stablelora_jax.utils.errors import InputError
 
 KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 SLIDING, FULL = "sliding_attention", "full_attention"

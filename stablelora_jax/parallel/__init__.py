@@ -2,6 +2,8 @@
 
 A step, an evaluation and a measurement are written once, as pure functions. A :class:`Layout` places what they take
 (the base, the state, the rows of a batch), compiles them, and fetches what they give.
+
+Imports: utils.
 """
 
 from stablelora_jax.parallel.distributed import barrier, initialize, is_primary, make_agreement, require_devices

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stablelora_jax.errors import InputError, brief
+from stablelora_jax.utils.errors import InputError, brief
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:

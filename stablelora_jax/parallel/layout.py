@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.tree import keys_of
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import keys_of
 
 Takes = Literal["state", "base", "rows"]  # what an argument of a compiled function is
 

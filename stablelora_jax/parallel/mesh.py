@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from stablelora_jax.errors import InputError
 from stablelora_jax.parallel.layout import Layout, Takes
 from stablelora_jax.parallel.rules import ROWS, base_spec, constrained, gathered_ends
-from stablelora_jax.tree import keys_of
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import keys_of
 
 AXES = ("data", "fsdp", "tensor")
 

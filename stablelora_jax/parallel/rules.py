@@ -26,8 +26,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.tree import keys_of
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import keys_of
 
 ROWS = ("data", "fsdp")
 INWARD = ("o_proj", "down_proj")  # their input is what tensor splits

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, init_adapters, load_peft, load_pretrained, save_peft
-from stablelora_jax.attach import attach
 from stablelora_jax.interop.base_record import base_record, other_base
+from stablelora_jax.interop.load_adapted import attach
 from stablelora_jax.interop.metadata import load_metadata
-from stablelora_jax.models.pretrained import save_pretrained
-from stablelora_jax.quantize import quantize_params
+from stablelora_jax.models.pretrained.load import save_pretrained
+from stablelora_jax.quantization import quantize_params
 from tests.helpers import tiny_decoder, trained
 
 SPEC = LoraSpec(rank=2)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from stablelora_jax import LoraSpec, init_adapters, load_pretrained, merge, tree
-from stablelora_jax.errors import InputError
+from stablelora_jax import LoraSpec, init_adapters, load_pretrained, merge
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.errors import InputError
 from tests.helpers import FOREIGN, random_params, trained
 
 gguf = pytest.importorskip("gguf")

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, load_peft, save_peft, save_pretrained
 from stablelora_jax.interop.peft import load_metadata
-from stablelora_jax.sites import param_sites
+from stablelora_jax.lora.target_modules import param_sites
 from tests.helpers import jit, tiny_decoder, tokens, trained
 
 SPECS = {

@@ -12,13 +12,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as binding
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from stablelora_jax.errors import InputError
-from stablelora_jax.flops import dots
-from stablelora_jax.models import attention_cudnn
 from stablelora_jax.models.attention import KINDS, SEGMENTS, attend, best_attention, best_here, self_attention
-from stablelora_jax.models.attention_cudnn import segments_of
-from stablelora_jax.models.attention_splash import splash
-from stablelora_jax.models.attention_tiles import pairs, tile, tiled_ids
+from stablelora_jax.models.attention_kernels import cudnn as attention_cudnn
+from stablelora_jax.models.attention_kernels.cudnn import segments_of
+from stablelora_jax.models.attention_kernels.splash import splash
+from stablelora_jax.models.attention_kernels.tiles import pairs, tile, tiled_ids
+from stablelora_jax.training.flops import dots
+from stablelora_jax.utils.errors import InputError
 from tests.helpers import jit, largest_difference, tiny_decoder
 
 T = 131  # a prime, so no tile divides it

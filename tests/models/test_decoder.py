@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from stablelora_jax import load_pretrained
-from stablelora_jax.errors import InputError
 from stablelora_jax.models.architecture import Rope
 from stablelora_jax.models.cache import Cache, empty_cache, positions_of
 from stablelora_jax.models.rope import angles, frequencies, rotate
+from stablelora_jax.utils.errors import InputError
 from tests.helpers import ROPE_LLAMA3, largest_difference, tiny_decoder, tokens
 
 

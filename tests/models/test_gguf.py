@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from stablelora_jax import load_pretrained
-from stablelora_jax.errors import InputError
-from stablelora_jax.models.gguf import read_gguf
-from stablelora_jax.models.gguf_rope import llama3_scaling
-from stablelora_jax.models.gguf_tokenizer import build_tokenizer
-from stablelora_jax.models.shapes import architecture
+from stablelora_jax.models.pretrained.gguf import read_gguf
+from stablelora_jax.models.pretrained.gguf_rope import llama3_scaling
+from stablelora_jax.models.pretrained.gguf_tokenizer import build_tokenizer
+from stablelora_jax.models.pretrained.shapes import architecture
+from stablelora_jax.utils.errors import InputError
 
 gguf = pytest.importorskip("gguf")
 quants = pytest.importorskip("gguf.quants")

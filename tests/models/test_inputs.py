@@ -11,11 +11,11 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, adapted, generate, init_adapters, load_pretrained
 from stablelora_jax.data import Batch, make_batch
 from stablelora_jax.data.encoding import Example
-from stablelora_jax.likelihood import Request, likelihoods, make_compute
+from stablelora_jax.evaluation.loglikelihood import Request, likelihoods, make_compute
 from stablelora_jax.models.cache import empty_cache
-from stablelora_jax.models.pretrained import save_pretrained
-from stablelora_jax.objective import summed_loss
+from stablelora_jax.models.pretrained.load import save_pretrained
 from stablelora_jax.parallel import pmap_layout
+from stablelora_jax.training.loss import summed_loss
 from tests.helpers import jit, tiny_decoder
 
 V = 31
@@ -229,7 +229,7 @@ def test_the_end_ids_of_a_model_fit_int32(tiny):
 
 @pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "a\0b", "\ud800"])
 def test_names_that_no_file_system_takes_are_one_line(name):
-    from stablelora_jax.models.shapes import architecture
+    from stablelora_jax.models.pretrained.shapes import architecture
 
     for read in (load_pretrained, architecture):
         with pytest.raises(InputError, match="the model") as error:

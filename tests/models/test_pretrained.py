@@ -12,10 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from stablelora_jax import InputError, load_pretrained, save_pretrained
-from stablelora_jax.models import tensors, weights
-from stablelora_jax.models.pretrained import abstract_params
+from stablelora_jax.models.pretrained import safetensors as weights
+from stablelora_jax.models.pretrained import tensors
+from stablelora_jax.models.pretrained.load import abstract_params
+from stablelora_jax.models.pretrained.safetensors import hf_arrays, hf_tensors
 from stablelora_jax.models.untie import untie
-from stablelora_jax.models.weights import hf_arrays, hf_tensors
 from tests.helpers import largest_difference, tiny_decoder, tokens
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted, freeze_a, init_adapters
 from stablelora_jax.data import Batch
-from stablelora_jax.flops import dots
-from stablelora_jax.memory import kept_bytes
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.decoder import Decoder
-from stablelora_jax.models.pretrained import abstract_params
+from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.models.remat import KEPT
-from stablelora_jax.objective import summed_loss
+from stablelora_jax.training.flops import dots
+from stablelora_jax.training.loss import summed_loss
+from stablelora_jax.training.remat_policy import kept_bytes
 from tests.helpers import TINY, jit, largest_difference, random_params, tokens, trained
 
 B, T, L, R = 3, 37, 5, 2  # no other size of the model but the rank

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from stablelora_jax import InputError, base_directory
-from stablelora_jax.command import exit_code
-from stablelora_jax.models.tokenizer import NESTED, load_tokenizer
+from stablelora_jax.models.pretrained.tokenizer import NESTED, load_tokenizer
+from stablelora_jax.runs.cli import exit_code
 
 EVIL = """import pathlib
 pathlib.Path(__file__).with_name("PWNED").touch()

@@ -8,7 +8,7 @@ import optax
 from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora
 from stablelora_jax.data import Example, make_batch
 from stablelora_jax.parallel import mesh_layout, pmap_layout
-from stablelora_jax.train import init_state, make_train_step
+from stablelora_jax.training.step import init_state, make_train_step
 from tests.helpers import tiny_decoder
 
 SHAPE = dict(

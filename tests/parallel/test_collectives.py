@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stablelora_jax.losses import tile_length
 from stablelora_jax.parallel import mesh_layout, pmap_layout
-from stablelora_jax.train import make_train_step
+from stablelora_jax.training.cross_entropy import tile_length
+from stablelora_jax.training.step import make_train_step
 from tests.parallel.cases import HEADS, SHAPE, TX, batches, problem
 
 D, F, V, L, R = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"], SHAPE["num_hidden_layers"], 2

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelora_jax import InputError, checkpoint
+from stablelora_jax import InputError
 from stablelora_jax.parallel import mesh_layout, pmap_layout
-from stablelora_jax.train import make_train_step
+from stablelora_jax.training import checkpoint
+from stablelora_jax.training.step import make_train_step
 from tests.helpers import largest_difference
 from tests.parallel.cases import LAYOUTS, TX, batches, go, make, problem
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stablelora_jax import InputError, base_directory, checkpoint, load_peft, load_pretrained
-from stablelora_jax.fingerprint import fingerprint
+from stablelora_jax import InputError, base_directory, load_peft, load_pretrained
 from stablelora_jax.parallel import distributed, initialize
+from stablelora_jax.training import checkpoint
+from stablelora_jax.utils.fingerprint import fingerprint
 from tests.conftest import ROOT
 from tests.parallel.cases import batches, go, make, problem
 

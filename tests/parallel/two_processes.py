@@ -11,15 +11,15 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 port, index, folder = sys.argv[1:]
-from stablelora_jax import checkpoint  # noqa: E402
-from stablelora_jax.fingerprint import fingerprint  # noqa: E402
 from stablelora_jax.parallel import initialize, make_agreement, mesh_layout, pmap_layout, to_host  # noqa: E402
+from stablelora_jax.training import checkpoint  # noqa: E402
+from stablelora_jax.utils.fingerprint import fingerprint  # noqa: E402
 
 initialize(f"localhost:{port}", 2, int(index))
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from stablelora_jax.train import make_train_step  # noqa: E402
+from stablelora_jax.training.step import make_train_step  # noqa: E402
 from tests.parallel.cases import HEADS, TX, batches, go, problem  # noqa: E402
 
 model, params, start = problem(jnp.float64, 0.1)

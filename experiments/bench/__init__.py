@@ -1,0 +1,1 @@
+"""What things cost. :mod:`bench.front` is the command line."""

@@ -1,0 +1,81 @@
+"""The rows of a suite in its directory: one JSON file a row, written whole, and never written twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.files import PARTIAL, read_json_object, write_new, write_whole
+
+MARK = "suite.json"
+FOLDERS = ("rows", "logs")
+
+
+@contextmanager
+def opened(output: Path, rehearsal: bool) -> Iterator[Path]:
+    """The directory of a suite, made if need be, that no other process writes to meanwhile.
+
+    Raises:
+      InputError: it holds something else, or rows of the other kind, or another process writes to it.
+    """
+    _make(output, rehearsal)
+    if read_json_object(output / MARK).get("rehearsal") is not rehearsal:
+        kind = "real rows" if rehearsal else "rows of a rehearsal"
+        raise InputError(f"--output {output} holds {kind}: choose another")
+    with (output / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--output {output} is being written by another process: wait for it") from None
+        yield output
+
+
+def _make(output: Path, rehearsal: bool) -> None:
+    """The directory with our mark and its folders, where nothing of others is."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is no directory: choose another")
+    mark = output / MARK
+    if not mark.exists() and output.is_dir() and not all(PARTIAL.fullmatch(path.name) for path in output.iterdir()):
+        raise InputError(f"--output {output} is not empty and not of bench.py gpu: choose another")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not mark.exists():  # first, so that a directory that was begun is ours
+            write_new(mark, json.dumps({"made_by": "bench.py gpu", "rehearsal": rehearsal}).encode())
+        for folder in FOLDERS:
+            (output / folder).mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written: {error.strerror}") from None
+
+
+def read(output: Path) -> dict[str, dict[str, Any]]:
+    """All rows so far, by name.
+
+    Raises:
+      InputError: a file that is no row.
+    """
+    return {path.stem: _row(path) for path in sorted((output / "rows").glob("*.json"))}
+
+
+def _row(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json_object(path)
+    except InputError as error:
+        raise InputError(f"{error}: remove it, and it is measured again") from None
+    if found.get("name") != path.stem or "status" not in found:
+        raise InputError(f"{path} is no row of bench.py gpu: remove it")
+    return found
+
+
+def write(output: Path, row: dict[str, Any], again: bool = False) -> None:
+    """Put a row on the disk; ``again``: in the place of one that is there."""
+    text = json.dumps(row, indent=1, default=float) + "\n"
+    path = output / "rows" / f"{row['name']}.json"
+    if again:
+        write_whole(path, text)
+    else:
+        write_new(path, text.encode())

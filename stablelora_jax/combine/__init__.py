@@ -1,6 +1,0 @@
-"""Several adapters of one base made into one."""
-
-from stablelora_jax.combine.arguments import METHODS
-from stablelora_jax.combine.weighted import combine
-
-__all__ = ["METHODS", "combine"]

@@ -1,0 +1,34 @@
+"""Keys that say where a run lies: they change nothing but the rounding of its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stablelora_jax.config.engine import option
+
+
+@dataclass(frozen=True)
+class PmapConfig:
+    """Data parallel."""
+
+    name: Literal["pmap"] = option("pmap", "data parallel over all devices: each holds the base and a part of the rows")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Data, fully sharded and tensor parallel."""
+
+    name: Literal["mesh"] = option("mesh", "base and activations split over a mesh of all devices")
+    data: int | None = option(None, "replicas of the base; null: what the other two leave")
+    fsdp: int = option(1, "the base is split over so many devices, and gathered layer by layer; rows are split, too")
+    tensor: int = option(1, "matrix products and heads are split over so many devices, which see the same rows")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes as one run, all seeing the same run directory."""
+
+    coordinator: str | None = option(None, "host:port of process 0; null: jax asks Slurm, Kubernetes, the TPU or MPI")
+    processes: int | None = option(None, "how many there are")
+    process: int | None = option(None, "which of them this one is, from 0")

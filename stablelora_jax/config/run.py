@@ -1,0 +1,192 @@
+"""Every key of ``experiments/train.py``: one frozen dataclass a section, with its meaning and default beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from stablelora_jax.config.engine import option, section
+from stablelora_jax.config.optimizer import CONFIGS, OptimizerConfig
+from stablelora_jax.config.parallel import DistributedConfig, MeshConfig, PmapConfig
+from stablelora_jax.config.schedule import Cosine, ScheduleConfig, schedule_of
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.utils.errors import InputError
+
+MOST = {"steps": 2**31 - 1, "batch_size": 2**20, "length": 2**24}  # steps are counted in int32
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base."""
+
+    path: str | None = option(None, "model directory, .gguf file or hub id; null for the small base of this package")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the base and of matrix products")
+    untie: bool = option(False, "give a head tied to the embedding its own weights, so that either may change alone")
+    quantize: Literal["nf4", "int8"] | None = option(None, "hold the layers' kernels in 4.13 or 8 bits; null: in dtype")
+    remat: Literal["auto", "everything", "useful", "no_mlp", "attention", "nothing"] = option(
+        "auto", "what the backward pass finds again, from all to nothing; auto: the fastest that memory allows"
+    )
+    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = option(
+        "auto", "xla: dense; blocks: flash in XLA; cudnn: of NVIDIA GPUs; splash: of TPUs; auto: the best one here"
+    )
+
+
+@dataclass(frozen=True)
+class CompareSizesTask:
+    """The generated task that the package's own base learns."""
+
+    name: Literal["compare_sizes"] = option("compare_sizes", "which of four animals is the biggest, or the smallest")
+    train_limit: int | None = option(None, "use only the first questions of the training split")
+    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+
+
+@dataclass(frozen=True)
+class ArcTask:
+    """ARC from the hub (``allenai/ai2_arc``) or from a local directory."""
+
+    name: Literal["arc_easy", "arc_challenge"] = option("arc_easy", "grade-school science questions")
+    path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null for the hub")
+    train_limit: int | None = option(None, "use only the first questions of the training split")
+    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+
+
+@dataclass(frozen=True)
+class QaTask:
+    """The other multiple-choice sets of the paper, from the hub or from a local directory."""
+
+    name: Literal["hellaswag", "social_i_qa", "openbookqa", "merged_qa"] = option(
+        "merged_qa", "merged_qa is these three and both of ARC, one after another"
+    )
+    path: str | None = option(None, "directory with SPLIT.jsonl (merged_qa: with a directory a set); null for the hub")
+    train_limit: int | None = option(None, "use only the first questions of the training split")
+    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+
+
+@dataclass(frozen=True)
+class MathTask:
+    """Mathematics in words, from the hub or from a local directory; answered by writing, in GSM8K's prompt."""
+
+    name: Literal["metamathqa", "gsm8k"] = option("metamathqa", "what is learnt; both are measured by GSM8K")
+    path: str | None = option(None, "directory with train.jsonl; null for the hub")
+    held_out: bool = option(True, "keep one question in 64 from training, for validation; false trains on all")
+    train_limit: int | None = option(None, "use only the first problems of the training split")
+    validation_limit: int | None = option(None, "use only the first of those held out")
+
+
+@dataclass(frozen=True)
+class JsonlTask:
+    """Rows of your own, from a local directory or the hub."""
+
+    name: Literal["jsonl"] = option("jsonl", "rows of your own")
+    kind: Literal["choice", "completion", "chat"] = option("completion", "what a row is: see tasks/jsonl.py")
+    path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null where hub is given")
+    hub: str | None = option(None, "a data set on the hub")
+    hub_config: str | None = option(None, "configuration of the hub's data set")
+    fields: Mapping[str, str] = option({}, "column of prompt, choices, label, completion, target, messages or id")
+    train_limit: int | None = option(None, "use only the first rows of the training split")
+    validation_limit: int | None = option(None, "use only the first rows of the validation split")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How texts become batches."""
+
+    batching: Literal["bucket", "pack"] = option(
+        "bucket", "bucket: one text a row, padded to one of few lengths; pack: many texts a row of `length` tokens"
+    )
+    truncate: Literal["left", "right", "refuse"] = option("left", "the side on which a text beyond `length` is cut")
+    chat_template: bool | None = option(
+        None,
+        "use the model's own chat template: of chats the messages, else the prompt as a user's turn; null: for chats",
+    )
+    cache: str | None = option(None, "directory that keeps tokenised data for the next run; null for none")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run: the same values give the same adapters."""
+
+    model: ModelConfig = section(ModelConfig, "the frozen base")
+    task: CompareSizesTask | ArcTask | QaTask | MathTask | JsonlTask = section(CompareSizesTask, "what is learnt")
+    data: DataConfig = section(DataConfig, "how texts become batches")
+    lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's words")
+    optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
+    schedule: ScheduleConfig = section(Cosine, "the learning rate over the run")
+    freeze: tuple[str, ...] = option((), "parts of the adapters that stay: ends of names, such as layers.0 or lora_a")
+    adapter: str | None = option(None, "adapter directory or run that a new run begins with; null for fresh adapters")
+    parallel: PmapConfig | MeshConfig = section(PmapConfig, "how the run lies on its devices")
+    distributed: DistributedConfig | None = section(lambda: None, "several processes as one run")
+    steps: int = option(300, "optimizer steps")
+    epochs: float | None = option(None, "passes over the training data, instead of steps; null: steps")
+    batch_size: int = option(32, "rows of a step, over all devices")
+    accumulate: int = option(1, "micro-batches that a step's rows are cut into, for memory; the result stays")
+    length: int = option(256, "most tokens of a row; see data.truncate")
+    clip_norm: float | None = option(1.0, "largest global gradient norm; null for none")
+    max_consecutive_errors: int = option(5, "steps in a row whose loss or gradient is not finite, until the run stops")
+    seed: int = option(0, "of the adapters' start, the order of rows and dropout")
+    output: str | None = option(None, "run directory; null for runs/<task>-<digest of what decides the result>")
+    accept_changes: bool = option(False, "go on with a run although configuration, base or data are no longer its own")
+    checkpoint_every: int = option(100, "steps between checkpoints; one is always made at the end")
+    checkpoint_minutes: float | None = option(None, "minutes after which there is a checkpoint in any case; null: none")
+    keep_checkpoints: int = option(2, "newest checkpoints that stay on disk; that of the best evaluation stays as well")
+    evaluate: bool = option(True, "measure validation loss, and accuracy of choices, before and after training")
+    evaluate_every: int | None = option(None, "steps between further evaluations during training; null for none")
+    evaluate_minutes: float | None = option(None, "minutes between further evaluations; null for none")
+    metric: Literal["loss", "acc", "acc_norm"] = option("loss", "of an evaluation, for patience and select")
+    patience: int | None = option(None, "stop after so many evaluations without a better one; null: never")
+    select: Literal["last", "best"] = option("last", "whose adapter is kept: of the last step or the best evaluation")
+    stability_every: int | None = option(None, "steps between measurements of the stability terms; null for none")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(("tensorboard",), "who else is told")
+    show: int = option(4, "validation questions to print with the answers before and after")
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        positive = ("steps", "batch_size", "accumulate", "length", "max_consecutive_errors", "checkpoint_every")
+        for name in (*positive, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise InputError(f"{name} must be at most {most}, not {getattr(self, name):.6g}")
+        if "layers" not in self.lora.stacked:
+            raise InputError("lora.stacked must hold layers: a run's model stacks its layers under that name")
+        for name in ("seed", "show"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2**32, not {self.seed}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise InputError(f"clip_norm must be positive, not {self.clip_norm}; null for no clipping")
+        if self.stability_every is not None and self.stability_every < 1:
+            raise InputError(f"stability_every must be at least 1, not {self.stability_every}; null for none")
+        for name in ("evaluate_every", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}; null for none")
+        for name in ("epochs", "checkpoint_minutes", "evaluate_minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise InputError(f"{name} must be positive, not {getattr(self, name)}; null for none")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
+        now_and_then = self.evaluate_every or self.evaluate_minutes
+        if now_and_then and not self.evaluate:
+            raise InputError(f"evaluate_{'every' if self.evaluate_every else 'minutes'} needs evaluate: true")
+        if not now_and_then and (self.patience is not None or self.select == "best"):
+            raise InputError(f"{'select: best' if self.patience is None else 'patience'} needs evaluate_every")
+        if self.epochs is None:
+            schedule_of(self.schedule, 1.0, self.steps)  # names the key that does not fit
+        for name in ("train_limit", "validation_limit"):
+            limit = getattr(self.task, name)
+            if limit is not None and limit < 1:
+                raise InputError(f"task.{name} must be at least 1, not {limit}")
+
+
+def takes_template(config: RunConfig) -> bool:
+    """Whether prompts are put into the model's chat template: unless the configuration says so, those of chats are."""
+    asked = config.data.chat_template
+    return is_chat(config) if asked is None else asked
+
+
+def is_chat(config: RunConfig) -> bool:
+    """Whether the task's rows are messages."""
+    return isinstance(config.task, JsonlTask) and config.task.kind == "chat"

@@ -1,0 +1,122 @@
+"""Any rows: multiple choice, prompt and completion, or chat messages, from a file or the hub, columns by name.
+
+``fields`` says which column is what; a column that is not named there has the name itself.
+
+    choice       prompt, choices (list of strings), label (index from 0)                    -> Question
+    completion   prompt, completion, target (optional: what the answer is judged by)        -> Problem
+    chat         messages: [{"role", "content"}]: a system's (optional), a user's, an assistant's  -> Chat
+
+Messages stay as they are, for the model's chat template; a prompt of them joined by blank lines is there beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from stablelora_jax.data.tasks import rows
+from stablelora_jax.data.tasks.question import Chat, Problem, Question
+from stablelora_jax.utils.errors import InputError
+
+NEEDED = {
+    "choice": ("prompt", "choices", "label"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+}
+OFTEN = {
+    "prompt": ("instruction", "question", "input", "query", "text"),
+    "completion": ("output", "response", "answer", "completion", "target"),
+    "choices": ("options", "endings"),
+    "label": ("answer", "gold"),
+    "messages": ("conversations", "conversation", "chat", "dialog"),
+    "target": (),
+    "id": (),
+}
+Kind = Literal["choice", "completion", "chat"]
+NAMES = {
+    "choice": ("prompt", "choices", "label", "id"),
+    "completion": ("prompt", "completion", "target", "id"),
+    "chat": ("messages", "id"),
+}
+
+
+def items(
+    kind: Kind, split: str, path: str | None, hub: str | None, config: str | None, fields: Mapping[str, str]
+) -> list[Question] | list[Problem] | list[Chat]:
+    """The rows of one split.
+
+    Args:
+      kind: what a row is.
+      split: ``train`` or ``validation``, or what the hub calls its split.
+      path: a directory that holds ``SPLIT.jsonl`` (or ``.jsonl.gz``).
+      hub: a data set on the hub, where there is no ``path``.
+      config: of the hub's data set.
+      fields: column of each name, where it has another.
+
+    Raises:
+      InputError: neither or both of path and hub, an unknown name in ``fields``, or what ``rows.load`` raises.
+    """
+    if (path is None) == (hub is None):
+        raise InputError("task jsonl needs either task.path or task.hub")
+    if unknown := sorted(set(fields) - set(NAMES[kind])):
+        raise InputError(f"task.fields.{unknown[0]} is not read for kind {kind}: {', '.join(NAMES[kind])} are")
+    make: Any = {"choice": _question, "completion": _completion, "chat": _chat}[kind]
+    found = rows.hub_rows(rows.Hub(hub, config), split) if hub else rows.local_split(Path(str(path)), split)
+    return rows.parse(*found, split, lambda row, name: make(_named(row, kind, fields), name))
+
+
+def _named(row: Mapping[str, Any], kind: Kind, fields: Mapping[str, str]) -> dict[str, Any]:
+    columns = {name: fields.get(name, name) for name in NAMES[kind]}
+    absent = [
+        name for name, column in columns.items() if column not in row and (name in fields or name in NEEDED[kind])
+    ]
+    if absent:
+        there = ", ".join(map(str, row))
+        guess = ", ".join(f"{name}: {_guess(name, row)}" for name in absent)
+        raise rows.Unsupported(
+            f"there is no column {columns[absent[0]]!r}; the columns are {there}. Say which is which with "
+            f"task.fields={{{guess}}}"
+        )
+    return {name: row[column] for name, column in columns.items() if column in row}
+
+
+def _guess(name: str, row: Mapping[str, Any]) -> str:
+    """The column that is probably meant: of Alpaca, Dolly, ShareGPT or the like."""
+    return next((column for column in OFTEN[name] if column in row), "COLUMN")
+
+
+def _question(row: Mapping[str, Any], name: str) -> Question:
+    return Question(rows.text(row, "prompt"), *rows.choices(row["choices"], row["label"]), str(row.get("id", name)))
+
+
+def _completion(row: Mapping[str, Any], name: str) -> Problem:
+    target = row.get("target")
+    return Problem(
+        rows.text(row, "prompt").rstrip(),
+        _apart(rows.text(row, "completion"), row["prompt"]),
+        None if target is None else str(target),
+        str(row.get("id", name)),
+    )
+
+
+def _chat(row: Mapping[str, Any], name: str) -> Chat:
+    messages = row["messages"]
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError("messages is no list of messages")
+    roles = [message.get("role") for message in messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        shown = ", ".join(f"{role!s:.20}" for role in roles[:6]) + ", ..." * (len(roles) > 6)
+        raise rows.Unsupported(
+            f"messages with the roles {shown or 'of nobody'} are not supported yet: a row is (a system's,) a user's "
+            "and an assistant's message; cut a longer chat into such rows"
+        )
+    *given, answer = [rows.text({"content": message.get("content")}, "content") for message in messages]
+    kept = tuple({"role": str(message["role"]), "content": message["content"]} for message in messages[:-1])
+    prompt = "\n\n".join(given).rstrip()
+    return Chat(prompt, _apart(answer, given[-1]), None, str(row.get("id", name)), kept)
+
+
+def _apart(answer: str, prompt: str) -> str:
+    """``answer`` with the white space before it: its own, else what ends the prompt, else one space."""
+    return answer if answer[0].isspace() else (prompt[len(prompt.rstrip()) :] or " ") + answer

@@ -1,0 +1,167 @@
+"""Log-likelihood of texts, tokenised, cut and summed as EleutherAI's lm-evaluation-harness does.
+
+The rules are those of ``lm_eval/api/model.py`` (``_encode_pair``, the empty context) and
+``lm_eval/models/huggingface.py`` (special tokens, truncation from the left, rolling windows). Log-probabilities are at
+least float32. Equal requests are computed once, so that identical choices score identically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from stablelora_jax.data import bucket
+from stablelora_jax.generation.decode import decoder_of
+from stablelora_jax.models.inputs import require_known
+from stablelora_jax.parallel import Layout, gather
+from stablelora_jax.training.cross_entropy import token_scores
+from stablelora_jax.utils.errors import InputError
+
+STEP = 16  # scored tokens of a row are padded to a multiple of it
+
+
+class Request(NamedTuple):
+    """How likely is ``continuation`` after ``context``?"""
+
+    context: tuple[int, ...]  # at least one token
+    continuation: tuple[int, ...]  # at least one token
+
+
+class Rows(NamedTuple):
+    """A batch of requests; K is the most scored tokens of a row. All int32."""
+
+    tokens: np.ndarray  # (B, T), padded at the end; the last token of a text is not read, only predicted
+    at: np.ndarray  # (B, K) indices into T
+    targets: np.ndarray  # (B, K): what comes after them
+    mask: np.ndarray  # (B, K): 1 where there is a target
+
+
+class Likelihood(NamedTuple):
+    """The answer to a request."""
+
+    total: float  # sum of log-probabilities
+    greedy: bool  # whether each token of the continuation is the likeliest
+
+
+Compute = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
+
+
+def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]:
+    """``(params, others, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``, the rows spread over all devices.
+
+    ``model`` is a ``Decoder``, or an adapted one; ``params`` lie as ``layout.base`` says, ``others`` are all other
+    collections (``{"lora": adapters}`` or none), placed by ``layout.state``; every process passes all rows. Logits
+    exist for a tile of the scored tokens at a time; one compilation for each (B, T, K). A token outside the
+    vocabulary is an InputError.
+    """
+
+    def compute(params: Any, others: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
+        variables, parts = {"params": params, **others}, layout.parts if layout.axis is None else 1
+        x = model.apply(variables, rows.tokens, at=rows.at, method="hidden")
+        head = lambda x: model.apply(variables, x, method="logits")  # noqa: E731
+        log_probs, likeliest = token_scores(head, x, rows.targets, parts=parts)
+        greedy = likeliest | (rows.mask == 0)
+        return gather(((log_probs * rows.mask).sum(axis=1), greedy.all(axis=1)), layout.axis)
+
+    compiled, vocabulary = layout.compile(compute, ("base", "state", "rows")), decoder_of(model).config.vocab_size
+
+    def door(params: Any, others: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        require_known(rows.tokens, vocabulary)
+        require_known(rows.targets, vocabulary)
+        return layout.fetch(compiled(params, others, layout.split(rows)))
+
+    return door
+
+
+def likelihoods(
+    compute: Compute, requests: Sequence[Request], *, rows: int, max_length: int, progress: bool = False
+) -> list[Likelihood]:
+    """The answers to ``requests``, in their order.
+
+    Args:
+      compute: what :func:`make_compute` gives, with its variables.
+      requests: equal ones are computed once.
+      rows: of a batch; a multiple of ``layout.parts``.
+      max_length: the most tokens that the model reads; of a longer text the beginning is cut.
+      progress: show a bar.
+
+    Raises:
+      InputError: a request without a token of context or continuation, or whose continuation alone is too long.
+    """
+    different = sorted(set(requests), key=lambda request: (-len(request.context) - len(request.continuation), request))
+    for context, continuation in different:
+        if not context or not 0 < len(continuation) <= max_length:
+            raise InputError(f"{len(continuation)} tokens after {len(context)} cannot be scored in {max_length}")
+        if not -(2**31) <= min(context + continuation) <= max(context + continuation) < 2**31:
+            raise InputError("the tokenizer gives ids beyond int32, and so beyond any vocabulary")
+    chunks = [different[start : start + rows] for start in range(0, len(different), rows)]
+    T = [min(bucket(len(_read(chunk[0], max_length))), max_length) for chunk in chunks]
+    K: dict[int, int] = {}
+    for chunk, length in zip(chunks, T, strict=True):
+        most = max(len(request.continuation) for request in chunk)
+        K[length] = min(max(K.get(length, 0), -(-most // STEP) * STEP), length)
+    found: dict[Request, Likelihood] = {}
+    for chunk, length in zip(tqdm(chunks, desc="likelihood", disable=not progress, leave=False), T, strict=True):
+        total, greedy = compute(_rows(chunk, rows, length, K[length], max_length))
+        for request, value, same in zip(chunk, total, greedy, strict=False):
+            found[request] = Likelihood(float(value), bool(same))
+    return [found[request] for request in requests]
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The tokens of ``text`` with the tokenizer's own special ones, but no second BOS before one that is written."""
+    written = text.startswith(tokenizer.decode([prefix_token(tokenizer)]))
+    return tuple(tokenizer.encode(text, add_special_tokens=False) if written else tokenizer.encode(text))
+
+
+def encode_pair(tokenizer: Any, context: str, continuation: str) -> Request:
+    """Tokenise ``context + continuation`` in one piece; white space that ends the context goes to the continuation.
+
+    Without a context, the continuation follows the BOS token, or the EOS where there is none.
+
+    Raises:
+      InputError: the tokenizer has neither.
+    """
+    if not context:
+        first, own = prefix_token(tokenizer), tuple(tokenizer.encode(continuation, add_special_tokens=False))
+        return Request(own[:1], own[1:]) if own[:1] == (first,) else Request((first,), own)
+    bare = context.rstrip()
+    given, whole = encode(tokenizer, bare), encode(tokenizer, context + continuation)
+    return Request(given, whole[len(given) :])
+
+
+def rolling(tokens: Sequence[int], prefix: int, max_length: int) -> list[Request]:
+    """Requests that together predict each of ``tokens`` once, ``prefix`` before the first, each in a full window."""
+    own, requests = tuple(tokens), []
+    for start in range(0, len(own), max_length):
+        end = min(start + max_length, len(own))
+        context = (prefix,) if start == 0 else own[end - max_length - 1 : start]
+        requests.append(Request(context, own[start:end]))
+    return requests
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What stands before a text without context: the BOS token, or the EOS where there is none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError("the tokenizer has neither a BOS nor an EOS token to begin a text with")
+
+
+def _read(request: Request, max_length: int) -> tuple[int, ...]:
+    """What the model reads of a request."""
+    return (request.context + request.continuation)[-(max_length + 1) : -1]
+
+
+def _rows(chunk: Sequence[Request], B: int, T: int, K: int, max_length: int) -> Rows:
+    tokens = np.zeros((B, T), np.int32)
+    at, targets, mask = (np.zeros((B, K), np.int32) for _ in range(3))
+    for i, request in enumerate(chunk):
+        read, k = _read(request, max_length), len(request.continuation)
+        tokens[i, : len(read)] = read
+        at[i, :k], targets[i, :k], mask[i, :k] = np.arange(len(read) - k, len(read)), request.continuation, 1
+    return Rows(tokens, at, targets, mask)

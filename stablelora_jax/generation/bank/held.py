@@ -1,0 +1,140 @@
+"""What a bank holds: adapters and their scales, stacked, with room for others of the same modules and ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stablelora_jax.lora.combine.union import common_sites, exactly, plain_sites, union_spec
+from stablelora_jax.lora.pairs import Site, pairs
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import fitted_sites
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.checked import checked
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Adapters by number; a pytree whose ``spec`` is static. Made by :func:`make_bank`."""
+
+    adapters: Any  # as ``spec`` has them, with one more axis in front: (size + 1, stack..., in, rank) and so on
+    numbers: Any  # {"lora_scale": (size + 1, stack...)} at every module
+    spec: LoraSpec  # of every row: all modules of the bank at its rank
+
+    @property
+    def size(self) -> int:
+        """How many adapters it holds."""
+        return len(jax.tree.leaves(self.numbers)[0]) - 1
+
+
+jax.tree_util.register_dataclass(Bank, data_fields=["adapters", "numbers"], meta_fields=["spec"])
+
+
+@checked
+def make_bank(
+    params: Mapping[str, Any],
+    parts: Sequence[tuple[Mapping[str, Any], LoraSpec]],
+    *,
+    size: int | None = None,
+    rank: int | None = None,
+) -> Bank:
+    """A bank of several adapters of one base, plain LoRA or rsLoRA, of any ranks, scales and targets.
+
+    Args:
+      params: the base; only shapes are read.
+      parts: ``(adapters, spec)`` of each, numbered from 0. The modules that any of them adapts, in every layer of their
+        stacks, are those that the bank can hold.
+      size: room for so many adapters; default ``len(parts)``. Numbers not taken yet are the base model.
+      rank: the greatest rank that the bank can hold; default the greatest in ``parts``.
+
+    Raises:
+      InputError: adapters that do not fit the base, are not plain LoRA, or have no room.
+    """
+    sites = common_sites(parts)
+    for i, (adapters, spec) in enumerate(parts):
+        try:
+            fitted_sites(params, adapters, spec)
+        except InputError as error:
+            raise InputError(f"adapter {i}: {error}") from None
+    known = {path: site for found in sites for path, site in found.items()}
+    size = len(parts) if size is None else size
+    if size < len(parts):
+        raise InputError(f"size={size} has no room for {len(parts)} adapters")
+    rank = max(site.rank for found in sites for site in found.values()) if rank is None else rank
+    names = sorted(name for site in known.values() for name in site.names)
+    united = union_spec([spec for _, spec in parts], dict.fromkeys(names, rank))
+    spec = dataclasses.replace(united, target=exactly(names), exclude=(), layers=None, dropout=0.0)
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves([adapters for adapters, _ in parts]))
+    shapes = {path: _shapes(site, rank, dtype) for path, site in known.items()}
+    slots = [_slot(parts[i][0], found, shapes, f"adapter {i}") for i, found in enumerate(sites)]
+    slots += [_slot({}, {}, shapes, "")] * (size + 1 - len(parts))
+    adapters, numbers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slots)
+    return Bank(adapters, numbers, spec)
+
+
+@checked
+def swap(bank: Bank, index: int, adapters: Mapping[str, Any], spec: LoraSpec) -> Bank:
+    """``bank`` with other adapters at ``index``: the same shapes, so that nothing compiled for it compiles again.
+
+    Raises:
+      InputError: no such number, or adapters that are not plain LoRA, or whose modules or ranks have no room.
+    """
+    if not 0 <= index < bank.size:
+        raise InputError(f"there is no adapter {index} in a bank of {bank.size}: numbers go from 0 to {bank.size - 1}")
+    sites = plain_sites(adapters, spec, "the new adapter")
+    if spec.stacked != bank.spec.stacked:
+        raise InputError(f"the new adapter has stacked {spec.stacked}, the bank {bank.spec.stacked}")
+    shapes = {
+        path: {name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for name, leaf in leaves.items()}
+        for path, pair in pairs(bank.adapters).items()
+        for leaves in [{**pair, **tree.get_in(bank.numbers, path)}]
+    }
+    new = _slot(adapters, sites, shapes, "the new adapter")
+    held = (bank.adapters, bank.numbers)
+    changed, numbers = jax.tree.map(lambda whole, one: whole.at[index].set(one), held, new)
+    return Bank(changed, numbers, bank.spec)
+
+
+def _shapes(site: Site, rank: int, dtype: Any) -> dict[str, Any]:
+    """What a bank has at ``site`` for one adapter."""
+    shapes = {"lora_a": (site.size[0], rank), "lora_b": (rank, site.size[1]), "lora_scale": ()}
+    return {name: jax.ShapeDtypeStruct(site.stack + shape, dtype) for name, shape in shapes.items()}
+
+
+def _slot(
+    adapters: Any, sites: Mapping[Path, Site], shapes: Mapping[Path, Mapping[str, Any]], label: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pairs and scales of one adapter in the shapes of a bank: zeros wherever it has nothing."""
+    for path in sites:
+        if path not in shapes:
+            raise InputError(
+                f"{label} adapts {'.'.join(path)}, which the bank does not: make one that begins with both"
+            )
+    padded: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
+    for path, wanted in shapes.items():
+        pair = tree.get_in(adapters, path) if path in sites else {}
+        scale = sites[path].scale() if path in sites else jnp.zeros(wanted["lora_scale"].shape)
+        numbers = tree.set_in(numbers, path, {"lora_scale": scale})
+        where = f"{label}: {'.'.join(path)}"
+        leaves = {name: _padded(name, pair.get(name), wanted[name], where) for name in ("lora_a", "lora_b")}
+        padded = tree.set_in(padded, path, leaves)
+    return padded, numbers
+
+
+def _padded(name: str, leaf: Any, wanted: Any, label: str) -> jax.Array:
+    """``leaf`` with zeros up to the bank's rank, the last axis of A and the last but one of B."""
+    if leaf is None:
+        return jnp.zeros(wanted.shape, wanted.dtype)
+    shape, axis = jnp.shape(leaf), -1 if name == "lora_a" else -2
+    padded = list(shape)
+    padded[axis] = max(shape[axis], wanted.shape[axis])
+    if tuple(padded) != wanted.shape:
+        raise InputError(f"{label} has {name} {shape}; the bank has room for {wanted.shape}")
+    return jnp.pad(jnp.asarray(leaf, wanted.dtype), [(0, n - m) for n, m in zip(padded, shape, strict=True)])

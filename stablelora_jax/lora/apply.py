@@ -1,0 +1,245 @@
+"""The low-rank path: any Linen model computes ``x W0 + s (x A) B`` without a change to its code.
+
+``adapted(model, spec).apply({"params": params, "lora": adapters}, x)`` lays the adapters into ``params`` beside the
+kernels they change and runs the model under ``flax.linen.intercept_methods``. The interceptor finds ``lora_a`` and
+``lora_b`` among the module's own parameters, where every ``nn.scan``, ``nn.vmap`` and ``nn.remat`` has already sliced
+them. (A separate collection would be ignored, without an error, by a model whose scan does not list it; a Python
+closure would not be sliced.) The scale and, when dropout acts, its rate and keys take the same way in.
+
+Dropout (on x, before A) acts iff ``rngs={"dropout": key}`` is passed. With one key for each row of the batch, shape
+(B,), masks depend on the rows alone, and so are the same for every layout of devices.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from stablelora_jax.lora.contraction import contract
+from stablelora_jax.lora.full_parameters import full_leaves, lay_full, unknown_full
+from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import as_dict, fitted_sites, kernel_axes, require_leaves, to_matrix
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.checked import checked
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import Path
+
+LINEAR = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Einsum)
+SCOPE = "lora"  # in the names of operations, by which a profile tells them from the base's
+Observer = Callable[[jax.Array, Mapping[str, jax.Array], Callable[[jax.Array], jax.Array]], jax.Array]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A Linen model seen through a :class:`LoraSpec`; made by :func:`adapted`.
+
+    ``observe(y, own, down)``, where there is one, gives what an adapted module returns instead of its output ``y``. It
+    is called inside every scan, vmap and remat; ``own`` are the module's parameters with all that lies in its adapter,
+    and ``down(a)`` contracts another ``a`` (in, any rank) with the module's input, as ``lora_a`` is contracted.
+    """
+
+    model: nn.Module
+    spec: LoraSpec
+    observe: Observer | None = None
+
+    @checked
+    def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        """``model.apply`` with the low-rank path; without ``"lora"`` in ``variables`` it is the base model's.
+
+        Args:
+          variables: the model's collections, plus ``"lora"`` (adapters) and, optionally, ``"lora_hp"`` (scales and
+            dropout rates as arrays, see :func:`stablelora_jax.hyper`).
+          *args: passed on to the model.
+          rngs: as for any Linen model, a dict or one key; ``"dropout"`` may hold one key, or one key per batch row.
+          **kwargs: passed on to ``model.apply`` (``method``, ``mutable``) and from there to the model.
+
+        Raises:
+          InputError: adapters that do not fit the model, or that no module of it has read.
+        """
+        if "params" not in variables:
+            raise InputError('the variables lack "params", the parameters of the base')
+        own = {name: value for name, value in variables.items() if name not in ("lora", "lora_hp")}
+        keys, rngs = _split_dropout(rngs)
+        if "lora" not in variables:
+            return self.model.apply(own, *args, rngs=rngs, **kwargs)
+        params = as_dict(own["params"])
+        sites = fitted_sites(params, variables["lora"], self.spec)
+        params = self._checked_full(params, variables["lora"], sites)
+        off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
+        laid = _lay(params, variables["lora"], variables.get("lora_hp"), sites, None if off else keys, self.spec)
+        reads = dict.fromkeys(sites, 0)
+        axes = {path: kernel_axes(path, tree.get_in(params, path), self.spec)[1] for path in sites}
+        with nn.intercept_methods(_interceptor(self, axes, reads, keys)):
+            out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
+        unread = [path for path, count in reads.items() if not count]
+        if unread and kwargs.get("method") is None:
+            raise InputError(
+                f"no Dense, DenseGeneral, Conv, Einsum or Embed of the model read the adapters at "
+                f"{', '.join('.'.join(path) for path in sorted(unread))}: exclude them from the spec"
+            )
+        return out
+
+    def _checked_full(self, params: dict[str, Any], adapters: Any, sites: Mapping[Path, Site]) -> dict[str, Any]:
+        """``params`` with what is trained in full; an observer may have laid more beside the pairs."""
+        leaves = full_leaves(params, self.spec)
+        if strange := unknown_full(adapters, leaves):
+            raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
+        if self.observe is None:
+            require_leaves(sites, adapters, self.spec)
+        return lay_full(params, adapters, leaves, cast=False)
+
+
+@checked
+def adapted(model: nn.Module, spec: LoraSpec) -> Adapted:
+    """``model`` with the low-rank path of ``spec``: an object with the ``apply`` of a Linen module."""
+    return Adapted(model, spec)
+
+
+def _lay(
+    params: dict[str, Any], adapters: Any, numbers: Any, sites: Mapping[Path, Site], keys: Any, spec: LoraSpec
+) -> dict[str, Any]:
+    """``params`` with each site's pair, scale and, where dropout acts, its rate and keys as further leaves."""
+    for path, site in sites.items():
+        given = tree.get_in(numbers, path) or {}
+        own = {name: leaf for name, leaf in tree.get_in(adapters, path).items() if name != "full"}
+        extra = {**own, "lora_scale": given.get("lora_scale", site.scale())}
+        if keys is not None:
+            rate = jnp.asarray(given.get("lora_dropout", spec.dropout))
+            extra |= {"lora_dropout": jnp.broadcast_to(rate, site.stack), "lora_key": _site_keys(keys, site)}
+        module = tree.get_in(params, path)
+        if clash := set(extra) & set(module):
+            raise InputError(f"{'.'.join(path)} of the base already has a parameter called {sorted(clash)[0]}")
+        params = tree.set_in(params, path, {**module, **extra})
+    return params
+
+
+def _interceptor(model: Adapted, axes: Mapping[Path, tuple[int, ...]], reads: dict[Path, int], keys: Any) -> Any:
+    member = PARAMETRIZATIONS[model.spec.parametrization]
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module, method = context.module, context.method_name
+        path: Any = module.path if module.scope is not None else None
+        mine = isinstance(module, LINEAR) if method == "__call__" else False
+        mine = mine or (isinstance(module, nn.Embed) and method in ("__call__", "attend"))
+        if path not in axes or not mine:
+            return next_fun(*args, **kwargs)
+        before = reads[path]
+        own = module.variables["params"]
+        if method == "attend":
+            reads[path] += 1
+            return _attend(member, next_fun, args[0] if args else kwargs["query"], own)
+        y = next_fun(*args, **kwargs)
+        if reads[path] > before:  # a subclass that calls its parent: the innermost call has added the change
+            return y
+        reads[path] += 1
+        x = args[0] if args else kwargs["inputs"]
+        if dropped := "lora_key" in own and not isinstance(module, nn.Embed):
+            x = _dropout(
+                x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
+            )
+        down = lambda a: contract(module, x, _kernel(own), a, axes[path], args[1:], kwargs)  # noqa: E731
+        with jax.named_scope(SCOPE):
+            y = _changed(member, module, y, own, axes[path], down, dropped)
+        return y if model.observe is None else model.observe(y, own, lambda a: down(a)[0])
+
+    return intercept
+
+
+def _changed(
+    member: Any, module: nn.Module, y: jax.Array, own: Any, in_axes: tuple[int, ...], down: Any, dropped: bool
+) -> jax.Array:
+    """The output ``y`` of ``module`` with the change of its adapter.
+
+    Where the parametrisation has a gain c, what it multiplies is the module's own product, without the bias, and of the
+    input after dropout, as in PEFT.
+    """
+    z, place = down(own["lora_a"])
+    z = checkpoint_name(z, "lora_xa")
+    change = member.delta(z, own, own["lora_scale"])
+    if "lora_bias" in own:
+        change = change + own["lora_bias"].astype(change.dtype) * own["lora_scale"].astype(change.dtype)
+    apart = isinstance(module, nn.Conv | nn.Einsum)
+    kernel = to_matrix(_kernel(own), 0, in_axes)
+    gain = member.gain(kernel, own, own["lora_scale"])
+    if gain is None:
+        return _add(y, place(change), apart)
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    gain = jnp.broadcast_to(gain.astype(wide), change.shape)
+    if dropped or (apart and "bias" in own):
+        product = place(down(kernel)[0]).astype(wide)
+    else:
+        product = y.astype(wide) - own.get("bias", jnp.zeros((), wide)).astype(wide)
+    return _add(y, place(gain - 1) * product + place(gain * change), apart)
+
+
+def _attend(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
+    """``x W'^T`` of an embedding W (vocabulary, features): the same change of W as in a look-up, transposed."""
+    gain = member.gain(own["embedding"], own, own["lora_scale"])
+    x = x if gain is None else (x * gain).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    with jax.named_scope(SCOPE):
+        z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=wide).astype(x.dtype)
+    y = next_fun(x)
+    with jax.named_scope(SCOPE):
+        return _add(y, member.delta(z, {**own, "lora_b": own["lora_a"].T}, own["lora_scale"]), False)
+
+
+def _kernel(own: Mapping[str, jax.Array]) -> jax.Array:
+    return own["kernel"] if "kernel" in own else own["embedding"]
+
+
+def _add(y: jax.Array, delta: jax.Array, apart: bool) -> jax.Array:
+    """``y + delta``, added at least in float32, in the dtype of ``y``.
+
+    On CPU the change is computed apart, and with ``apart`` the module's own output too: XLA would otherwise fuse the
+    sum into other products and round those differently, so that adapters with B = 0 changed the last bit (seen with
+    jax 0.12). Elsewhere the fusion is worth more.
+    """
+    if jax.default_backend() == "cpu":
+        delta = jax.lax.optimization_barrier(delta)
+        y = jax.lax.optimization_barrier(y) if apart else y
+    return (y.astype(delta.dtype) + delta).astype(y.dtype)
+
+
+def _dropout(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+    """Inverted dropout with one key, or one key for each index of the first axis of ``x``."""
+    if key.ndim and key.shape[0] != x.shape[0]:
+        raise InputError(f"{key.shape[0]} dropout keys for an input of {x.shape}: rows must be its first axis")
+    keep = 1.0 - rate
+    rows = jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[1:]))
+    mask = rows(key) if key.ndim else jax.random.bernoulli(key, keep, x.shape)
+    return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _split_dropout(rngs: Any) -> tuple[Any, Any]:
+    """The keys of the low-rank path as typed keys, and the rngs to hand on to the model."""
+    if rngs is None:
+        return None, None
+    if not isinstance(rngs, Mapping):
+        return (_typed(rngs), rngs)
+    if "dropout" not in rngs:
+        return None, rngs
+    keys = _typed(rngs["dropout"])
+    return keys, {**rngs, "dropout": keys[0] if keys.ndim else keys}
+
+
+def _typed(keys: Any) -> jax.Array:
+    keys = jnp.asarray(keys)
+    return keys if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(keys)
+
+
+def _site_keys(keys: jax.Array, site: Site) -> jax.Array:
+    """Raw keys (stack..., [B,] words): one for each module, by its name, so that scanned equals unrolled."""
+    marks = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
+    fold = jax.vmap(jax.random.fold_in, (0, None)) if keys.ndim else jax.random.fold_in
+    data = jax.random.key_data(jax.vmap(lambda mark: fold(keys, mark))(marks))
+    return data.reshape(*site.stack, *data.shape[1:])

@@ -1,0 +1,42 @@
+"""DoRA: ``W = (W0 + s A B) diag(m / n)``, n the norms of the columns of ``W0 + s A B`` (Liu et al., arXiv 2402.09353).
+
+The magnitudes m (out,) are trained as ``lora_magnitude_vector`` and start as the norms of W0, so that step 0 is the
+base. Gradients do not pass through n (section 4.3). The norms are of PEFT's ``dim=1``: one for each *output*, for an
+embedding (vocabulary, features) one for each feature; the bias is not scaled. Cost beside LoRA: ``A B`` is formed once
+a step and layer, which is ``in * out * r`` multiplications whatever the number of tokens.
+
+Where m is 0, the column is not scaled: so padding layers of a stack, whose magnitudes are 0 and stay so, change
+nothing, and a column of zeros does not make NaN, as it does in PEFT.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from stablelora_jax.lora.parametrizations import lora
+from stablelora_jax.lora.parametrizations.lora import Adapter
+
+delta = lora.delta
+
+
+def leaves(w: jax.Array, pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
+    """``lora_magnitude_vector`` (..., out): the norms at the start, for w (..., in, out)."""
+    return {"lora_magnitude_vector": _norms(w, pair, scale).astype(pair["lora_a"].dtype)}
+
+
+def gain(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+    """``m / n`` (..., out), at least float32; 1 where m is 0. Its gradient reaches m alone."""
+    norms = jax.lax.stop_gradient(_norms(w, adapter, scale))
+    magnitude = adapter["lora_magnitude_vector"].astype(norms.dtype)
+    scaled = (magnitude != 0) & (norms != 0)
+    return jnp.where(scaled, magnitude, 1.0) / jnp.where(scaled, norms, 1.0)
+
+
+def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+    """``(W0 + s A B) diag(m / n)`` for w (..., in, out), computed at least in float32, in the dtype of ``w``."""
+    return (lora.merged(w, adapter, scale) * gain(w, adapter, scale)[..., None, :]).astype(w.dtype)
+
+
+def _norms(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(lora.merged(w, adapter, scale), axis=-2)

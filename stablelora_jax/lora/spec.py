@@ -1,0 +1,202 @@
+"""What a user says about adapters: one frozen dataclass, in PEFT's words."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from stablelora_jax.utils import patterns, tree
+from stablelora_jax.utils.errors import InputError
+
+HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "unembed")  # never part of "all-linear"
+
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
+
+MOST_LAYERS = 2**20
+MOST_LETTERS = 2**24  # that are compared to see whether the order of patterns matters
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which modules are adapted and how: static, hashable, comparable, serialisable. Words and meanings are PEFT's.
+
+    Raises:
+      InputError: a value out of range or of the wrong kind.
+    """
+
+    rank: int = _help(8, "rank r of A (in, r) and B (r, out)")
+    alpha: float = _help(16, "numerator of the scale")
+    target: str | tuple[str, ...] = _help(
+        ("q_proj", "v_proj"), "list of module-name endings, one regular expression, or all-linear (never the head)"
+    )
+    scaling: Literal["lora", "rslora"] = _help("lora", "lora: alpha/r; rslora: alpha/sqrt(r)")
+    dropout: float = _help(0.0, "dropout rate on the input of the low-rank path, during training only")
+    exclude: str | tuple[str, ...] = _help((), "modules left out, written as target is")
+    layers: tuple[int, ...] | None = _help(None, "numbers of the layers to adapt; null for all")
+    rank_pattern: Mapping[str, int] = _help((), "rank for modules whose name ends in a pattern; first match wins")
+    alpha_pattern: Mapping[str, float] = _help((), "alpha likewise")
+    stacked: tuple[str, ...] = _help(("layers",), "modules whose parameters have a leading layer axis (nn.scan)")
+    in_axes: Mapping[str, tuple[int, ...]] = _help(
+        (), "kernel axes that a module contracts, stack axes not counted, where its bias does not tell"
+    )
+    modules_to_save: tuple[str, ...] = _help((), "endings of modules that are trained in full beside the adapters")
+    bias: Literal["none", "all", "lora_only"] = _help("none", "biases trained: none, all, those of adapted modules")
+    lora_bias: bool = _help(False, "a bias on the low-rank path, s (x A B + b), beside each pair; not with dora")
+    parametrization: Literal["lora", "dora"] = _help("lora", "how the pair changes a kernel")
+    init: Literal["kaiming"] = _help("kaiming", "how a pair starts; kaiming is PEFT's default")
+
+    def __post_init__(self) -> None:
+        """Check every field and bring lists and maps into their canonical, hashable form."""
+        for name in ("target", "exclude", "stacked", "modules_to_save"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern", "in_axes"):
+            object.__setattr__(self, name, _canonical(name, getattr(self, name)))
+            patterns.table(tuple(key for key, _ in getattr(self, name)))
+        for name in ("target", "exclude"):
+            if isinstance(getattr(self, name), str):
+                patterns.whole(getattr(self, name))
+        if isinstance(self.target, str) and self.target.lower() == "all-linear":
+            object.__setattr__(self, "target", "all-linear")
+        for name in ("stacked", "modules_to_save"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        if self.layers is not None:
+            layers = self.layers if isinstance(self.layers, tuple | list | set | range) else (self.layers,)
+            if isinstance(layers, range) and layers[MOST_LAYERS:]:
+                raise InputError(f"layers must be at most {MOST_LAYERS} numbers, not {self.layers!r}")
+            if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+                raise InputError(f"layers must be whole numbers, not {shown(self.layers)}")
+            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+        self._check()
+
+    def _check(self) -> None:
+        for key, rank in (("rank", self.rank), *((f"rank_pattern[{k!r:.80}]", v) for k, v in items(self.rank_pattern))):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise InputError(f"{key} must be a whole number of at least 1, not {shown(rank)}")
+            if rank >= 2**63:
+                raise InputError(f"{key} must be below 2**63, not {shown(rank)}")
+        alphas = ((f"alpha_pattern[{k!r:.80}]", v) for k, v in items(self.alpha_pattern))
+        for key, alpha in (("alpha", self.alpha), *alphas):
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
+                raise InputError(f"{key} must be a positive number, not {shown(alpha)}")
+        self._check_scales()
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), not {shown(self.dropout)}")
+        if not self.target:
+            raise InputError("target is empty: name modules, give a regular expression or say all-linear")
+        if not isinstance(self.lora_bias, bool) or (self.lora_bias and self.parametrization != "lora"):
+            raise InputError(f"lora_bias must be true or false, and true only with lora, not {shown(self.lora_bias)}")
+        for name, kind in get_type_hints(type(self)).items():
+            allowed = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, not {shown(getattr(self, name))}")
+
+    def _check_scales(self) -> None:
+        """Adapters are float32: a scale beyond its range makes every step infinite, or every one nothing."""
+        ranks = (self.rank, *(rank for _, rank in items(self.rank_pattern)))
+        alphas = (self.alpha, *(alpha for _, alpha in items(self.alpha_pattern)))
+        for alpha, rank in ((min(alphas), max(ranks)), (max(alphas), min(ranks))):
+            scale = alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
+            if not SMALLEST <= scale <= LARGEST:
+                raise InputError(f"alpha {alpha!r} with rank {rank} is a scale of {scale:.3g}, beyond float32's range")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, maps and numbers; ``LoraSpec(**spec.to_dict()) == spec``."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("rank_pattern", "alpha_pattern", "in_axes"):
+            plain[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in plain[name]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    def selects(self, name: str) -> bool:
+        """Whether the module called ``name`` is adapted; what is trained in full is not."""
+        if self.saves(name):
+            return False
+        if self.exclude and tree.matches(self.exclude, name):
+            return False
+        if self.target == "all-linear":
+            chosen = name.rsplit(".", 1)[-1] not in HEADS
+        else:
+            chosen = tree.matches(self.target, name)
+        return chosen and (self.layers is None or self._has_layer(tree.layer_number(name, self.stacked)))
+
+    def _has_layer(self, number: int | None) -> bool:
+        layers = self.layers or ()  # sorted
+        at = len(layers) if number is None else bisect.bisect_left(layers, number)
+        return at < len(layers) and layers[at] == number
+
+    def saves(self, name: str) -> bool:
+        """Whether the module called ``name``, or one that it lies in, is trained in full by ``modules_to_save``."""
+        parts = name.split(".")
+        above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return bool(self.modules_to_save) and tree.lists_one(self.modules_to_save, above)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the module called ``name``: the first key of ``rank_pattern`` that matches, else ``rank``."""
+        return tree.first_match(items(self.rank_pattern), name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the module called ``name``, by ``alpha_pattern`` and ``alpha``."""
+        return tree.first_match(items(self.alpha_pattern), name, self.alpha)
+
+    def scale_of(self, name: str) -> float:
+        """The scale s of the module called ``name``."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (rank if self.scaling == "lora" else math.sqrt(rank))
+
+
+def items(table: Any) -> tuple[tuple[str, Any], ...]:
+    """The ``(pattern, value)`` pairs of a spec's pattern map, in the order in which they are tried."""
+    return table
+
+
+def _names(field_name: str, value: Any) -> str | tuple[str, ...]:
+    """A string as it is; a list of strings as a tuple, sorted and without repeats but for ``stacked``; None as ()."""
+    if isinstance(value, str):
+        return value
+    names = () if value is None else value
+    if not isinstance(names, tuple | list | set | frozenset) or not all(isinstance(n, str) for n in names):
+        raise InputError(f"{field_name} must be a string or a list of strings, not {shown(value)}")
+    return tuple(names) if field_name == "stacked" else tuple(sorted(set(names)))
+
+
+def _canonical(field_name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """Pattern maps as tuples; sorted where the order cannot matter, since the first match wins where it can."""
+    given = tuple(value.items()) if isinstance(value, Mapping) else () if value is None else value
+    if not isinstance(given, tuple | list) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in given):
+        raise InputError(f"{field_name} must map patterns to values, not {shown(given)}")
+    pairs = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in given)
+    if field_name == "in_axes" and not all(isinstance(axes, tuple) for _, axes in pairs):
+        raise InputError(f"in_axes must map patterns to lists of axes, such as {{'out': (0, 1)}}, not {shown(given)}")
+    return pairs if _overlap([pattern for pattern, _ in pairs]) else tuple(sorted(pairs))
+
+
+def _overlap(keys: Sequence[str]) -> bool:
+    """Whether two patterns may match the same name: literal endings are compared, other expressions assumed to.
+
+    Of very many it is assumed too.
+    """
+    if len(keys) < 2:
+        return False
+    if not all(c.isalnum() or c in "_." for pattern in keys for c in pattern):
+        return True
+    return len(keys) * sum(map(len, keys)) > MOST_LETTERS or any(
+        all(a == b or "." in (a, b) for a, b in zip(reversed(p), reversed(q), strict=False))
+        for p, q in itertools.combinations(keys, 2)
+    )
+
+
+def shown(value: Any) -> str:
+    """``repr(value)``, at most 80 characters of it."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of very many digits"

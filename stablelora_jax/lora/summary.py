@@ -1,0 +1,76 @@
+"""What is adapted, in words: PEFT's ``print_trainable_parameters`` and a table of the adapted modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from stablelora_jax.lora.full_parameters import FullLeaf, full_leaves
+from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import as_dict, extra_leaves, fitted_sites
+from stablelora_jax.quantization import is_quantized
+from stablelora_jax.utils.checked import checked
+
+
+@checked
+def describe(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec) -> str:
+    """The table of adapted modules and, as its last line, PEFT's count of trained and of all parameters.
+
+    A stack of layers is one row; ranks and scales that differ between its layers are shown as ranges, and padding is
+    not counted. ``all params`` includes the adapters, as in PEFT. Of a quantised base a further line gives the size.
+    """
+    sites, leaves = fitted_sites(params, adapters, spec).values(), full_leaves(params, spec).values()
+    counts = [_count(site, spec) for site in sites]
+    rows: list[tuple[str, ...]] = [("module", "layers", "in", "out", "rank", "scale", "parameters")]
+    rows += [*map(_row, sites, counts), *map(_full_row, leaves)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    trained = sum(counts) + sum(int(np.prod(leaf.shape)) for leaf in leaves)
+    total = trained + sum(int(np.prod(leaf.shape)) for leaf in flatten_dict(as_dict(params)).values())
+    count = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+    return "\n".join([*lines, count, *_quantised(params)])
+
+
+def _quantised(params: Any) -> list[str]:
+    """A line about a quantised base; none about another."""
+    leaves = jax.tree.leaves(as_dict(params), is_leaf=is_quantized)
+    own = [leaf for leaf in leaves if is_quantized(leaf)]
+    if not own:
+        return []
+    size, bits = sum(int(np.prod(leaf.shape)) for leaf in own), 8 * sum(leaf.nbytes for leaf in own)
+    kinds = ", ".join(sorted({type(leaf).__name__ for leaf in own}))
+    whole = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(leaves)) / 2**20
+    return [
+        f"quantised base: {size:,} parameters in {kinds}, {bits / size:.3f} bits each; {whole:,.1f} MiB with the rest"
+    ]
+
+
+def _count(site: Site, spec: LoraSpec) -> int:
+    """Trained numbers at ``site``, padding not counted."""
+    layers = sum(rank > 0 for rank in site.ranks)
+    extra = sum(int(np.prod(shape[len(site.stack) :])) for shape in extra_leaves(site, spec).values())
+    return site.parameters + layers * extra
+
+
+def _full_row(leaf: FullLeaf) -> tuple[str, ...]:
+    layers = f"{len(leaf.chosen)} of {int(np.prod(leaf.stack))}" if leaf.stack else "-"
+    sizes = [str(size) for size in leaf.own] if len(leaf.own) == 2 else ["", str(int(np.prod(leaf.own)))]
+    return (".".join(leaf.path), layers, *sizes, "full", "", f"{int(np.prod(leaf.shape)):,}")
+
+
+def _row(site: Site, count: int) -> tuple[str, ...]:
+    used = [i for i, rank in enumerate(site.ranks) if rank]
+    layers = f"{len(used)} of {len(site.ranks)}" if site.stack else "-"
+    ranks = _range([site.ranks[i] for i in used])
+    scales = _range([round(site.scales[i], 4) for i in used])
+    return (".".join(site.path), layers, *map(str, site.size), ranks, scales, f"{count:,}")
+
+
+def _range(values: list[Any]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"

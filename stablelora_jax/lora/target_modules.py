@@ -1,0 +1,190 @@
+"""Where a spec puts adapters in a tree of parameters, and how a kernel there is read as a matrix.
+
+A kernel may have any number of axes: first those of the stacks that ``LoraSpec.stacked`` names, then some that the
+module contracts with its input and some that it adds to its output. Pairs see it as a matrix (in, out). An embedding
+(vocabulary, features) is the kernel of a product with one-hot rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict, unfreeze
+
+from stablelora_jax.lora.pairs import Site, adapter_sites, make_site
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.spec import LoraSpec, items, shown
+from stablelora_jax.quantization import dense
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import Path
+
+LEAVES = ("kernel", "embedding")
+MOST = 2**40  # numbers of a stack of pairs
+
+
+def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
+    """Where ``spec`` puts adapters in ``params``; every pattern of the spec must match something.
+
+    Raises:
+      InputError: naming the pattern that matches nothing, with near misses.
+    """
+    params = as_dict(params)
+    modules = tree.find_dicts(params, lambda node: kernel_leaf(node) is not None)
+    sites = {path: _site(path, module, spec) for path, module in modules.items()}
+    _check_patterns([name for site in sites.values() for name in site.names], spec)
+    _check_axes(list(modules), spec)
+    return {path: site for path, site in sites.items() if site.rank}
+
+
+def fitted_sites(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
+    """The sites of ``params`` under ``spec``, checked against ``adapters``.
+
+    Raises:
+      InputError: adapters at a path that the model or the spec does not have, missing ones, or ones of another shape.
+    """
+    wanted, found = param_sites(params, spec), adapter_sites(adapters, spec)
+    for path in found:
+        if path not in wanted:
+            raise InputError(f"adapters at {'.'.join(path)}, but the model has no kernel there that the spec selects")
+    for path, site in wanted.items():
+        if path not in found:
+            raise InputError(
+                f"{'.'.join(path)} is selected by the spec but has no adapters; make them with init_adapters"
+            )
+        if (site.stack, site.size) != (found[path].stack, found[path].size):
+            raise InputError(
+                f"{'.'.join(path)}: the kernel is {site.stack + site.size}, "
+                f"the adapters are made for {found[path].stack + found[path].size}"
+            )
+    return wanted
+
+
+def extra_leaves(site: Site, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """What ``spec`` trains at ``site`` beside the pair, for its parametrisation and ``lora_bias``: shapes by name."""
+    shapes = {"lora_a": (*site.stack, site.size[0], site.rank), "lora_b": (*site.stack, site.rank, site.size[1])}
+    number = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    kernel, scale = (jax.ShapeDtypeStruct((*site.stack, *rest), np.float32) for rest in (site.size, ()))
+    made = jax.eval_shape(PARAMETRIZATIONS[spec.parametrization].leaves, kernel, number, scale)
+    if spec.lora_bias and site.leaf == "embedding":
+        raise InputError(f"{'.'.join(site.path)} is an embedding, which takes no lora_bias: leave one of them out")
+    bias = {"lora_bias": (*site.stack, site.size[1])} if spec.lora_bias else {}
+    return {name: leaf.shape for name, leaf in made.items()} | bias
+
+
+def require_leaves(sites: Mapping[Path, Site], adapters: Any, spec: LoraSpec) -> None:
+    """Check that each pair has beside it what the parametrisation of ``spec`` trains, and nothing else.
+
+    Raises:
+      InputError: naming a leaf that is missing, unknown or of another shape.
+    """
+    for path, site in sites.items():
+        node, wanted, name = tree.get_in(adapters, path), extra_leaves(site, spec), ".".join(path)
+        if unknown := sorted(set(node) - {"lora_a", "lora_b", "full", *wanted}):
+            raise InputError(f"{name}: {unknown[0]} has no meaning for parametrization {spec.parametrization!r}")
+        for leaf, shape in wanted.items():
+            if leaf not in node or jnp.shape(node[leaf]) != shape:
+                found = jnp.shape(node[leaf]) if leaf in node else "missing"
+                raise InputError(
+                    f"{name}: parametrization {spec.parametrization!r} needs {leaf} of shape {shape}; it is {found}"
+                )
+
+
+def kernel_axes(site_path: Path, module: Mapping[str, Any], spec: LoraSpec) -> tuple[int, tuple[int, ...]]:
+    """``(number of stack axes, contracted axes)`` of a module's kernel; contracted axes count from after the stack.
+
+    They come from ``spec.in_axes``, else from the bias, whose shape is the shape of the outputs, else the first axis.
+    """
+    depth, leaf = tree.stack_depth(site_path, spec.stacked), module[kernel_leaf(module) or "kernel"]
+    depth = depth if len(leaf.shape) >= depth + 2 else 0
+    shape, bias = leaf.shape[depth:], module.get("bias")
+    name = ".".join(site_path)
+    declared = tree.first_match(items(spec.in_axes), name)
+    if declared is not None:
+        if not all(0 <= axis < len(shape) for axis in declared) or not 0 < len(declared) < len(shape):
+            raise InputError(f"in_axes {declared} do not fit the kernel of {name}, whose axes are {shape}")
+        return depth, tuple(declared)
+    outputs = len(bias.shape) - depth if bias is not None else len(shape) - 1
+    return depth, tuple(range(max(1, len(shape) - outputs)))
+
+
+def to_matrix(kernel: jax.Array, depth: int, in_axes: tuple[int, ...]) -> jax.Array:
+    """``kernel`` with its contracted axes flattened to rows and the others to columns: (stack..., in, out).
+
+    A quantised kernel is dequantised.
+    """
+    moved = jnp.moveaxis(dense(kernel), [depth + axis for axis in in_axes], range(depth, depth + len(in_axes)))
+    rows = int(np.prod(moved.shape[depth : depth + len(in_axes)]))
+    return moved.reshape(*moved.shape[:depth], rows, -1)
+
+
+def from_matrix(matrix: jax.Array, shape: tuple[int, ...], depth: int, in_axes: tuple[int, ...]) -> jax.Array:
+    """The inverse of :func:`to_matrix` for a kernel of ``shape``."""
+    order = [*in_axes, *(axis for axis in range(len(shape) - depth) if axis not in in_axes)]
+    moved = matrix.reshape(*shape[:depth], *(shape[depth + axis] for axis in order))
+    return jnp.moveaxis(moved, range(depth, depth + len(in_axes)), [depth + axis for axis in in_axes])
+
+
+def as_dict(params: Any) -> dict[str, Any]:
+    """Plain nested dicts, also from a ``FrozenDict``."""
+    return unfreeze(params) if isinstance(params, FrozenDict) else params
+
+
+def kernel_leaf(module: Mapping[str, Any]) -> str | None:
+    """Which of a module's parameters a pair can change: ``kernel``, ``embedding`` or none."""
+    return next((leaf for leaf in LEAVES if len(getattr(module.get(leaf), "shape", ())) >= 2), None)
+
+
+def _site(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> Site:
+    depth, in_axes = kernel_axes(path, module, spec)
+    leaf = kernel_leaf(module) or "kernel"
+    shape = module[leaf].shape
+    rows = math.prod(shape[depth + axis] for axis in in_axes)
+    columns = math.prod(size for axis, size in enumerate(shape[depth:]) if axis not in in_axes)
+    site = make_site(path, shape[:depth], (rows, columns), spec, leaf)
+    if site.rank and not rows * columns:
+        raise InputError(f"{'.'.join(path)}: a kernel of shape {shape} holds nothing to adapt: leave it out of target")
+    if site.rank * sum(site.size) * len(site.names) >= MOST:
+        raise InputError(f"{'.'.join(path)}: a pair of rank {site.rank} beside a kernel of {shape} fits no memory")
+    return site
+
+
+def _check_axes(paths: list[Path], spec: LoraSpec) -> None:
+    names = [".".join(path) for path in paths]
+    _require_hits("in_axes", spec.in_axes, names)
+    for key in spec.stacked:
+        if key != "layers" and not any(key in path for path in paths):
+            raise InputError(f"stacked: no module of the model is called {key!r}")
+
+
+def _check_patterns(names: list[str], spec: LoraSpec) -> None:
+    for kind, patterns in (("target", spec.target), ("exclude", spec.exclude)):
+        if patterns == "all-linear" and kind == "target":
+            continue
+        if isinstance(patterns, str):
+            tree.require_match(kind, patterns, any(tree.matches(patterns, name) for name in names), names)
+            continue
+        there = tree.suffixes(names) if patterns else ()
+        for pattern in patterns:
+            tree.require_match(kind, pattern, pattern in there, names)
+    layers = {tree.layer_number(name, spec.stacked) for name in names} if spec.layers else ()
+    for layer in spec.layers or ():
+        if layer not in layers:
+            raise InputError(f"layers: there is no layer {shown(layer)} in the model")
+    chosen = [name for name in names if spec.selects(name)]
+    if not chosen:
+        raise InputError(f"the spec selects no module: target {spec.target!r:.200} less exclude {spec.exclude!r:.200}")
+    for kind, table in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        _require_hits(kind, table, chosen)
+
+
+def _require_hits(kind: str, table: Any, names: list[str]) -> None:
+    keys = [pattern for pattern, _ in items(table)]
+    found = tree.hits(keys, names)
+    for pattern in keys:
+        tree.require_match(kind, pattern, pattern in found, names)

@@ -1,0 +1,208 @@
+"""LoRA as a transform of parameters: nested dicts in, nested dicts out, for any Flax Linen model.
+
+``merge`` is the definition of what adapters mean; :mod:`stablelora_jax.lora.apply` computes the same without ever
+forming the merged kernel. Neither knows a particular model: a module is adapted because its kernel has a name.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from stablelora_jax.lora.full_parameters import full_leaves, init_full, lay_full, unknown_full
+from stablelora_jax.lora.initializers import INITIALIZERS, embedding
+from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import (
+    as_dict,
+    extra_leaves,
+    fitted_sites,
+    from_matrix,
+    kernel_axes,
+    param_sites,
+    require_leaves,
+    to_matrix,
+)
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.checked import as_dtype, checked
+from stablelora_jax.utils.errors import InputError
+
+
+@checked
+def init_adapters(
+    key: jax.Array, params: Mapping[str, Any], spec: LoraSpec, *, dtype: DTypeLike = jnp.float32
+) -> dict[str, Any]:
+    """Make the adapters that ``spec`` asks for.
+
+    A pair's draw depends on the key and its module's name alone, so a stack of layers starts as its separate layers
+    would, and adapting one more module changes no other.
+
+    Args:
+      key: a PRNG key.
+      params: parameters of any Linen model. Of adapted kernels only shapes are read (``jax.ShapeDtypeStruct`` will
+        do), but DoRA's magnitudes and parameters trained in full start from the values.
+      spec: what to adapt.
+      dtype: of the adapters, float32 or float64, whatever the dtype of the base: in bfloat16 a shrink by 5e-4 is
+        less than half a unit in the last place, and Stable-LoRA would silently do nothing.
+
+    Returns:
+      A nested dict that mirrors ``params``: ``lora_a`` (..., in, r) and ``lora_b`` (..., r, out) at adapted modules,
+      beside them what the parametrisation adds, and under ``full`` what ``modules_to_save`` and ``bias`` train.
+
+    Raises:
+      InputError: a pattern matches nothing, or the dtype is narrower than float32.
+    """
+    dtype = as_dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        raise InputError(f"adapters are float32 or wider, not {jnp.dtype(dtype).name}")
+    _require_key(key)
+    if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
+        raise InputError("float64 adapters need jax.config.update('jax_enable_x64', True)")
+    params = as_dict(params)
+    adapters: dict[str, Any] = {}
+    for path, site in param_sites(params, spec).items():
+        pair = _init_site(key, site, spec, dtype)
+        adapters = tree.set_in(adapters, path, pair | _init_extra(params, pair, site, spec))
+    for leaf in full_leaves(params, spec).values():
+        adapters = tree.set_in(adapters, leaf.place, init_full(params, leaf, dtype))
+    return adapters
+
+
+@checked
+def merge(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True
+) -> dict[str, Any]:
+    """Parameters with the adapters folded in: ``W0 + s A B``, computed at least in float32, in the base's dtype.
+
+    This is the definition of what adapters mean. A parameter that two modules share (an embedding that is the head,
+    too) is changed for both. Adapted kernels of a quantised base come back dense, merged into what they dequantise to:
+    that is the model that was trained. The others stay quantised (see :func:`stablelora_jax.quantization.dense`).
+
+    Args:
+      params: the base; not changed.
+      adapters: as made by :func:`init_adapters` for ``spec``.
+      spec: the spec of the adapters.
+      safe: refuse a kernel that holds NaN or infinity (PEFT's ``safe_merge``). Values are not known while tracing, so
+        inside ``jit`` or ``grad`` this check is not made.
+
+    Raises:
+      InputError: adapters that do not fit the parameters or the spec; a kernel that is not finite (``safe``).
+    """
+    params = as_dict(params)
+    leaves = full_leaves(params, spec)
+    if strange := unknown_full(adapters, leaves):
+        raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
+    return _fold(lay_full(params, adapters, leaves, cast=True), adapters, spec, +1.0, safe)
+
+
+@checked
+def unmerge(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True
+) -> dict[str, Any]:
+    """The inverse of :func:`merge` up to rounding: keep the base itself where bits matter.
+
+    Raises:
+      InputError: as :func:`merge`; or the base cannot be had back (DoRA, parameters trained in full).
+    """
+    if spec.parametrization != "lora" or spec.modules_to_save or spec.bias != "none":
+        raise InputError("only plain pairs can be taken out of merged parameters: keep the base itself")
+    return _fold(params, adapters, spec, -1.0, safe)
+
+
+@checked
+def hyper(spec: LoraSpec, adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers a sweep varies, as arrays: ``lora_scale`` and ``lora_dropout`` at every adapted module.
+
+    Pass the tree, changed or not, as the collection ``lora_hp`` of ``adapted(model, spec).apply`` to have them traced:
+    another alpha or dropout rate then needs no new compilation. Scales have the shape of the stack axes.
+    """
+    numbers: dict[str, Any] = {}
+    for path, site in adapter_sites(adapters, spec).items():
+        rate = jnp.full(site.stack, spec.dropout, jnp.result_type(float))
+        numbers = tree.set_in(numbers, path, {"lora_scale": site.scale(), "lora_dropout": rate})
+    return numbers
+
+
+def lora_scales(numbers: Any) -> Any:
+    """The LoRA scale of each pair, as optimizers take it, from what :func:`hyper` gives."""
+    if "lora_scale" in numbers:
+        return numbers["lora_scale"]
+    return {name: lora_scales(node) for name, node in numbers.items()}
+
+
+def _require_key(key: jax.Array) -> None:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (typed and key.shape == ()) and not (key.dtype == jnp.uint32 and key.ndim == 1 and key.shape[0] in (2, 4)):
+        raise InputError(f"key must be one PRNG key, such as jax.random.key(0), not {key.dtype} {key.shape}")
+
+
+def _init_site(key: jax.Array, site: Site, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
+    keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names])
+    kernel = jax.ShapeDtypeStruct(site.size, dtype)
+    start = INITIALIZERS[spec.init] if site.leaf == "kernel" else embedding
+    make = jax.vmap(lambda k: start(k, kernel, site.rank, dtype)[0])
+    pair = {name: leaf.reshape(*site.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
+    mask = jnp.asarray(site.mask(), dtype)
+    return {"lora_a": pair["lora_a"] * mask[..., None, :], "lora_b": pair["lora_b"] * mask[..., :, None]}
+
+
+def _init_extra(params: Any, pair: dict[str, jax.Array], site: Site, spec: LoraSpec) -> dict[str, jax.Array]:
+    """What the parametrisation adds to ``pair``; zero in layers that are not adapted."""
+    wanted = extra_leaves(site, spec)
+    zeros = {"lora_bias": jnp.zeros(wanted.pop("lora_bias"), pair["lora_b"].dtype)} if "lora_bias" in wanted else {}
+    if not wanted:
+        return zeros
+    module = tree.get_in(params, site.path)
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(module[site.leaf])):
+        raise InputError(f"{spec.parametrization} starts from the values of {'.'.join(site.path)}, not only its shape")
+    matrix = to_matrix(module[site.leaf], *kernel_axes(site.path, module, spec))
+    made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, site.scale())
+    used = np.array(site.ranks).reshape(site.stack) > 0
+    return {
+        name: jnp.where(used.reshape(*site.stack, *(1,) * (leaf.ndim - used.ndim)), leaf, 0)
+        for name, leaf in made.items()
+    }
+
+
+def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> dict[str, Any]:
+    params = as_dict(params)
+    sites = fitted_sites(params, adapters, spec)
+    require_leaves(sites, adapters, spec)
+    for path, site in sites.items():
+        module, pair = tree.get_in(params, path), tree.get_in(adapters, path)
+        depth, in_axes = kernel_axes(path, module, spec)
+        matrix = to_matrix(module[site.leaf], depth, in_axes)
+        merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * site.scale())
+        if safe:
+            _require_finite(merged, site)
+        kernel = from_matrix(merged, module[site.leaf].shape, depth, in_axes)
+        params = tree.set_in(params, path, {**module, site.leaf: kernel})
+        if "lora_bias" in pair:
+            bias = _with_lora_bias(params, pair["lora_bias"], sign * site.scale(), site)
+            params = tree.set_in(params, (*path, "bias"), bias)
+    return params
+
+
+def _with_lora_bias(params: Any, lora_bias: jax.Array, scale: jax.Array, site: Site) -> jax.Array:
+    bias = tree.get_in(params, (*site.path, "bias"))
+    if bias is None:
+        raise InputError(f"{'.'.join(site.path)} has no bias that its lora_bias could be merged into: keep them apart")
+    wide = jnp.promote_types(jnp.promote_types(bias.dtype, lora_bias.dtype), jnp.float32)
+    change = lora_bias.astype(wide) * scale.astype(wide)[..., None]
+    return (bias.astype(wide) + change.reshape(bias.shape)).astype(bias.dtype)
+
+
+def _require_finite(merged: jax.Array, site: Site) -> None:
+    if isinstance(merged, jax.core.Tracer):
+        return
+    finite = np.asarray(jnp.isfinite(merged).all(axis=(-2, -1))).reshape(-1)
+    if not finite.all():
+        name = site.names[int(np.argmin(finite))]
+        raise InputError(f"merging {name} gives NaN or infinity; pass safe=False to merge nevertheless")

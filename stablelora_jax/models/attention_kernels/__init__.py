@@ -1,0 +1,1 @@
+"""Attention for long rows: blockwise in plain XLA, cuDNN on NVIDIA GPUs, splash on TPUs."""

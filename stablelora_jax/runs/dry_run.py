@@ -1,0 +1,121 @@
+"""A run without weights and data: its step is compiled from shapes alone, and says what it needs.
+
+Memory is what the compiler's own analysis says for one device; on a CPU its ``peak`` leaves the temporaries out. FLOPs
+a token are those of :mod:`stablelora_jax.training.flops`; the compiler counts a loop over layers as one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stablelora_jax.lora.pairs import pairs
+from stablelora_jax.runs.build import make_training, numbers_of
+from stablelora_jax.data import Batch, bucket
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.training.flops import flops_per_token
+from stablelora_jax.lora.apply import adapted
+from stablelora_jax.models.attention import SEGMENTS
+from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.pretrained.load import abstract_params
+from stablelora_jax.models.pretrained.shapes import architecture
+from stablelora_jax.parallel import Layout
+from stablelora_jax.runs.prepare import fitted, make_layout
+from stablelora_jax.quantization import quantize_params
+from stablelora_jax.config.run import RunConfig
+from stablelora_jax.training.step import Numbers, init_state, make_train_step
+from stablelora_jax.lora.transform import init_adapters
+
+
+class Shapes(NamedTuple):
+    """A training step and the shapes of what it takes; nothing is allocated."""
+
+    model: Decoder
+    step: Any  # make_train_step's
+    state: Any  # without the axis of devices
+    params: Any
+    batch: Batch  # the longest rows of the run, over all devices, with all of their tokens learnt
+    numbers: Numbers
+    layout: Layout
+
+
+def shapes(config: RunConfig) -> Shapes:
+    """The step of ``config`` at full size.
+
+    Raises:
+      InputError: an unknown model, a target that matches nothing, a length or batch that does not fit.
+    """
+    found = architecture(config.model.path)
+    layout = make_layout(config, found)
+    if config.length > found.max_position_embeddings:
+        raise InputError(f"length {config.length} is more than the model's {found.max_position_embeddings}")
+    layout.require_rows(config.batch_size, config.accumulate)
+    tied = found.tie_word_embeddings and not config.model.untie
+    model = Decoder(replace(found, tie_word_embeddings=tied), dtype=jnp.dtype(config.model.dtype))
+    params, key = abstract_params(model), jax.random.key(0)
+    if config.model.quantize:
+        params = jax.eval_shape(partial(quantize_params, kind=config.model.quantize), params)
+    adapters = jax.eval_shape(lambda p: init_adapters(key, p, config.lora), params)
+    tx, trained = make_training(config, params, adapters)
+    numbers = jax.eval_shape(lambda a: numbers_of(config, a), adapters)
+    state = jax.eval_shape(lambda a, n: init_state(a, tx(n), key), adapters, numbers)
+    T = config.length if config.data.batching == "pack" else bucket(config.length)
+    row: Any = jax.ShapeDtypeStruct((config.batch_size, T), jnp.int32)
+    segments = SEGMENTS if config.data.batching == "pack" else 1  # of a packed row: what cuDNN's attention takes
+    lying = layout.abstract(params, "base")
+    model = fitted(model, config, layout, lying, adapters, length=T, segments=segments)
+    low_rank = adapted(model, config.lora)
+    step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.accumulate)
+    return Shapes(model, step, state, params, Batch(row, row, row, row), numbers, layout)
+
+
+def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Compile the step, print what it needs, and give it.
+
+    In bytes a device: ``arguments``, ``outputs``, ``temporaries``, ``aliased`` (outputs in place of arguments),
+    ``peak``, and ``total``, the first three without what is aliased. ``flops_per_token`` is the formula's;
+    ``compiled_flops`` is what the compiler counts for the step, None where it does not.
+
+    Raises:
+      InputError: as :func:`shapes`.
+    """
+    made = shapes(config)
+    compiled = made.step.lower(*arguments(made)).compile()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    rows, T = made.batch.tokens.shape
+    needs = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+    needs["total"] = needs["arguments"] + needs["outputs"] + needs["temporaries"] - needs["aliased"]
+    found = {**needs, "flops_per_token": flops_of(made), "compiled_flops": cost.get("flops")}
+    base = config.model.path or "the base of this package"
+    say(f"{base}: a step of {rows} rows of {T} tokens over {made.layout.title}; for each device:")
+    for name, size in needs.items():
+        say(f"{name:12} {size / 2**20:12,.1f} MiB")
+    say(f"FLOPs a token: {found['flops_per_token']:,} = 4 P + 6 P_lora + 6 L T d")
+    if found["compiled_flops"]:
+        counted = found["compiled_flops"] * jax.device_count() / (rows * T)
+        say(f"the compiler counts {counted:,.0f} a token, with each loop (layers, micro-batches) as one turn")
+    return found
+
+
+def arguments(made: Shapes) -> tuple[Any, ...]:
+    """What the step takes, as shapes and places on the devices."""
+    place = made.layout.abstract
+    state, params, numbers = place(made.state, "state"), place(made.params, "base"), place(made.numbers, "base")
+    return state, params, place(made.batch, "rows"), numbers
+
+
+def flops_of(made: Shapes) -> int:
+    """The formula's FLOPs a token, for training's longest rows with all of their tokens learnt."""
+    numbers = sum(p[name].size for p in pairs(made.state.adapters).values() for name in p)
+    return round(flops_per_token(made.model.config, numbers, made.batch.tokens.shape[-1]))

@@ -1,0 +1,184 @@
+"""The training loop: a step, and between two steps whatever is due.
+
+At every boundary between steps come, in this order, the metrics of the steps before it, an evaluation, a checkpoint. So
+what is logged and what is on the disk never run ahead of each other, and whatever ends a run, the same command goes on
+from the newest checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stablelora_jax.training import checkpoint
+from stablelora_jax.data import batch_of_step, place_of_step, rows_of_step, texts_of_rows
+from stablelora_jax.utils.errors import Interrupted, RunError
+from stablelora_jax.runs.log import RunLog
+from stablelora_jax.config.optimizer import shrink_ratio
+from stablelora_jax.parallel import make_agreement
+from stablelora_jax.runs.prepare import Job
+from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs.early_stopping import best_step, exhausted
+from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
+from stablelora_jax.runs.validation import validate
+
+Unread = tuple[int, Any]  # the number of a step, and its metrics on the devices
+
+
+def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable[[], int]) -> TrainState:
+    """Step to the end; metrics are read one step late, so that the device never waits for them.
+
+    Args:
+      job: what to train with.
+      state: where to begin, host arrays.
+      manager: of the checkpoints.
+      log: opened at the step of ``state``.
+      came: the signal that asks for an end, or 0.
+
+    Returns:
+      The last state, host arrays; it is saved.
+
+    Raises:
+      Interrupted: a signal came; the step under way is finished and saved.
+      RunError: too many steps in a row were not finite (the state is saved), or something cannot be written.
+    """
+    config, agree = job.config, make_agreement()
+    saving, evaluating = _Clock(config.checkpoint_minutes), _Clock(config.evaluate_minutes)
+    step, placed, number, unread = _make_step(job), job.layout.state(state), int(state.step), None
+    saved = checkpoint.latest(manager)  # the step of the newest checkpoint: it is not saved twice
+    answer = agree((came(), 0, 0))
+    while True:
+        stop, save_now, evaluate_now = answer()
+        evaluates = _evaluates(config, number, evaluate_now) and log.evaluation(number) is None
+        saves = number > 0 and (bool(save_now) or number % config.checkpoint_every == 0)
+        if unread and (evaluates or saves or stop or number == config.steps):
+            _read(job, placed, number, manager, log, unread)
+            unread = None
+        if evaluates:
+            stop = _evaluate(job, placed, number, log, came) or stop
+            evaluating.reset()
+        done = number == config.steps or exhausted(log.evaluations(), config.metric, config.patience)
+        best = evaluates and best_step(log.evaluations(), config.metric) == number
+        if (saves or stop or done or best) and number != saved:
+            state, saved = _save(job, placed, number, manager), number
+            saving.reset()
+        if stop:
+            checkpoint.wait(manager)
+            name = signal.Signals(stop).name
+            raise Interrupted(stop, f"{name} after step {number}, which is saved: the same command goes on from there")
+        if done:
+            return state
+        answer = agree((came(), saving.due(), evaluating.due()))
+        placed, metrics = step(placed, number)
+        new = (number + 1, metrics)
+        if unread:
+            _read(job, placed, number + 1, manager, log, unread, new)
+        number, unread = number + 1, new
+
+
+def evaluate(job: Job, adapters: Any, stop: Callable[[], int]) -> dict[str, Any]:
+    """Measure ``adapters``, as they lie, on the held-out split.
+
+    Raises:
+      InterruptedError: ``stop`` says so, and no other process waits for this one.
+    """
+
+    def compute(rows: Any) -> Any:
+        if stop() and jax.process_count() == 1:
+            raise InterruptedError
+        return job.compute(job.params, {"lora": adapters}, rows)
+
+    parts = job.layout.parts
+    rows = -(-max(job.config.batch_size, 4 * parts) // parts) * parts
+    return validate(compute, job.model.model.tokenizer, job.held, length=job.config.length, rows=rows)
+
+
+class _Clock:
+    """Whether ``minutes`` have passed; never where they are None."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.reset()
+
+    def reset(self) -> None:
+        self.began = time.monotonic()
+
+    def due(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.began >= 60 * self.minutes
+
+
+def _make_step(job: Job) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
+    """``(state, number of steps so far) -> (state, metrics)``, with the stability terms where they are due."""
+    config, layout = job.config, job.layout
+    step = make_train_step(job.model, job.tx, layout, trained=job.trained, accumulate=config.accumulate)
+    view = make_stability_view(job.model, shrink_ratio(config.optimizer), layout)
+
+    def one(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
+        batch = layout.rows(lambda part: batch_of_step(job.loader, number, part), config.batch_size)
+        due = config.stability_every is not None and (number + 1) % config.stability_every == 0
+        before = jax.tree.map(jnp.copy, state.adapters) if due else None  # the step donates its own
+        state, metrics = step(state, job.params, batch, job.numbers)
+        if due:
+            metrics["stability"] = view(before, state.adapters, metrics["latches"], job.params, batch)
+        return state, metrics
+
+    return one
+
+
+def _evaluates(config: RunConfig, step: int, now: int) -> bool:
+    every = config.evaluate_every
+    due = step in (0, config.steps) or bool(now) or (every is not None and step % every == 0)
+    return config.evaluate and due
+
+
+def _evaluate(job: Job, placed: TrainState, step: int, log: RunLog, came: Callable[[], int]) -> int:
+    """Evaluate and log it; where a signal comes in between, nothing is logged and the signal is given."""
+    try:
+        log.write_evaluation(step, evaluate(job, placed.adapters, came))
+    except InterruptedError:
+        return came()
+    return 0
+
+
+def _read(
+    job: Job, placed: TrainState, number: int, manager: Any, log: RunLog, unread: Unread, new: Unread | None = None
+) -> None:
+    """Log the metrics of a step; ``placed`` is the state after ``number`` steps: that step, or ``new``, the next."""
+    step, metrics = unread[0], job.layout.fetch(unread[1])
+    log.write_step(step, metrics)
+    bad = int(metrics["in_a_row"])
+    if bad < job.config.max_consecutive_errors:
+        return
+    if new:  # what is saved is logged, too
+        log.write_step(new[0], job.layout.fetch(new[1]))
+    _save(job, placed, number, manager)
+    checkpoint.wait(manager)
+    loader = job.loader
+    rows = rows_of_step(step - 1, loader.batch_size, loader.rows, loader.seed)
+    texts = [i for row in texts_of_rows(loader, rows) for i in row]
+    raise RunError(
+        f"loss or gradient was not finite in {bad} steps in a row, {step - bad + 1} to {step}; nothing was learnt "
+        f"in them, and the adapters of step {step - bad} are saved in checkpoint {number}. Step {step} read the "
+        f"training texts {', '.join(map(str, texts[:64]))}{', ...' if len(texts) > 64 else ''} (from 0). "
+        "Try a smaller learning_rate or clip_norm with another output="
+    )
+
+
+def _save(job: Job, placed: TrainState, number: int, manager: Any) -> TrainState:
+    """Begin to save the state after ``number`` steps; the state, host arrays."""
+    if not manager.directory.is_dir():  # Orbax would make it again, of a run that has lost the rest
+        raise RunError(f"cannot write checkpoint {number}: {manager.directory} is gone; put it back or begin anew")
+    state = job.layout.fetch(placed)
+    checkpoint.save(manager, number, state, about_of(job, number))
+    return state
+
+
+def about_of(job: Job, step: int) -> dict[str, Any]:
+    """What a checkpoint of ``step`` says beside the state; the place in the data is a function of the step."""
+    place = place_of_step(step, job.loader.batch_size, job.loader.rows)
+    return {**job.about, "data": {**job.about["data"], **place._asdict()}}

@@ -1,0 +1,208 @@
+"""Everything that a run works with, loaded, checked and placed before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stablelora_jax.runs.build import make_schedule, make_training, numbers_of
+from stablelora_jax.data import Loader, longest_row, make_loader, most_segments, statistics, tokenised, training_texts
+from stablelora_jax.lora.summary import describe
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.interop.export import locate_adapter
+from stablelora_jax.utils.fingerprint import fingerprint
+from stablelora_jax.lora.apply import Adapted, adapted
+from stablelora_jax.interop.peft import require_peft_form
+from stablelora_jax.evaluation.loglikelihood import make_compute
+from stablelora_jax.training.remat_policy import choose_remat
+from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.attention import best_here, require_here
+from stablelora_jax.models.decoder import Decoder
+from stablelora_jax.models.inputs import require_known
+from stablelora_jax.models.pretrained.load import base_directory, load_pretrained
+from stablelora_jax.models.pretrained.shapes import architecture
+from stablelora_jax.models.untie import untie
+from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
+from stablelora_jax.config.parallel import MeshConfig
+from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
+from stablelora_jax.runs.directory import identity
+from stablelora_jax.data.tasks import load_questions
+from stablelora_jax.training.step import Numbers, TrainState, init_state
+from stablelora_jax.lora.transform import init_adapters
+from stablelora_jax.runs.validation import HeldOut, held_out
+from stablelora_jax.interop.warm_start import start_adapters
+
+
+class Job(NamedTuple):
+    """What a run works with; nothing in it changes."""
+
+    config: RunConfig  # with its steps, where it said epochs
+    directory: Path
+    base: str  # where the base came from
+    layout: Layout
+    model: Adapted
+    params: Any  # as the layout has it
+    loader: Loader
+    data: dict[str, Any]  # statistics of what is trained on
+    held: HeldOut  # validation
+    schedule: optax.Schedule
+    tx: Callable[[Numbers], optax.GradientTransformation]
+    numbers: Numbers  # as the layout has them
+    trained: Callable[[Any], Any]  # the adapters as the loss sees them
+    start: TrainState  # host arrays
+    compute: Any  # make_compute's
+    about: dict[str, Any]  # what a checkpoint must agree with
+
+
+def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, resumes: bool = False) -> Job:
+    """Load the base and the data, and make the start; of a run that ``resumes``, only what the start looks like.
+
+    Raises:
+      InputError: anything that the user gave and that cannot be used.
+    """
+    base = config.model.path or str(base_directory())
+    layout = make_layout(config, architecture(config.model.path))
+    layout.require_rows(config.batch_size, config.accumulate)
+    model, params = _load_base(config, base, layout)
+    loader = _load(config, model.tokenizer, say)
+    require_known(loader.store.tokens, model.config.vocab_size, base)
+    config, data = _with_steps(config, loader, say)
+    held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
+    for example in held.examples:
+        require_known(example.tokens, model.config.vocab_size, base)
+    key = jax.random.key(config.seed)
+    fresh = config.adapter is None or resumes
+    adapters = init_adapters(key, params, config.lora) if fresh else _given(config, params)
+    require_peft_form(adapters, config.lora, params)
+    tx, trained = make_training(config, params, adapters)
+    say(describe(params, adapters, config.lora))
+    if config.freeze:
+        say(f"frozen: {', '.join(config.freeze)}")
+    length = longest_row(loader)
+    model = fitted(model, config, layout, params, adapters, length=length, segments=most_segments(loader))
+    if (config.model.attention, config.model.remat) != ("auto", "auto"):
+        _try(model, params, length)
+    low_rank, numbers = adapted(model, config.lora), numbers_of(config, adapters)
+    return Job(
+        config=config,
+        directory=directory,
+        base=base,
+        layout=layout,
+        model=low_rank,
+        params=params,
+        loader=loader,
+        data=data,
+        held=held,
+        schedule=make_schedule(config),
+        tx=tx,
+        numbers=layout.place_base(numbers),
+        trained=trained,
+        start=to_host(init_state(adapters, tx(numbers), jax.random.fold_in(key, 1))),
+        compute=make_compute(low_rank, layout),
+        about={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
+    )
+
+
+def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, Any]:
+    """The base where it will lie, fit for the run's texts."""
+    model, params = load_pretrained(
+        base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base, quantize=config.model.quantize
+    )
+    if config.model.untie:
+        model, params = untie(model, params)
+    if model.tokenizer is None:
+        raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
+    if config.length > model.config.max_position_embeddings:
+        raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
+    return model, params
+
+
+def fitted(
+    model: Decoder, config: RunConfig, layout: Layout, params: Any, adapters: Any, *, length: int, segments: int
+) -> Decoder:
+    """``model`` with the attention and the remat policy that suit the run's rows, and devices.
+
+    Args:
+      model: the run's decoder.
+      config: the run.
+      layout: of the run.
+      params: the base where it will lie, or its shapes with their shardings.
+      adapters: or their shapes.
+      length: the most tokens of a row.
+      segments: the most segments of a row, as :func:`stablelora_jax.data.most_segments` counts them.
+
+    Raises:
+      InputError: an attention that does not run here.
+    """
+    kind = str(config.model.attention)
+    require_here(kind)
+    if kind == "auto" and isinstance(config.parallel, MeshConfig):
+        packed = segments if segments > 1 else 0
+        kind = best_here(model.dtype, model.config, length, packed, partitioned=True)
+    remat: str = config.model.remat
+    if remat == "auto":
+        rows = config.batch_size // (layout.parts * config.accumulate)
+        sizes: dict[str, Any] = {"rows": rows, "length": length, "dtype": model.dtype}
+        remat = choose_remat(model.config, params, adapters, **sizes, attention=kind)
+    return model.clone(attention=kind, segments=segments, remat=remat)
+
+
+def _try(model: Decoder, params: Any, length: int) -> None:
+    """Trace what was chosen by hand, so that what cannot be is said before anything is written."""
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    jax.eval_shape(lambda p, row: model.apply({"params": p}, row, row, row, method="hidden"), params, row)
+
+
+def _given(config: RunConfig, params: Any) -> Any:
+    """The adapter that the run begins with."""
+    assert config.adapter is not None
+    return start_adapters(locate_adapter(config.adapter)[0], params, config.lora)
+
+
+def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
+    """The layout that ``config.parallel`` asks for.
+
+    Raises:
+      InputError: its sizes are not those of the devices.
+    """
+    own = config.parallel
+    if not isinstance(own, MeshConfig):
+        return pmap_layout()
+    return mesh_layout(own.data, own.fsdp, own.tensor, key_value_heads=model.num_key_value_heads)
+
+
+def _load(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> Loader:
+    """The training split as batches, with a line where something of it is cut."""
+    data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
+    if is_chat(config) and not chat:
+        say("data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template")
+    how = {"length": config.length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
+    store = tokenised(tokenizer, texts, **how, say=say)  # type: ignore[arg-type]
+    if store.cut:
+        side = {"left": "beginning", "right": "end"}[data.truncate]
+        say(f"{store.cut} of {len(texts)} training texts are longer than length={config.length}: their {side} is cut")
+    return make_loader(
+        store, batching=data.batching, length=config.length, batch_size=config.batch_size, seed=config.seed
+    )
+
+
+def _with_steps(config: RunConfig, loader: Loader, say: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration with its epochs as steps, and the statistics of what is trained on, which are said."""
+    if config.epochs is not None:
+        steps = config.epochs * loader.rows / config.batch_size
+        if steps > MOST["steps"]:
+            raise InputError(f"epochs {config.epochs:g} are {steps:.3g} steps, more than {MOST['steps']}: name fewer")
+        config = replace(config, steps=max(1, math.ceil(steps)), epochs=None)
+    n = statistics(loader, config.steps)
+    say(
+        f"{n['texts']} texts in {n['rows']} rows: {n['tokens']} tokens, {n['loss_tokens']} of them learnt; "
+        f"{n['padding']:.1%} of a batch is padding; {config.steps} steps are {n['epochs']:.2f} epochs"
+    )
+    return config, n

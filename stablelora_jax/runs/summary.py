@@ -1,0 +1,81 @@
+"""What a finished run says: its numbers for ``summary.json``, and for a person what was learnt."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import jax
+import numpy as np
+
+from stablelora_jax.runs.log import RunLog
+from stablelora_jax.training.metrics import each_record, plain
+from stablelora_jax.config.run import RunConfig
+from stablelora_jax.data.tasks.question import Question
+
+
+def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: float) -> dict[str, Any]:
+    """Losses, evaluations before and after (absent without evaluation), what was read, minutes, devices and versions.
+
+    ``steps`` were done, fewer than configured where the run has stopped early; the adapter is that of step ``kept``.
+    The mean losses leave out steps whose loss is not finite, and are None where no other is there. All of it is JSON.
+    """
+    first, last = _first_and_last(record["loss"] for record in each_record(log.path) if "loss" in record)
+    found = {"before": log.evaluation(0), "after": log.evaluation(steps)}
+    found |= {"kept": log.evaluation(kept)} if config.select == "best" else {}
+    summary = {
+        "steps": steps,
+        "stopped_early": steps < config.steps,
+        "adapter_of_step": kept,
+        "data": log.data,
+        "loss_first_10": _mean(first),
+        "loss_last_10": _mean(last),
+        **{name: {k: v for k, v in e.items() if k != "answers"} for name, e in found.items() if e},
+        "minutes": round(seconds / 60, 2),
+        "devices": f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "jax": jax.__version__,
+    }
+    return plain(summary)
+
+
+def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
+    """A few questions with the answers before and after training, then the accuracies and the losses."""
+    before, after = log.evaluation(0), log.evaluation(summary["steps"])
+    if before and after and questions and all(_fits(found, questions) for found in (before, after)):
+        for i in np.linspace(0, len(questions) - 1, config.show, dtype=int):
+            question, was, now = questions[i], before["answers"][i], after["answers"][i]
+            marks = ["right" if answer == question.label else "wrong" for answer in (was, now)]
+            said = [f"{question.choices[a].strip()} ({m})" for a, m in zip((was, now), marks, strict=True)]
+            yield f"\n{question.prompt}\n    before: {said[0]:<28} after: {said[1]}"
+        accuracy = f"{before['acc']:.1%} before, {after['acc']:.1%} after"
+        yield f"\nvalidation accuracy: {accuracy} ({before['questions']} questions)"
+    if before and after and "loss" in before and "loss" in after:
+        yield f"validation loss: {before['loss']:.4f} before, {after['loss']:.4f} after"
+    if summary["stopped_early"]:
+        yield f"stopped after {summary['steps']} of {config.steps} steps: {config.metric} no longer gets better"
+    if config.select == "best":
+        yield f"the adapter is that of step {summary['adapter_of_step']}, the best by {config.metric}"
+    if summary["loss_first_10"] is not None and summary["loss_last_10"] is not None:
+        yield f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)"
+
+
+def _fits(evaluation: dict[str, Any], questions: Sequence[Question]) -> bool:
+    """Whether it answers these questions: somebody may have edited the log that it was read from."""
+    answers = evaluation.get("answers", [])
+    whole = "acc" in evaluation and "questions" in evaluation and len(answers) == len(questions)
+    return whole and all(0 <= a < len(q.choices) for a, q in zip(answers, questions, strict=True))
+
+
+def _first_and_last(losses: Iterable[float | None]) -> tuple[list[float | None], list[float | None]]:
+    """The first ten and the last ten, which may overlap."""
+    rest = iter(losses)
+    first = list(islice(rest, 10))
+    return first, list(deque([*first, *deque(rest, 10)], 10))
+
+
+def _mean(losses: Sequence[float | None]) -> float | None:
+    finite = [loss for loss in losses if loss is not None]
+    return float(np.mean(finite)) if finite else None

@@ -1,0 +1,76 @@
+"""What is measured on the held-out split while training: the loss, and of multiple choice the accuracies."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from stablelora_jax.data import Example, Text, templated, training_texts
+from stablelora_jax.data.encoding import encode_many
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
+from stablelora_jax.evaluation.loglikelihood import Compute, Request, likelihoods
+from stablelora_jax.parallel import is_primary
+from stablelora_jax.config.run import RunConfig, takes_template
+from stablelora_jax.data.tasks.question import Chat, Problem, Question
+
+
+class HeldOut(NamedTuple):
+    """The held-out split, as it is measured."""
+
+    examples: Sequence[Example]  # the right answers with their end, as in training
+    questions: Sequence[Question]  # none where the task asks no questions
+
+
+def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem | Chat]) -> HeldOut:
+    """Tokenise the split's right answers, cut as in training; questions in the chat template where training is.
+
+    Raises:
+      InputError: the configuration's ``metric`` is an accuracy and the task asks no questions; a text too long.
+    """
+    questions = [item for item in items if isinstance(item, Question)]
+    if config.metric != "loss" and len(questions) < len(items):
+        raise InputError(f"metric {config.metric} needs multiple choice, which {config.task.name} is not: take loss")
+    chat = takes_template(config)
+    if chat:
+        questions = _templated(tokenizer, questions)
+    examples = encode_many(
+        tokenizer,
+        training_texts(items),
+        end=True,
+        length=config.length,
+        truncate=config.data.truncate,
+        chat=chat,
+    )
+    return HeldOut(list(examples), questions)
+
+
+def validate(compute: Compute, tokenizer: Any, held: HeldOut, *, length: int, rows: int) -> dict[str, Any]:
+    """``loss`` (nats per learnt token) and, where there are questions, ``acc``, ``acc_norm`` and the ``answers``.
+
+    ``compute`` is what ``make_compute`` gives, with its parameters and adapters; ``rows`` run together.
+    """
+    progress = sys.stderr.isatty() and is_primary()
+    requests = [_request(example) for example in held.examples]
+    found = likelihoods(compute, requests, rows=rows, max_length=length, progress=progress)
+    learnt = sum(len(request.continuation) for request in requests)
+    result: dict[str, Any] = {"loss": -math.fsum(one.total for one in found) / learnt}
+    if held.questions:
+        scores = choice_scores(compute, tokenizer, held.questions, max_length=length, rows=rows, progress=progress)
+        result |= {**accuracies(scores, held.questions), "questions": len(scores), "answers": answers(scores)}
+    return result
+
+
+def _request(example: Example) -> Request:
+    first = max(1, example.answer)
+    return Request(tuple(map(int, example.tokens[:first])), tuple(map(int, example.tokens[first:])))
+
+
+def _templated(tokenizer: Any, questions: Sequence[Question]) -> list[Question]:
+    texts = templated(tokenizer, [Text(question.prompt, "", question.id) for question in questions])
+    return [
+        question._replace(prompt=text.prompt, choices=tuple(choice.strip() for choice in question.choices))
+        for question, text in zip(questions, texts, strict=True)
+    ]

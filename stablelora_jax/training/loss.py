@@ -1,0 +1,89 @@
+"""The loss of a batch under an adapted decoder, read at the places where a token is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stablelora_jax.data import Batch
+from stablelora_jax.lora.apply import Adapted
+from stablelora_jax.models.decoder import head_path
+from stablelora_jax.models.inputs import integers, places
+from stablelora_jax.training.cross_entropy import tile_length, tiled_cross_entropy
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import get_in, set_in
+
+
+def summed_loss(
+    model: Adapted, variables: Mapping[str, Any], batch: Batch, keys: jax.Array | None = None, *, parts: int = 1
+) -> jax.Array:
+    """The sum over ``batch`` of ``-log p`` of the learnt tokens, a scalar; logits exist for a tile of tokens at a time.
+
+    Args:
+      model: the adapted decoder.
+      variables: its ``params`` and, optionally, ``lora`` and ``lora_hp``, as ``model.apply`` takes them.
+      batch: where ``batch.at`` is given, the head reads at those places alone.
+      keys: (B,) dropout keys of the rows, typed; None: no dropout. An adapted head folds in the place of the token.
+      parts: over so many devices the rows are split, in a program that sees all of them.
+
+    A learnt token outside the vocabulary gives NaN; in a pad, and as a target that is not learnt, no id matters.
+
+    Raises:
+      InputError: a field of ``batch`` of another shape or kind.
+    """
+    batch = _checked(batch)
+    at, weights = learnt_places(batch)
+    rngs = None if keys is None else {"dropout": keys}
+    inputs = (batch.tokens, batch.positions, batch.segment_ids)
+    reads = None if batch.at is None else jnp.maximum(at - 1, 0)
+    x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
+    targets = jnp.take_along_axis(batch.tokens, at, axis=1)
+    config = model.model.config
+    tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
+    path = head_path(config)
+    head = get_in(variables, ("lora", *path)) or {}
+    drops, impl = None, None
+    if keys is not None and head:  # by token: neither the length of a tile nor what else is learnt matters
+        drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % tile)))
+        impl = jax.random.key_impl(keys)
+    frozen = jax.lax.stop_gradient(dict(variables)), drops
+
+    def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
+        variables, drops = frozen
+        variables = {**variables, "lora": set_in(variables["lora"], path, head)} if head else variables
+        apply = partial(model.apply, variables, method="logits")
+        if drops is None:
+            return apply(x)
+        keys, at = drops
+        at = jax.lax.dynamic_slice_in_dim(at, number * tile, tile, axis=1)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(keys, impl=impl), at)
+        return apply(x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
+
+    with jax.named_scope("loss"):  # in the names of operations, for a profile
+        return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
+
+
+def learnt_places(batch: Batch) -> tuple[Any, Any]:
+    """``(at, weights)``, (B, K): the places of tokens that may be learnt, and 1 where one is."""
+    if batch.at is not None:
+        return batch.at, batch.at > 0
+    T = batch.tokens.shape[1]
+    at = jnp.broadcast_to((jnp.arange(T) + 1) % T, batch.tokens.shape)
+    return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
+
+
+def _checked(batch: Batch) -> Batch:
+    """``batch`` as JAX's arrays, of the shapes and kinds that it must have."""
+    tokens = integers(batch.tokens, "tokens")
+    segments, positions = (integers(getattr(batch, name), name, tokens.shape) for name in ("segment_ids", "positions"))
+    at = None if batch.at is None else places(batch.at, tokens)
+    shape, kind = jnp.shape(batch.loss_mask), jnp.result_type(batch.loss_mask)
+    if shape != tokens.shape or not (kind == np.bool_ or jnp.issubdtype(kind, jnp.number)):
+        raise InputError(f"loss_mask must be 1 or 0 for each of the tokens {tokens.shape}, not {kind} {shape}")
+    fields: Any = (tokens, jnp.asarray(batch.loss_mask), segments, positions, at)
+    return Batch(*fields)

@@ -1,0 +1,158 @@
+"""One step of training, as a pure function over all devices.
+
+``params`` (the frozen base) is an argument, never part of the state; the state is donated; gradients are taken with
+respect to the adapters alone, so the base gets neither gradients nor optimizer slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stablelora_jax.data import Batch
+from stablelora_jax.lora.apply import Adapted
+from stablelora_jax.models.decoder import head_path
+from stablelora_jax.optimizers import latches
+from stablelora_jax.parallel import Layout, Takes, rows_here
+from stablelora_jax.training.loss import learnt_places, summed_loss
+from stablelora_jax.training.metrics import norm_summary
+from stablelora_jax.training.stability import Stability, shrunk_adapters, stability
+from stablelora_jax.utils.tree import Path, get_in
+
+
+class TrainState(NamedTuple):
+    """All that training changes; enough to resume exactly."""
+
+    step: jax.Array  # steps so far, int32 scalar
+    skipped: jax.Array  # those that changed nothing, since something in them was not finite, int32 scalar
+    in_a_row: jax.Array  # how many of the last steps were skipped, int32 scalar
+    adapters: Any
+    opt_state: optax.OptState
+    key: jax.Array  # raw PRNG key, uint32; never changes: randomness is folded from it by step and row
+
+
+class Numbers(NamedTuple):
+    """What a sweep varies, as arrays: another value needs no new compilation."""
+
+    rates: Mapping[str, Any]  # the optimizer's learning rates at their peak, scalars, by name
+    hyper: Any  # scales and dropout rates, as transform.hyper makes them; None: those of the spec
+
+
+MakeOptimizer = Callable[[Numbers], optax.GradientTransformation]
+
+
+def init_state(adapters: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, adapters, tx.init(adapters), jax.random.key_data(key))
+
+
+def make_train_step(
+    model: Adapted,
+    tx: optax.GradientTransformation | MakeOptimizer,
+    layout: Layout,
+    *,
+    trained: Callable[[Any], Any] = lambda adapters: adapters,
+    accumulate: int = 1,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """``(state, params, batch) -> (state, metrics)``, compiled for ``layout``.
+
+    Loss and gradients are sums over the loss tokens of the whole batch, divided by their number in it, and dropout
+    depends on the step and the row's number in the batch: so the result depends, up to rounding, neither on the
+    devices nor on ``accumulate``. A step whose loss, gradient or update is not finite changes nothing but the counts.
+
+    Args:
+      model: the adapted decoder.
+      tx: sees the gradients of the adapters. Or a function that makes it from :class:`Numbers`: then the step takes
+        them as its fourth argument, placed like ``params``, and compiles once for all of them.
+      layout: where state, ``params`` and the rows of ``batch`` lie.
+      trained: may hold parts of the adapters constant (``optimize.freeze_a``); their gradients are zero.
+      accumulate: micro-batches that B is cut into, one after another; they share the memory of one.
+    """
+
+    def step(
+        state: TrainState, params: Any, batch: Batch, numbers: Numbers | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        rows = rows_here(batch.tokens.shape[0], layout.axis)
+        parts = layout.parts if layout.axis is None else 1
+        learnt = layout.total(learnt_places(batch)[1].sum())
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if model.spec.dropout else None
+            variables = {"params": params, "lora": trained(adapters)}
+            variables |= {"lora_hp": numbers.hyper} if numbers and numbers.hyper is not None else {}
+            return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(learnt, 1)
+
+        micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
+        loss, grads = layout.total(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
+        with jax.named_scope("update"):  # in the names of operations, for a profile
+            after, metrics = _updated(state, made(numbers), loss, grads)
+        used, space = (layout.total(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
+        return after, metrics | {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space}
+
+    fixed = isinstance(tx, optax.GradientTransformation)
+    made: Any = (lambda numbers: tx) if fixed else tx
+    takes: tuple[Takes, ...] = ("state", "base", "rows", "base")
+    return layout.compile(step, takes[:3] if fixed else takes, donate=(0,))
+
+
+def make_stability_view(
+    model: Adapted, shrink_ratio: float | None, layout: Layout
+) -> Callable[[Any, Any, Any, Any, Batch], dict[Path, Stability]]:
+    """``(before, after, latches, params, batch) -> terms``, compiled for ``layout``.
+
+    ``before`` and ``after`` are the adapters around the step (the step donates its state: copy the adapters before
+    it), ``latches`` are the step's metric, ``shrink_ratio`` is lambda where the optimizer is Stable-LoRA and else None;
+    ``params`` and ``batch`` are as in :func:`make_train_step`. Pads do not count, and z is as without dropout. Nothing
+    is compiled until the first call.
+    """
+
+    def view(before: Any, after: Any, latches: Any, params: Any, batch: Batch) -> dict[Path, Stability]:
+        shrunk = shrunk_adapters(before, latches, shrink_ratio)
+        inputs = (batch.tokens, batch.positions, batch.segment_ids)
+        variables = {"params": params, "lora": before}
+        method = None if get_in(before, head_path(model.model.config)) else "hidden"  # logits for an adapted head alone
+        how: dict[str, Any] = {"token_mask": batch.segment_ids, "axis_name": layout.axis, "method": method}
+        return stability(model, variables, shrunk, after, *inputs, **how)
+
+    return layout.compile(view, ("state", "state", "state", "base", "rows"))
+
+
+def _micro_batches(x: jax.Array, parts: int, count: int) -> jax.Array:
+    """(B, ...) -> (count, B / count, ...), every micro-batch with as many rows of each part."""
+    own = x.shape[0] // (parts * count)
+    return x.reshape(parts, count, own, *x.shape[1:]).swapaxes(0, 1).reshape(count, parts * own, *x.shape[1:])
+
+
+def _summed(value_and_grad: Any, adapters: Any, micros: Any) -> Any:
+    """Loss and gradients, summed over the micro-batches in the dtype of the adapters."""
+    first = jax.tree.map(lambda x: x[0], micros)
+    if len(jax.tree.leaves(micros)[0]) == 1:
+        return value_and_grad(adapters, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, adapters, *first))
+
+    def add(summed: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, summed, value_and_grad(adapters, *micro)), None
+
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def _updated(
+    state: TrainState, tx: optax.GradientTransformation, loss: jax.Array, grads: Any
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state after the update, or where anything is not finite the old one with its counts; and the metrics."""
+    norm = optax.tree.norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+    new = (optax.apply_updates(state.adapters, updates), opt_state)
+    adapters, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.adapters, state.opt_state))
+    bad = (~finite).astype(jnp.int32)
+    in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
+    after = TrainState(state.step + 1, state.skipped + bad, in_a_row, adapters, opt_state, state.key)
+    metrics = {"loss": loss, "gradient_norm": norm, "applied": state.step - state.skipped, "skipped": bad}
+    return after, {**metrics, "in_a_row": in_a_row, **norm_summary(adapters), "latches": latches(opt_state)}

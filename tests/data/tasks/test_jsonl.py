@@ -1,0 +1,176 @@
+"""Rows of one's own, in three kinds, columns by any name; and plain text."""
+
+import gzip
+import json
+
+import pytest
+
+from stablelora_jax import InputError
+from stablelora_jax.config.run import JsonlTask
+from stablelora_jax.data.tasks import jsonl, load_questions, rows, text
+from tests.data.tasks.test_arc import write
+
+
+def load(directory, given, **task):
+    write(directory, given)
+    return load_questions(JsonlTask(path=str(directory), **task), "train")
+
+
+def test_choice(tmp_path):
+    row = {"q": "Wet is", "choices": ["fire", "water"], "right": 1, "key": 7}
+    fields = {"prompt": "q", "label": "right", "id": "key"}
+    assert load(tmp_path, [row], kind="choice", fields=fields) == [("Wet is", (" fire", " water"), 1, "7")]
+
+
+def test_completion(tmp_path):
+    three = [
+        {"prompt": "One", "completion": "two"},
+        {"prompt": "One\n", "completion": "two", "target": 2},
+        {"prompt": "One", "completion": "\ntwo", "id": "c"},
+    ]
+    found = load(tmp_path, three)
+    assert found == [
+        ("One", " two", None, "train-0"),
+        ("One", "\ntwo", "2", "train-1"),
+        ("One", "\ntwo", None, "c"),
+    ]
+    task = JsonlTask(path=str(tmp_path), train_limit=2)
+    assert load_questions(task, "train") == found[:2]
+
+
+def test_chat(tmp_path):
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant")]
+    two = [{"messages": turns}, {"messages": turns[1:]}]
+    assert [p[:3] for p in load(tmp_path, two, kind="chat")] == [
+        ("SYSTEM\n\nUSER", " ASSISTANT", None),
+        ("USER", " ASSISTANT", None),
+    ]
+    assert [p.messages for p in load(tmp_path, two, kind="chat")] == [tuple(turns[:2]), tuple(turns[1:2])]
+    for more in (turns[:2], turns[1:] * 2, [], turns[:1], [{"role": 1, "content": "x"}] * 9):
+        with pytest.raises(InputError, match="row 1: messages with the roles .* are not supported yet: a row is"):
+            load(tmp_path, [{"messages": more}], kind="chat")
+    for wrong in ([{"role": "user"}, turns[2]], "x", [1], None, [turns[1], {"role": "assistant", "content": [1]}]):
+        with pytest.raises(InputError, match="row 1 is damaged"):
+            load(tmp_path, [{"messages": wrong}], kind="chat")
+
+
+@pytest.mark.parametrize(
+    "task,message",
+    [
+        ({"fields": {"promt": "q"}}, "task.fields.promt is not read for kind completion"),
+        ({"fields": {"prompt": "q"}}, "row 1: there is no column 'q'; the columns are prompt, completion"),
+        ({"kind": "choice"}, "row 1: there is no column 'choices'.*task.fields={choices: COLUMN, label: COLUMN}"),
+        ({"hub": "some/thing"}, "either task.path or task.hub"),
+    ],
+)
+def test_mistakes(tmp_path, task, message):
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, [{"prompt": "One", "completion": "two"}], **task)
+
+
+@pytest.mark.parametrize(
+    "kind,row,fields",
+    [
+        ("completion", {"instruction": "x", "input": "", "output": "y"}, "{prompt: instruction, completion: output}"),
+        ("completion", {"question": "x", "answer": "y"}, "{prompt: question, completion: answer}"),
+        ("completion", {"prompt": "x", "response": "y"}, "{completion: response}"),
+        ("chat", {"conversations": []}, "{messages: conversations}"),
+        ("choice", {"question": "x", "options": [], "gold": 0}, "{prompt: question, choices: options, label: gold}"),
+    ],
+)
+def test_columns_of_another_name_are_named_with_the_way_out(tmp_path, kind, row, fields):
+    with pytest.raises(InputError) as error:
+        load(tmp_path, [row], kind=kind)
+    assert f"task.fields={fields}" in str(error.value) and "damaged" not in str(error.value)
+
+
+ROWS = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(3)]
+LINES = [json.dumps(row) for row in ROWS]
+FORMS = {
+    "lines": "\n".join(LINES),
+    "a last line break": "\n".join(LINES) + "\n",
+    "Windows": "\r\n".join(LINES) + "\r\n",
+    "blank lines": "\n\n" + "\n\n  \n".join(LINES) + "\n\n\n",
+    "a byte-order mark": "\ufeff" + "\n".join(LINES),
+    "an array": json.dumps(ROWS),
+    "an array over lines": json.dumps(ROWS, indent=2) + "\n",
+    "an array behind a mark": "\ufeff\n " + json.dumps(ROWS, indent=1),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_that_datasets_reads(tmp_path, form, packed):
+    content = FORMS[form].encode()
+    (tmp_path / f"train.jsonl{'.gz' * packed}").write_bytes(gzip.compress(content) if packed else content)
+    found = load_questions(JsonlTask(path=str(tmp_path)), "train")
+    assert [(p.prompt, p.answer) for p in found] == [(f"q {i}", f" a {i}") for i in range(3)]
+
+
+def test_datasets_reads_the_same(tmp_path):
+    import datasets
+
+    for number, form in enumerate(("lines", "blank lines", "an array", "an array over lines")):
+        (tmp_path / f"{number}.jsonl").write_text(FORMS[form])
+        there = datasets.load_dataset(
+            "json", data_files=str(tmp_path / f"{number}.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert [dict(row) for row in there] == rows.file_rows(tmp_path / f"{number}.jsonl")[1] == ROWS
+
+
+BAD = {
+    "a line cut": (LINES[0] + "\n" + LINES[1][:9], "line 2 is not JSON"),
+    "brackets": ("[" * 100_000, "neither an object a line nor one JSON array"),
+    "brackets in a row": ('{"prompt": ' + "[" * 100_000, "line 1 is not JSON"),
+    "brackets that close": ('{"prompt": ' + "[" * 900 + "]" * 900 + ', "completion": "x"}', "row 1 is damaged"),
+    "an array of numbers": ("[1, 2]", "row 1 is damaged .it is int, not an object"),
+    "text": ('"x"', "row 1 is damaged .it is str"),
+    "nothing": ("\n \n", "has no rows"),
+    "half a surrogate pair": ('{"prompt": "\\ud800", "completion": "x"}', "row 1 is damaged .UnicodeEncodeError"),
+    "bytes": (b"\xff\xfe{", "line 1 is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_row_is_one_line(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / "train.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as error:
+        load_questions(JsonlTask(path=str(tmp_path)), "train")
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path))
+
+
+def test_bombs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LONGEST_LINE", 1 << 20)
+    bombs = {
+        "a line": (
+            gzip.compress(b'{"prompt":"' + b"a" * (4 << 20)),
+            "a line is longer than 1 MiB: put one row on a line",
+        ),
+        "many lines": (gzip.compress((LINES[0] + "\n").encode() * 200_000), "unpacks to more than 200 times its size"),
+        "cut": (gzip.compress(FORMS["lines"].encode())[:-9], "cannot be unpacked"),
+        "no gzip": (b"hello", "line 1 cannot be unpacked"),
+    }
+    for content, message in bombs.values():
+        (tmp_path / "train.jsonl.gz").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            load_questions(JsonlTask(path=str(tmp_path)), "train")
+    (tmp_path / "train.jsonl").write_bytes(b'{"prompt":"' + b"a" * (2 << 20))
+    with pytest.raises(InputError, match="a line is longer than 1 MiB"):
+        load_questions(JsonlTask(path=str(tmp_path)), "train")
+
+
+def test_the_hub_offline_is_one_line():
+    with pytest.raises(InputError, match="no/such train could not be had") as error:
+        jsonl.items("completion", "train", None, "no/such", None, {})
+    assert "\n" not in str(error.value)
+
+
+def test_text(tmp_path):
+    write(tmp_path, [{"text": "a b"}, {"text": "c\n"}], "validation.jsonl")
+    assert text.texts("validation", str(tmp_path)) == ["a b", "c\n"]
+    write(tmp_path, [{"text": " "}], "validation.jsonl")
+    with pytest.raises(InputError, match="row 1"):
+        text.texts("validation", str(tmp_path))
+    with pytest.raises(InputError, match="local directory"):
+        text.texts("validation", None)

@@ -1,0 +1,154 @@
+"""Tokenised data on disk: what comes back is what was made, under a name that says everything that shapes it."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from stablelora_jax import InputError, base_directory
+from stablelora_jax.data import Text, batch_of_step, digest, encode, make_loader, statistics, tokenised
+from stablelora_jax.data import token_cache as module
+from stablelora_jax.models.pretrained.tokenizer import load_tokenizer
+
+TEXTS = [Text(f"The cat number {i} is", " small" * (1 + i % 7), f"t-{i}") for i in range(50)]
+TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(base_directory())
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_hit_is_a_miss_is_memory(tokenizer, tmp_path, monkeypatch):
+    memory = tokenised(tokenizer, TEXTS, length=16)
+    miss = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path)
+
+    def refuse(*_, **__):
+        raise AssertionError("tokenised again")
+        yield
+
+    monkeypatch.setattr(module, "encode_many", refuse)
+    hit = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path)
+    assert same(memory, miss) and same(memory, hit) and isinstance(hit.tokens, np.memmap)
+    assert [p.name for p in tmp_path.iterdir()] == [hit.digest]
+    assert {a.dtype for a in (hit.tokens, hit.lengths, hit.answers, hit.rows)} == {np.dtype(np.int32)}
+    for i in (0, 7, 49):
+        alone = encode(tokenizer, TEXTS[i].prompt, TEXTS[i].answer, end=True, length=16)
+        assert hit.example(i).tokens.tolist() == list(alone.tokens) and hit.example(i).answer == alone.answer
+    assert hit.cut == sum(encode(tokenizer, *t[:2], end=True, length=16).cut > 0 for t in TEXTS) > 0
+    loaders = [make_loader(s, batching="pack", length=16, batch_size=4, seed=0) for s in (memory, hit)]
+    assert all(same(*(batch_of_step(loader, step) for loader in loaders)) for step in range(9))
+
+
+def test_chunks_do_not_show(tokenizer, monkeypatch):
+    from stablelora_jax.data import encoding
+
+    whole = tokenised(tokenizer, TEXTS, length=16)
+    for where in (module, encoding):
+        monkeypatch.setattr(where, "AT_ONCE", 7)
+    assert same(whole, tokenised(tokenizer, TEXTS, length=16))
+
+
+def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeypatch):
+    given = dict(tokenizer=tokenizer, texts=TEXTS, length=16, truncate="left", chat=False)
+    other, templated, ended = (copy.deepcopy(tokenizer) for _ in range(3))
+    other.add_tokens(["zebra"])
+    templated.chat_template = TEMPLATE
+    ended.eos_token = ended.pad_token
+    moved = [Text(TEXTS[0].prompt + " s", TEXTS[0].answer[2:], "t-0"), *TEXTS[1:]]
+    changes = [
+        {},
+        dict(texts=TEXTS[:-1]),
+        dict(texts=TEXTS[::-1]),
+        dict(texts=moved),
+        dict(length=17),
+        dict(truncate="right"),
+        dict(tokenizer=other),
+        dict(tokenizer=ended),
+        dict(tokenizer=templated, chat=True),
+    ]
+    keys = [digest(**{**given, **change}) for change in changes]
+    templated.chat_template += "!"
+    keys.append(digest(**{**given, "tokenizer": templated, "chat": True}))
+    monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
+    keys.append(digest(**given))
+    monkeypatch.undo()
+    chats = [[t._replace(messages=[{"role": role, "content": t.prompt}]) for t in TEXTS] for role in ("user", "system")]
+    keys += [digest(**{**given, "tokenizer": templated, "chat": True, "texts": texts}) for texts in chats]
+    assert digest(**given | {"texts": chats[1]}) == keys[0], "messages count where they are read"
+    assert len(set(keys)) == len(keys) == 13
+    monkeypatch.undo()
+    assert digest(**given) == digest(**given | {"texts": [t._replace(id="x") for t in TEXTS]}) == keys[0]
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
+    assert digest(**given) == keys[0], "what a call leaves in a tokenizer is not what it does"
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "rows.bin", "about.json"])
+@pytest.mark.parametrize("how", ["gone", "short", "other"])
+def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, name, how):
+    made, said = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path), []
+    file = tmp_path / made.digest / name
+    content = file.read_bytes()
+    expected = [np.array(x) for x in made[:5]]
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-8] if how == "short" else bytes([content[0] ^ 1]) + content[1:])
+    again = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path, say=said.append)
+    assert same(again[:5], expected) and file.read_bytes() == content
+    assert len(said) == 1 and "is damaged" in said[0] and name in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == [made.digest]
+
+
+def test_a_build_that_fails_leaves_nothing(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="of t-6 has 19 tokens, more than length=18"):
+        tokenised(tokenizer, TEXTS, length=18, truncate="refuse", cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="the token cache .* cannot be used"):
+        tokenised(tokenizer, TEXTS, length=16, cache=tmp_path / "file")
+    with pytest.raises(InputError, match="no text to train on"):
+        tokenised(tokenizer, [], length=16)
+
+
+def test_the_end_is_trained_even_where_it_is_the_pad(tokenizer):
+    same_pad = copy.deepcopy(tokenizer)
+    same_pad.pad_token = same_pad.eos_token
+    store = tokenised(same_pad, TEXTS, length=64)
+    assert same_pad.pad_token_id == same_pad.eos_token_id
+    for batching in ("bucket", "pack"):
+        loader = make_loader(store, batching=batching, length=64, batch_size=4, seed=0)
+        for step in range(3):
+            batch = batch_of_step(loader, step)
+            ends = (batch.tokens == same_pad.eos_token_id) & (batch.segment_ids > 0)
+            assert ends.any() and (batch.loss_mask[ends] == 1).all()
+            assert (batch.loss_mask[batch.segment_ids == 0] == 0).all()
+            assert all(ends[i].sum() == batch.segment_ids[i].max() for i in range(4))
+
+
+def test_statistics_are_counted(tokenizer):
+    store = tokenised(tokenizer, TEXTS, length=64)
+    for batching in ("bucket", "pack"):
+        loader = make_loader(store, batching=batching, length=64, batch_size=5, seed=0)
+        steps = -(-loader.rows // 5)
+        found = statistics(loader, steps)
+        batches = [batch_of_step(loader, step) for step in range(steps)]
+        assert loader.rows % 5 == 0, "so that the steps are the epoch"
+        assert found["tokens"] == sum(int((b.segment_ids > 0).sum()) for b in batches)
+        assert found["loss_tokens"] == sum(int(b.loss_mask.sum()) for b in batches)
+        pads = sum(int((b.segment_ids == 0).sum()) for b in batches)
+        assert found["padding"] == pytest.approx(pads / sum(b.tokens.size for b in batches), abs=1e-12)
+        assert (found["texts"], found["rows"], found["cut"]) == (50, loader.rows, 0)
+        assert found["epochs"] == steps * 5 / loader.rows and json.dumps(found)
+    assert loader.rows < 20 and found["padding"] < 0.15
+
+
+@pytest.mark.parametrize("cache", ["\0", "\ud800", "", "x" * 300])
+def test_a_place_that_no_file_system_takes_is_one_line(tokenizer, cache):
+    with pytest.raises(InputError, match="^data.cache "):
+        tokenised(tokenizer, [Text("a", "b", "0")], length=16, cache=cache)
