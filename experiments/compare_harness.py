@@ -58,9 +58,9 @@ def compare(
     import jax.numpy as jnp
 
     from stablelora_jax.evaluation.tasks import measure, subject
-    from stablelora_jax.interop.load_adapted import attach
+    from stablelora_jax.interop.load_adapted import load_adapted_model
 
-    one = subject(*attach(model, adapter, dtype=jnp.float32), batch_size=batch_size)
+    one = subject(*load_adapted_model(model, adapter, dtype=jnp.float32), batch_size=batch_size)
     lm = their_model(model, adapter, batch_size)
     lines = []
     for name, limit in limits.items():

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from bench.optimizers import decoder, machine
 
-from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora
-from stablelora_jax.config import engine as config
-from stablelora_jax.config.engine import option
+from stablelora_jax import LoraSpec, adapted, config, init_adapters, stable_lora
+from stablelora_jax.config import option
 from stablelora_jax.data import Batch
 from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.runs.cli import exit_code
@@ -51,7 +50,7 @@ class Loop:
         model, shapes = decoder("llama-15m")
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda s: jnp.asarray(0.02 * rng.normal(size=s.shape), s.dtype), shapes)
-        spec, tx = LoraSpec(target="all-linear", rank=settings.rank), stable_lora(1e-4)
+        spec, tx = LoraSpec(target_modules="all-linear", rank=settings.rank), stable_lora(1e-4)
         adapters = init_adapters(jax.random.key(0), params, spec)
         self.params, self.step = self.layout.place_base(params), make_train_step(adapted(model, spec), tx, self.layout)
         self.state = self.layout.state(jax.tree.map(np.asarray, init_state(adapters, tx, jax.random.key(1))))

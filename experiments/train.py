@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from stablelora_jax.config import engine as config
+from stablelora_jax import config
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.runs.cli import exit_code
 
@@ -54,10 +54,10 @@ def work(arguments: argparse.Namespace) -> None:
         return
     from stablelora_jax.runs.run import run
 
-    run(run_config, say)
+    run(run_config, log_fn)
 
 
-def say(text: str) -> None:
+def log_fn(text: str) -> None:
     """Print; where that is no longer read, or cannot be kept, training goes on in silence."""
     try:
         print(text, flush=True)

@@ -3,7 +3,8 @@
 See README.md for the quick start; every public name is documented where it is defined.
 """
 
-from stablelora_jax.generation.bank import banked, make_bank
+from stablelora_jax.data import Batch
+from stablelora_jax.generation.bank import banked, make_bank, replace_adapter
 from stablelora_jax.generation.generate import generate
 from stablelora_jax.interop import load_peft, save_peft
 from stablelora_jax.interop.warm_start import start_adapters
@@ -11,7 +12,7 @@ from stablelora_jax.lora.apply import adapted
 from stablelora_jax.lora.combine import combine
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.summary import describe
-from stablelora_jax.lora.transform import hyper, init_adapters, merge, unmerge
+from stablelora_jax.lora.transform import init_adapters, lora_hyperparams, merge, unmerge
 from stablelora_jax.models.pretrained.load import base_directory, load_pretrained, save_pretrained
 from stablelora_jax.models.untie import untie
 from stablelora_jax.optimizers import (
@@ -34,10 +35,14 @@ from stablelora_jax.optimizers import (
     stiefel_lora,
     still_shrinking,
 )
-from stablelora_jax.optimizers.freeze import freeze, frozen, hold
+from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
+from stablelora_jax.training import checkpoint
+from stablelora_jax.training.loss import summed_loss
 from stablelora_jax.utils.errors import InputError, RunError
+from stablelora_jax.utils.fingerprint import fingerprint
 
 __all__ = [
+    "Batch",
     "InputError",
     "LoraSpec",
     "RunError",
@@ -47,18 +52,19 @@ __all__ = [
     "altlora_plus",
     "banked",
     "base_directory",
+    "checkpoint",
     "combine",
     "describe",
+    "fingerprint",
     "freeze",
     "freeze_a",
-    "frozen",
+    "freeze_mask",
     "generate",
-    "hold",
-    "hyper",
     "init_adapters",
     "load_peft",
     "load_pretrained",
     "lora_fa",
+    "lora_hyperparams",
     "lora_plus",
     "lora_pre",
     "lora_pro",
@@ -66,6 +72,7 @@ __all__ = [
     "make_bank",
     "merge",
     "oplora",
+    "replace_adapter",
     "riemannian",
     "save_peft",
     "save_pretrained",
@@ -77,6 +84,8 @@ __all__ = [
     "start_adapters",
     "stiefel_lora",
     "still_shrinking",
+    "stop_frozen_gradients",
+    "summed_loss",
     "unmerge",
     "untie",
 ]

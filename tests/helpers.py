@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablelora_jax import LoraSpec
-from stablelora_jax.lora.pairs import adapter_sites
+from stablelora_jax.lora.pairs import adapter_target_modules
 from stablelora_jax.models.architecture import DecoderConfig, Rope
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.utils import tree
@@ -53,8 +53,8 @@ def tokens(B=2, T=7, vocab=31, seed=0):
 def trained(adapters, spec, seed=5, size=0.3):
     """``adapters`` as if trained: both factors random where they are in use, zero where they are padding."""
     rng = np.random.default_rng(seed)
-    for path, site in adapter_sites(adapters, spec).items():
-        pair, mask = tree.get_in(adapters, path), site.mask()
+    for path, target in adapter_target_modules(adapters, spec).items():
+        pair, mask = tree.get_in(adapters, path), target.mask()
         a = size * rng.normal(size=pair["lora_a"].shape) * mask[..., None, :]
         b = size * rng.normal(size=pair["lora_b"].shape) * mask[..., :, None]
         dtype = pair["lora_a"].dtype
@@ -63,9 +63,9 @@ def trained(adapters, spec, seed=5, size=0.3):
     factors = ("lora_a", "lora_b")
     moved = lambda leaf: leaf * jnp.asarray(1 + size * rng.normal(size=leaf.shape), leaf.dtype)  # keeps zeros zero
     adapters = jax.tree_util.tree_map_with_path(lambda at, x: x if at[-1].key in factors else moved(x), adapters)
-    for path, site in adapter_sites(adapters, spec).items() if spec.lora_bias else ():
-        used = np.array(site.ranks).reshape(*site.stack, 1) > 0
-        drawn = jnp.asarray(size * rng.normal(size=(*site.stack, site.size[1])) * used, jnp.float32)
+    for path, target in adapter_target_modules(adapters, spec).items() if spec.lora_bias else ():
+        used = np.array(target.ranks).reshape(*target.stack, 1) > 0
+        drawn = jnp.asarray(size * rng.normal(size=(*target.stack, target.size[1])) * used, jnp.float32)
         adapters = tree.set_in(adapters, (*path, "lora_bias"), drawn)
     return adapters
 
@@ -95,8 +95,8 @@ class ForeignBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        dense = nn.remat(nn.Dense) if self.remat else nn.Dense
-        return x + dense(x.shape[-1], name="fc")(nn.tanh(x)), None
+        dequantize_tree = nn.remat(nn.Dense) if self.remat else nn.Dense
+        return x + dequantize_tree(x.shape[-1], name="fc")(nn.tanh(x)), None
 
 
 class ForeignScan(nn.Module):
@@ -148,21 +148,33 @@ class ForeignExperts(nn.Module):
 
 
 FOREIGN = {
-    "dense": (ForeignMLP(), (2, 5, 6), LoraSpec(target=["split", "join", "block_0", "block_1"], rank=2)),
+    "dense": (ForeignMLP(), (2, 5, 6), LoraSpec(target_modules=["split", "join", "block_0", "block_1"], rank=2)),
     "dense_patterns": (
         ForeignMLP(),
         (2, 5, 6),
-        LoraSpec(target="all-linear", rank=3, rank_pattern={"block_1": 1}, alpha_pattern={"join": 2}, scaling="rslora"),
+        LoraSpec(
+            target_modules="all-linear",
+            rank=3,
+            rank_pattern={"block_1": 1},
+            alpha_pattern={"join": 2},
+            scaling="rslora",
+        ),
     ),
-    "scan": (ForeignScan(), (2, 5, 6), LoraSpec(target=["fc", "out"], rank=2, stacked=("blocks",))),
-    "scan_remat": (ForeignScan(True), (2, 5, 6), LoraSpec(target=["fc"], rank=2, stacked=("blocks",))),
+    "scan": (ForeignScan(), (2, 5, 6), LoraSpec(target_modules=["fc", "out"], rank=2, stacked=("blocks",))),
+    "scan_remat": (ForeignScan(True), (2, 5, 6), LoraSpec(target_modules=["fc"], rank=2, stacked=("blocks",))),
     "scan_layers": (
         ForeignScan(),
         (2, 5, 6),
-        LoraSpec(target=["fc"], rank=4, layers=(0, 2, 3), rank_pattern={"blocks.2.fc": 1}, stacked=("blocks",)),
+        LoraSpec(
+            target_modules=["fc"],
+            rank=4,
+            layers_to_transform=(0, 2, 3),
+            rank_pattern={"blocks.2.fc": 1},
+            stacked=("blocks",),
+        ),
     ),
-    "attention": (ForeignAttention(), (2, 5, 6), LoraSpec(target=["query", "value", "out"], rank=2)),
-    "conv_einsum": (ForeignConv(), (2, 8, 5), LoraSpec(target=["conv", "mix"], rank=2, in_axes={"mix": (0,)})),
-    "experts": (ForeignExperts(), (2, 5), LoraSpec(target=r"experts\.\d", rank=2, stacked=("experts",))),
+    "attention": (ForeignAttention(), (2, 5, 6), LoraSpec(target_modules=["query", "value", "out"], rank=2)),
+    "conv_einsum": (ForeignConv(), (2, 8, 5), LoraSpec(target_modules=["conv", "mix"], rank=2, in_axes={"mix": (0,)})),
+    "experts": (ForeignExperts(), (2, 5), LoraSpec(target_modules=r"experts\.\d", rank=2, stacked=("experts",))),
 }
 ROPE_LLAMA3 = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 16)

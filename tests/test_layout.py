@@ -17,7 +17,7 @@ IMPORTS = {  # a folder imports from those named here, and from nothing else of 
     "optimizers": "utils lora",
     "config": "utils lora optimizers",
     "data": "utils config",
-    "interop": "utils quantization models lora config",
+    "interop": "utils quantization models lora",
     "training": "utils parallel models lora optimizers data",
     "generation": "utils models lora data",
     "evaluation": "utils parallel models interop data training generation",

@@ -28,10 +28,8 @@ import optax
 from tqdm import tqdm
 
 from bench.shapes import SHAPES
-from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
-from stablelora_jax import optimizers as optimize
-from stablelora_jax.config import engine as config
-from stablelora_jax.config.engine import option
+from stablelora_jax import InputError, LoraSpec, adapted, config, init_adapters, optimizers
+from stablelora_jax.config import option
 from stablelora_jax.config.optimizer import CONFIGS, OPTIMIZERS
 from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.decoder import Decoder
@@ -39,8 +37,8 @@ from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.utils.outputs import open_output
 
 ADAPTERS = {
-    "q_proj, v_proj, r=8": LoraSpec(target=["q_proj", "v_proj"], rank=8),
-    "all-linear, r=16": LoraSpec(target="all-linear", rank=16),
+    "q_proj, v_proj, r=8": LoraSpec(target_modules=["q_proj", "v_proj"], rank=8),
+    "all-linear, r=16": LoraSpec(target_modules="all-linear", rank=16),
 }
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in OPTIMIZERS if name != "adamw"} | {
     "stable_lora, all latches off": ("stable_lora", {}),
@@ -106,7 +104,7 @@ def transformation(row: str, adapters: Any, spec: LoraSpec) -> optax.GradientTra
     """The optimizer of a row, with the LoRA scale where it takes one."""
     name, options = ROWS.get(row, (row, {}))
     if "scale" in OPTIMIZERS[name].__code__.co_varnames:
-        options = {**options, "scale": optimize.scales(adapters, spec)}
+        options = {**options, "scale": optimizers.scales(adapters, spec)}
     return OPTIMIZERS[name](CONFIGS[name]().learning_rate, **options)
 
 
@@ -181,14 +179,14 @@ def measure(settings: BenchConfig) -> list[str]:
         lines += [f"| adamw | {1e3 * adamw:.2f} | 1.00 | {base.state_bytes / 1e6:.3f} | {base.compile_seconds:.2f} |"]
         for row in rows:
             bar.update()
-            if row == FULL and spec.target == "all-linear":
+            if row == FULL and spec.target_modules == "all-linear":
                 continue
             program = prepare(row, qwen, spec)
             own, beside = in_turns(program, base, settings.repeats)
             size, seconds = f"{program.state_bytes / 1e6:.3f}", f"{program.compile_seconds:.2f}"
             lines.append(f"| {row} | {1e3 * own:.2f} | {own / beside:.2f} | {size} | {seconds} |")
         lines.append("")
-    spec = LoraSpec(target="all-linear", rank=8)
+    spec = LoraSpec(target_modules="all-linear", rank=8)
     seconds, llama = step_seconds(settings, spec)
     base = prepare("adamw", llama, spec)
     lines += [f"### Share of a training step: Llama-15M, all-linear, r=8, {settings.rows} x {settings.length} tokens"]

@@ -22,7 +22,7 @@ from stablelora_jax.config.optimizer import CONFIGS, FREEZES_A
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import Constant
 from stablelora_jax.data import Batch
-from stablelora_jax.data.batch import learnt_places
+from stablelora_jax.data.batch import loss_positions
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.attention import require_here
@@ -78,7 +78,7 @@ def batch_of(work: Work) -> Batch:
     """The tokens; where only some are learnt also their places, as the loader gives them."""
     found = arrays(work)
     mask = found["loss_mask"]
-    return Batch(**found, at=None if work.loss_fraction == 1 else learnt_places(mask, int(mask.sum(1).max())))
+    return Batch(**found, at=None if work.loss_fraction == 1 else loss_positions(mask, int(mask.sum(1).max())))
 
 
 def local_devices(work: Work) -> list[jax.Device]:
@@ -105,7 +105,7 @@ def ready(work: Work, layout: Layout, params: Any = None) -> Ready:
     known = {"dtype": jnp.dtype(work.dtype), "segments": work.documents}  # as a run counts them in its data
     model = Decoder(decoder_config(work.config, work.shape), **known, attention=work.attention or "auto")
     params = drawn(model, layout, work.quantize) if params is None else layout.place_base(params)
-    spec = LoraSpec(target=work.target, rank=work.rank, alpha=2 * work.rank)
+    spec = LoraSpec(target_modules=work.target, rank=work.rank, alpha=2 * work.rank)
     adapters = init_adapters(jax.random.key(0), params, spec)
     rows = work.batch // (layout.parts * work.accumulate)
     sizes: dict[str, Any] = {"rows": rows, "length": work.length, "dtype": model.dtype, "attention": model.attention}

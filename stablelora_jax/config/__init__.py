@@ -3,6 +3,8 @@
 Imports: utils, lora, optimizers.
 """
 
-from stablelora_jax.config.engine import dump, help_text, load, option, section, to_dict
+from stablelora_jax.config.dump import dump, help_text, to_dict
+from stablelora_jax.config.engine import load
+from stablelora_jax.config.keys import REQUIRED, option, section, with_new_names
 
-__all__ = ["dump", "help_text", "load", "option", "section", "to_dict"]
+__all__ = ["REQUIRED", "dump", "help_text", "load", "option", "section", "to_dict", "with_new_names"]

@@ -17,48 +17,58 @@ already there, except that a new ``name`` drops what the file says about the sec
 plain types takes the first member that fits.
 """
 
-import collections.abc
 import difflib
 import io
 import json
 import os
-import re
 import reprlib
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, Field, field, fields, is_dataclass
-from itertools import zip_longest
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING
+from types import NoneType
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 
+from stablelora_jax.config.dump import Loader, groups
+from stablelora_jax.config.keys import (
+    MAP,
+    UNION,
+    as_text,
+    choices,
+    default_of,
+    keys_of,
+    names_of,
+    old_names,
+    sections,
+    type_text,
+    with_new_names,
+)
 from stablelora_jax.utils import files, safe_yaml
 from stablelora_jax.utils.errors import InputError
 
 T = TypeVar("T")
-_UNION, _MAP = (Union, UnionType), (dict, collections.abc.Mapping)
 LONG = 500  # characters of a text that a message repeats
-REQUIRED: Any = MISSING  # option(REQUIRED, "...") is a key without a default
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its meaning."""
-    if isinstance(default, Mapping):
-        return field(default_factory=lambda: dict(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+def load(
+    cls: type[T],
+    path: str | os.PathLike[str] | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    accept_old_names: bool = False,
+) -> T:
+    """The configuration ``cls`` from a YAML file (None: all defaults), changed by overrides such as ``lora.rank=4``.
 
+    With ``accept_old_names`` the file may be what an older version has dumped.
 
-def section(default: Callable[[], Any], help: str) -> Any:
-    """A field that is itself a dataclass; ``default`` is the class, or a function that gives the default instance."""
-    return field(default_factory=default, metadata={"help": help})
-
-
-def load(cls: type[T], path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> T:
-    """The configuration ``cls`` from a YAML file (None: all defaults), changed by overrides such as ``lora.rank=4``."""
-    layers = [] if path is None else [_Layer(str(path), (), _parse(_read(path), str(path)), is_file=True)]
+    Raises:
+      InputError: anything that is not a value of a key; one line that names file and key.
+    """
+    data = None if path is None else _parse(_read(path), str(path))
+    data = with_new_names(cls, data) if accept_old_names else data
+    layers = [] if path is None else [_Layer(str(path), (), data, is_file=True)]
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -67,54 +77,11 @@ def load(cls: type[T], path: str | os.PathLike[str] | None = None, overrides: It
     return _section(cls, layers, "", MISSING)
 
 
-def to_dict(config: Any) -> Any:
-    """The configuration as plain dicts and lists, keys in the order of the fields."""
-    if is_dataclass(config):
-        return {name: _data(getattr(config, name), kind) for name, (_, kind) in _keys(type(config)).items()}
-    if isinstance(config, Mapping):
-        return {key: to_dict(value) for key, value in config.items()}
-    return [to_dict(item) for item in config] if isinstance(config, tuple | list) else config
-
-
-def dump(config: Any) -> str:
-    """The configuration as YAML that ``load`` reads back."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
-
-
-def help_text(cls: type) -> str:
-    """Every key of ``cls`` with its type, default and meaning, section by section, for a terminal."""
-    groups = [group for group in _groups(cls, MISSING) if group[1]]
-    widest = [max((len(row[i]) for _, rows in groups for row in rows), default=1) for i in range(3)]
-    widths = [widest[0], min(widest[1], 26), min(widest[2], 22)]
-    widths.append(max(20, 110 - 8 - sum(widths)))
-    lines = []
-    for title, rows in groups:
-        lines += ["", *textwrap.wrap(title, 110)]
-        for row in rows:
-            cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
-            for parts in zip_longest(*cells, fillvalue=""):
-                lines.append("".join(f"  {part:<{width}}" for part, width in zip(parts, widths, strict=True)).rstrip())
-    return "\n".join(lines).strip("\n") + "\n"
-
-
 class _Layer(NamedTuple):
     label: str  # as the user wrote it: the file's path, or the whole override
     keys: tuple[str, ...]  # the override's keys still to descend before its value applies
     value: Any
     is_file: bool
-
-
-class _Loader(safe_yaml.Loader):
-    pass
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-for _class in (_Loader, _Dumper):  # to PyYAML 1e-4 is a string
-    _exponent = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _exponent, list("-+.0123456789"))
 
 
 def _fail(label: str, path: str, text: str) -> NoReturn:
@@ -141,7 +108,7 @@ def _parse(text: str, label: str) -> Any:
     if len(text) > safe_yaml.BYTES:
         _fail(label, "", f"is longer than {safe_yaml.BYTES} characters, which no configuration is")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=Loader)
     except Exception as error:  # besides YAMLError whatever a forced tag makes PyYAML's constructors raise (!!int x)
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
@@ -154,83 +121,16 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _type_text(kind: Any) -> str:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return " | ".join(map(str, args))
-    texts = ["..." if arg is Ellipsis else _type_text(arg) for arg in args]
-    if origin in _UNION:
-        return " | ".join(texts)
-    if origin is tuple:
-        return f"[{', '.join(texts)}]"
-    return f"{{{': '.join(texts)}}}" if origin else "null" if kind is NoneType else kind.__name__
-
-
-def _keys(cls: Any) -> dict[Any, tuple[Field[Any], Any]]:
-    """The fields that can be set, by name, each with its declared type."""
-    hints = get_type_hints(cls)
-    return {f.name: (f, hints[f.name]) for f in fields(cls) if f.init}
-
-
-def _names(cls: Any) -> tuple[str, ...]:
-    return get_args(_keys(cls)["name"][1])
-
-
-def _choices(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in _UNION else (kind,)
-
-
-def _sections(kind: Any) -> list[Any]:
-    """The dataclasses that a key can be; none when it is a plain value."""
-    return [choice for choice in _choices(kind) if is_dataclass(choice)]
-
-
-def _data(value: Any, kind: Any) -> Any:
-    """A field's value for YAML: a declared mapping is one even where the dataclass keeps it as a tuple of pairs."""
-    pairs = isinstance(value, tuple) and any(get_origin(choice) in _MAP for choice in _choices(kind))
-    return to_dict(dict(value) if pairs else value)
-
-
-def _default(f: Field[Any], instance: Any) -> Any:
-    """The value of an absent key: from the section's instance if any; else a value, MISSING, or a class to build."""
-    make = f.default_factory
-    if instance is not None:
-        return getattr(instance, f.name)
-    return f.default if make is MISSING else make if is_dataclass(make) else make()
-
-
-def _groups(cls: Any, default: Any, path: str = "", title: str = "") -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """(title, rows of key, type, default, meaning) of the section's own keys, then of each section inside it."""
-    rows: list[tuple[str, ...]] = []
-    inner = []
-    for name, (f, kind) in _keys(cls).items():
-        key, meaning = path + name, f.metadata.get("help", "")
-        value, members = _default(f, default if isinstance(default, cls) else None), _sections(kind)
-        for member in members:
-            notes = [f"name: {_names(member)[0]}"] if len(members) > 1 else []
-            notes += ["the default"] if notes and (value is member or isinstance(value, member)) else []
-            notes += ["null unless given"] if value is None else []
-            heading = f"{key} ({', '.join(notes)})" if notes else key
-            inner.append((member, value, f"{key}.", f"{heading}: {meaning}" if meaning else heading))
-        if not members:
-            shown = "(required)" if value is MISSING else _data(value, kind)
-            text = yaml.dump(shown, Dumper=_Dumper, default_flow_style=True, width=sys.maxsize)
-            rows.append((key, _type_text(kind), text.removesuffix("\n").removesuffix("\n..."), meaning))
-    yield title, rows
-    for args in inner:
-        yield from _groups(*args)
-
-
 def _section(cls: Any, layers: list[_Layer], path: str, default: Any) -> Any:
     """The dataclass ``cls`` from what the layers say, and else from ``default`` where that is one."""
     instance, values = default if isinstance(default, cls) else None, {}
     source = next((layer.label for layer in layers if layer.is_file), "")
     given = _spread(cls, layers, path)
-    for name, (f, kind) in _keys(cls).items():
-        key, absent = f"{path}.{name}".lstrip("."), _default(f, instance)
+    for name, (f, kind) in keys_of(cls).items():
+        key, absent = f"{path}.{name}".lstrip("."), default_of(f, instance)
         if not given[name] and (absent is MISSING or isinstance(absent, type)):
-            if not _sections(kind) or NoneType in get_args(kind):
-                _fail(source, key, f"is missing: set it in the file, or with {key}=VALUE (type {_type_text(kind)})")
+            if not sections(kind) or NoneType in get_args(kind):
+                _fail(source, key, f"is missing: set it in the file, or with {key}=VALUE (type {type_text(kind)})")
             given[name] = [_Layer(source, (), {}, is_file=True)]
         values[name] = _value(kind, given[name], key, absent) if given[name] else absent
     try:
@@ -242,7 +142,7 @@ def _section(cls: Any, layers: list[_Layer], path: str, default: Any) -> Any:
 
 def _spread(cls: Any, layers: list[_Layer], path: str) -> dict[Any, list[_Layer]]:
     """What each layer says about each field of the section."""
-    given: dict[Any, list[_Layer]] = {name: [] for name in _keys(cls)}
+    given: dict[Any, list[_Layer]] = {name: [] for name in keys_of(cls)}
     for layer in layers:
         if layer.keys:
             items = {layer.keys[0]: layer._replace(keys=layer.keys[1:])}
@@ -254,13 +154,18 @@ def _spread(cls: Any, layers: list[_Layer], path: str) -> dict[Any, list[_Layer]
             if key not in given:
                 _fail(layer.label, f"{path}.{key}".lstrip("."), f"is not a key{_hint(cls, str(key), path)}")
             given[key].append(part)
+            new = keys_of(cls)[key][0].metadata.get("renamed", {}).get(as_text(part.value)) if not part.keys else None
+            if new:
+                _fail(layer.label, f"{path}.{key}".lstrip("."), f"{part.value} is now called {new}")
     return given
 
 
 def _hint(cls: Any, key: str, path: str) -> str:
     """The key of the section, or of one inside it, that was probably meant; else all keys if they are few."""
-    keys = ", ".join(_keys(cls))
-    every = [*_keys(cls), *(row[0] for _, rows in _groups(cls, MISSING) for row in rows)]
+    keys = ", ".join(keys_of(cls))
+    if key in (old := old_names(cls)):
+        return f": it is now called {f'{path}.{old[key]}'.lstrip('.')}"
+    every = [*keys_of(cls), *(row[0] for _, rows in groups(cls, MISSING) for row in rows)]
     near = [k for k in every if k.split(".")[-1] == key] or difflib.get_close_matches(key[:80], every, n=1)
     if near:
         return f" (did you mean {f'{path}.{near[0]}'.lstrip('.')}?)"
@@ -269,7 +174,7 @@ def _hint(cls: Any, key: str, path: str) -> str:
 
 def _value(kind: Any, layers: list[_Layer], path: str, default: Any = MISSING) -> Any:
     """The value that the layers, of which there is at least one, give to a key of the declared type."""
-    members = _sections(kind)
+    members = sections(kind)
     if not members:
         return [_plain(kind, layer, path) for layer in layers][-1]
     if NoneType in get_args(kind):
@@ -281,8 +186,8 @@ def _value(kind: Any, layers: list[_Layer], path: str, default: Any = MISSING) -
 
 def _pick(members: list[Any], layers: list[_Layer], path: str, default: Any) -> Any:
     """The member of a union of sections that the last name given picks; layers with another name are dropped."""
-    by_name = {name: member for member in members for name in _names(member)}
-    usual = _names(default)[0] if isinstance(default, type) else getattr(default, "name", MISSING)
+    by_name = {name: member for member in members for name in names_of(member)}
+    usual = names_of(default)[0] if isinstance(default, type) else getattr(default, "name", MISSING)
     names = []
     for layer in layers:
         name = layer.value if layer.keys == ("name",) else usual if layer.is_file else MISSING
@@ -300,13 +205,13 @@ def _pick(members: list[Any], layers: list[_Layer], path: str, default: Any) -> 
 
 def _plain(kind: Any, layer: _Layer, path: str) -> Any:
     """The layer's value as the declared type, which is not a section."""
-    wanted, raw = _type_text(kind), layer.value
+    wanted, raw = type_text(kind), layer.value
     if layer.keys:
         _fail(layer.label, ".".join([path, *layer.keys]), f"is not a key: set all of {path}, which is {wanted}")
     value = _fit(kind, layer, path)
     if value is MISSING:
         number = type(raw) in (int, float)
-        text = str in _choices(kind) and (number or isinstance(raw, bool))
+        text = str in choices(kind) and (number or isinstance(raw, bool))
         hint = f' (as text: "{_show(raw)}", quotes included)' if text else ""
         _fail(layer.label, path, f"wants {'a finite ' * (kind is float and number)}{wanted}, got {_show(raw)}{hint}")
     return value
@@ -319,7 +224,7 @@ def _fit(kind: Any, layer: _Layer, path: str) -> Any:
     def part(kind: Any, value: Any, path: str) -> Any:
         return _value(kind, [layer._replace(value=value)], path)
 
-    if origin in _UNION:
+    if origin in UNION:
         for member in args:
             with suppress(InputError):
                 return part(member, raw, path)
@@ -330,7 +235,7 @@ def _fit(kind: Any, layer: _Layer, path: str) -> Any:
         if isinstance(items, list) and (Ellipsis in args or len(items) == len(args)):
             kinds = args[:1] * len(items) if Ellipsis in args else args
             return tuple(part(kind, items[i], f"{path}[{i}]") for i, kind in enumerate(kinds))
-    elif origin in _MAP:
+    elif origin in MAP:
         if isinstance(raw, Mapping):
             return {part(args[0], k, f"a key of {path}"): part(args[1], v, f"{path}.{k}") for k, v in raw.items()}
     elif kind not in (bool, int, float, str, NoneType):

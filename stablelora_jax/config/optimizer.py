@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_type_hints
 
 import optax
 
-from stablelora_jax import optimizers as optimize
-from stablelora_jax.config.engine import option
+from stablelora_jax import optimizers
+from stablelora_jax.config.keys import option
 from stablelora_jax.optimizers.limits import require_numbers
 
 
@@ -45,20 +45,20 @@ def adamw(
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "stable_lora": optimize.stable_lora,
+    "stable_lora": optimizers.stable_lora,
     "adamw": adamw,
-    "lora_plus": optimize.lora_plus,
-    "scaled_gd": optimize.scaled_gd,
-    "scaled_adamw": optimize.scaled_adamw,
-    "lora_rite": optimize.lora_rite,
-    "lora_pro": optimize.lora_pro,
-    "altlora": optimize.altlora,
-    "altlora_plus": optimize.altlora_plus,
-    "allora": optimize.allora,
-    "oplora": optimize.oplora,
-    "lora_pre": optimize.lora_pre,
-    "stiefel_lora": optimize.stiefel_lora,
-    "lora_fa": optimize.lora_fa,
+    "lora_plus": optimizers.lora_plus,
+    "scaled_gd": optimizers.scaled_gd,
+    "scaled_adamw": optimizers.scaled_adamw,
+    "lora_rite": optimizers.lora_rite,
+    "lora_pro": optimizers.lora_pro,
+    "altlora": optimizers.altlora,
+    "altlora_plus": optimizers.altlora_plus,
+    "allora": optimizers.allora,
+    "oplora": optimizers.oplora,
+    "lora_pre": optimizers.lora_pre,
+    "stiefel_lora": optimizers.stiefel_lora,
+    "lora_fa": optimizers.lora_fa,
 }
 ALIASES = {"riemannian": "scaled_adamw"}
 NOT_IN_A_FILE = ("scale", "gradient")
@@ -88,7 +88,7 @@ def make_optimizer(
         given["scale"] = scale()
     tx = function(**given)
     ratio = getattr(config, "shrink_until_stable", 0)
-    return optimize.shrink_until_stable(tx, ratio) if ratio else tx
+    return optimizers.shrink_until_stable(tx, ratio) if ratio else tx
 
 
 def function_of(config: Any) -> Callable[..., optax.GradientTransformation]:
@@ -103,7 +103,7 @@ def shrink_ratio(config: Any) -> float | None:
 
 def trained_part(config: Any) -> Callable[[Any], Any]:
     """What the loss differentiates of the adapters: all, or with A as a constant."""
-    return optimize.freeze_a if config.name in FREEZES_A else lambda adapters: adapters
+    return optimizers.freeze_a if config.name in FREEZES_A else lambda adapters: adapters
 
 
 def _arguments(config: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stablelora_jax.config.engine import option
+from stablelora_jax.config.keys import option
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from stablelora_jax.config.engine import option, section
+from stablelora_jax.config.keys import option, section
 from stablelora_jax.config.optimizer import CONFIGS, OptimizerConfig
 from stablelora_jax.config.parallel import DistributedConfig, MeshConfig, PmapConfig
 from stablelora_jax.config.schedule import Cosine, ScheduleConfig, schedule_of
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils.errors import InputError
 
-MOST = {"steps": 2**31 - 1, "batch_size": 2**20, "length": 2**24}  # steps are counted in int32
+MOST = {"steps": 2**31 - 1, "batch_size": 2**20, "max_length": 2**24}  # steps are counted in int32
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,15 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the base and of matrix products")
     untie: bool = option(False, "give a head tied to the embedding its own weights, so that either may change alone")
     quantize: Literal["nf4", "int8"] | None = option(None, "hold the layers' kernels in 4.13 or 8 bits; null: in dtype")
-    remat: Literal["auto", "everything", "useful", "no_mlp", "attention", "nothing"] = option(
-        "auto", "what the backward pass finds again, from all to nothing; auto: the fastest that memory allows"
+    remat: Literal["auto", "everything", "save_dots", "no_mlp", "attention", "nothing"] = option(
+        "auto",
+        "what the forward pass saves for the backward pass; auto: the fastest that memory allows",
+        renamed={"useful": "save_dots"},
     )
-    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = option(
-        "auto", "xla: dense; blocks: flash in XLA; cudnn: of NVIDIA GPUs; splash: of TPUs; auto: the best one here"
+    attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = option(
+        "auto",
+        "xla: dense; blockwise: flash in XLA; cudnn: NVIDIA GPUs; splash: TPUs; auto: the best one here",
+        renamed={"blocks": "blockwise"},
     )
 
 
@@ -93,9 +97,11 @@ class DataConfig:
     """How texts become batches."""
 
     batching: Literal["bucket", "pack"] = option(
-        "bucket", "bucket: one text a row, padded to one of few lengths; pack: many texts a row of `length` tokens"
+        "bucket", "bucket: one text a row, padded to one of few lengths; pack: many texts a row of `max_length` tokens"
     )
-    truncate: Literal["left", "right", "refuse"] = option("left", "the side on which a text beyond `length` is cut")
+    truncate: Literal["left", "right", "error"] = option(
+        "left", "the side on which a text beyond `max_length` is cut; error: refuse it", renamed={"refuse": "error"}
+    )
     chat_template: bool | None = option(
         None,
         "use the model's own chat template: of chats the messages, else the prompt as a user's turn; null: for chats",
@@ -114,15 +120,17 @@ class RunConfig:
     optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
     schedule: ScheduleConfig = section(Cosine, "the learning rate over the run")
     freeze: tuple[str, ...] = option((), "parts of the adapters that stay: ends of names, such as layers.0 or lora_a")
-    adapter: str | None = option(None, "adapter directory or run that a new run begins with; null for fresh adapters")
-    parallel: PmapConfig | MeshConfig = section(PmapConfig, "how the run lies on its devices")
+    init_from: str | None = option(
+        None, "adapter or run that a new run starts from; null: fresh adapters", was="adapter"
+    )
+    parallel: PmapConfig | MeshConfig = section(PmapConfig, "device parallelism")
     distributed: DistributedConfig | None = section(lambda: None, "several processes as one run")
     steps: int = option(300, "optimizer steps")
     epochs: float | None = option(None, "passes over the training data, instead of steps; null: steps")
     batch_size: int = option(32, "rows of a step, over all devices")
-    accumulate: int = option(1, "micro-batches that a step's rows are cut into, for memory; the result stays")
-    length: int = option(256, "most tokens of a row; see data.truncate")
-    clip_norm: float | None = option(1.0, "largest global gradient norm; null for none")
+    gradient_accumulation_steps: int = option(1, "micro-batches of a step; the result is the same", was="accumulate")
+    max_length: int = option(256, "most tokens of a row; see data.truncate", was="length")
+    max_grad_norm: float | None = option(1.0, "largest global gradient norm; null for none", was="clip_norm")
     max_consecutive_errors: int = option(5, "steps in a row whose loss or gradient is not finite, until the run stops")
     seed: int = option(0, "of the adapters' start, the order of rows and dropout")
     output: str | None = option(None, "run directory; null for runs/<task>-<digest of what decides the result>")
@@ -137,12 +145,19 @@ class RunConfig:
     patience: int | None = option(None, "stop after so many evaluations without a better one; null: never")
     select: Literal["last", "best"] = option("last", "whose adapter is kept: of the last step or the best evaluation")
     stability_every: int | None = option(None, "steps between measurements of the stability terms; null for none")
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(("tensorboard",), "who else is told")
-    show: int = option(4, "validation questions to print with the answers before and after")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(("tensorboard",), "metric loggers")
+    num_samples: int = option(4, "validation questions to print with the answers before and after", was="show")
 
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
-        positive = ("steps", "batch_size", "accumulate", "length", "max_consecutive_errors", "checkpoint_every")
+        positive = (
+            "steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "max_consecutive_errors",
+            "checkpoint_every",
+        )
         for name in (*positive, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -151,13 +166,13 @@ class RunConfig:
                 raise InputError(f"{name} must be at most {most}, not {getattr(self, name):.6g}")
         if "layers" not in self.lora.stacked:
             raise InputError("lora.stacked must hold layers: a run's model stacks its layers under that name")
-        for name in ("seed", "show"):
+        for name in ("seed", "num_samples"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.seed >= 2**32:
             raise InputError(f"seed must be below 2**32, not {self.seed}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise InputError(f"clip_norm must be positive, not {self.clip_norm}; null for no clipping")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise InputError(f"max_grad_norm must be positive, not {self.max_grad_norm}; null for no clipping")
         if self.stability_every is not None and self.stability_every < 1:
             raise InputError(f"stability_every must be at least 1, not {self.stability_every}; null for none")
         for name in ("evaluate_every", "patience"):
@@ -166,8 +181,10 @@ class RunConfig:
         for name in ("epochs", "checkpoint_minutes", "evaluate_minutes"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}; null for none")
-        if self.batch_size % self.accumulate:
-            raise InputError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise InputError(
+                f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation_steps} micro-batches"
+            )
         now_and_then = self.evaluate_every or self.evaluate_minutes
         if now_and_then and not self.evaluate:
             raise InputError(f"evaluate_{'every' if self.evaluate_every else 'minutes'} needs evaluate: true")

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stablelora_jax.config.engine import REQUIRED, option
+from stablelora_jax.config.keys import REQUIRED, option
 from stablelora_jax.utils.errors import InputError
 
 SHARE, POSITIVE = (lambda x: 0 <= x <= 1, "in [0, 1]"), (lambda x: 0 < x < math.inf, "positive")

@@ -16,7 +16,7 @@ from stablelora_jax.data.loader import (
 )
 from stablelora_jax.data.order import place_of_step, rows_of_step
 from stablelora_jax.data.packing import Plan, first_fit, pack, plan_of
-from stablelora_jax.data.token_cache import TokenStore, digest, tokenised
+from stablelora_jax.data.token_cache import TokenStore, digest, tokenize_dataset
 
 __all__ = [
     "Batch",
@@ -41,6 +41,6 @@ __all__ = [
     "statistics",
     "templated",
     "texts_of_rows",
-    "tokenised",
+    "tokenize_dataset",
     "training_texts",
 ]

@@ -48,7 +48,7 @@ def make_batch(
         tokens[i, :n], segments[i, :n] = text, 1
         mask[i, max(1, example.answer) : n] = 1  # nothing predicts the first token
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
-    at = None if learnt is None else learnt_places(mask, learnt)
+    at = None if learnt is None else loss_positions(mask, learnt)
     return Batch(tokens, mask, segments, np.ascontiguousarray(positions), at)
 
 
@@ -65,7 +65,7 @@ def _ids(example: Example, number: int) -> np.ndarray:
     return ids
 
 
-def learnt_places(loss_mask: np.ndarray, most: int) -> np.ndarray:
+def loss_positions(loss_mask: np.ndarray, most: int) -> np.ndarray:
     """Where ``loss_mask`` (B, T) is 1, in order, and then 0s: (B, most) int32; where ``most`` is 0, (B, 1)."""
     most = max(1, most)
     counts = loss_mask.sum(axis=1)

@@ -16,7 +16,7 @@ from stablelora_jax.data.tasks.question import Chat, Problem, Question
 from stablelora_jax.data.template import render
 from stablelora_jax.utils.errors import InputError
 
-Truncate = Literal["left", "right", "refuse"]
+Truncate = Literal["left", "right", "error"]
 AT_ONCE = 1024  # texts of one call of the tokenizer: bounds the memory, and keeps its threads busy
 
 
@@ -119,15 +119,15 @@ def _agreement(given: list[int], whole: list[int]) -> int:
 
 def _cut(tokens: list[int], answer: int, length: int, truncate: Truncate, id: str) -> Example:
     over, where = max(0, len(tokens) - length), f" of {id}" if id else ""
-    if over and truncate == "refuse":
+    if over and truncate == "error":
         raise InputError(
-            f"the text{where} has {len(tokens)} tokens, more than length={length}: raise length, "
+            f"the text{where} has {len(tokens)} tokens, more than max_length={length}: raise max_length, "
             "or set data.truncate to left or right"
         )
     kept = tokens[:length] if truncate == "right" else tokens[over:]
     first = answer if truncate == "right" else answer - over
     if first >= len(kept) or first < (1 if over else 0):
         raise InputError(
-            f"the answer{where}, {len(tokens) - answer} tokens, does not fit into length={length} with its prompt"
+            f"the answer{where}, {len(tokens) - answer} tokens, does not fit into max_length={length} with its prompt"
         )
     return Example(kept, first, over)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stablelora_jax.data.batch import Batch, learnt_places
+from stablelora_jax.data.batch import Batch, loss_positions
 from stablelora_jax.data.encoding import Example
 from stablelora_jax.utils.errors import InputError
 
@@ -79,4 +79,4 @@ def pack(rows: Sequence[Sequence[Example]], length: int, learnt: int | None = No
             batch.positions[i, start:end] = np.arange(end - start)
             batch.loss_mask[i, start + max(1, example.answer) : end] = 1
             start = end
-    return batch if learnt is None else batch._replace(at=learnt_places(batch.loss_mask, learnt))
+    return batch if learnt is None else batch._replace(at=loss_positions(batch.loss_mask, learnt))

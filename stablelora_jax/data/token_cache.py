@@ -79,7 +79,7 @@ def digest(tokenizer: Any, texts: Iterable[Text], *, length: int, truncate: Trun
     return made.hexdigest()
 
 
-def tokenised(
+def tokenize_dataset(
     tokenizer: Any,
     texts: Sequence[Text],
     *,
@@ -87,7 +87,7 @@ def tokenised(
     truncate: Truncate = "left",
     chat: bool = False,
     cache: str | Path | None = None,
-    say: Callable[[str], None] = print,
+    log_fn: Callable[[str], None] = print,
 ) -> TokenStore:
     """Tokenise ``texts``, each with its end-of-sequence token, or find them in the directory ``cache``.
 
@@ -109,7 +109,7 @@ def tokenised(
         store, damage = _open(place, key)
         if store is None:
             if damage:
-                say(f"{place} is damaged ({damage}) and made again")
+                log_fn(f"{place} is damaged ({damage}) and made again")
                 shutil.rmtree(place)
             _write(place, examples, length)
             store, damage = _open(place, key)

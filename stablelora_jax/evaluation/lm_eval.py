@@ -22,7 +22,7 @@ from stablelora_jax.evaluation.generate_until import generate_until
 from stablelora_jax.evaluation.loglikelihood import Request, encode, likelihoods, prefix_token, rolling
 from stablelora_jax.evaluation.tasks import subject
 from stablelora_jax.generation.decode import decoder_of
-from stablelora_jax.interop.load_adapted import attach
+from stablelora_jax.interop.load_adapted import load_adapted_model
 from stablelora_jax.utils.errors import InputError
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
@@ -62,7 +62,7 @@ class StableLoraLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdigit():
             raise InputError(f"batch_size must be a positive number, not {batch_size!r}")
-        model, variables = attach(pretrained, adapter, dtype=jnp.dtype(dtype), merged=merged, apart=untie)
+        model, variables = load_adapted_model(pretrained, adapter, dtype=jnp.dtype(dtype), merged=merged, apart=untie)
         self.subject = subject(model, variables, batch_size=int(batch_size))
         self.name = pretrained
         self.tokenizer = decoder_of(model).tokenizer

@@ -47,7 +47,7 @@ class Likelihood(NamedTuple):
     greedy: bool  # whether each token of the continuation is the likeliest
 
 
-Compute = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
+LoglikelihoodFn = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
 
 
 def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]:
@@ -78,7 +78,7 @@ def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple
 
 
 def likelihoods(
-    compute: Compute, requests: Sequence[Request], *, rows: int, max_length: int, progress: bool = False
+    compute: LoglikelihoodFn, requests: Sequence[Request], *, rows: int, max_length: int, progress: bool = False
 ) -> list[Likelihood]:
     """The answers to ``requests``, in their order.
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from stablelora_jax.data.tasks.question import Question
-from stablelora_jax.evaluation.loglikelihood import Compute, encode_pair, likelihoods
+from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, encode_pair, likelihoods
 
 
 def choice_scores(
-    compute: Compute,
+    compute: LoglikelihoodFn,
     tokenizer: Any,
     questions: Sequence[Question],
     *,

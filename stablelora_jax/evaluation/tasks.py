@@ -20,7 +20,7 @@ from stablelora_jax.data.tasks import arc, gsm8k, hellaswag, merged_qa, openbook
 from stablelora_jax.data.tasks.question import Problem, Question
 from stablelora_jax.evaluation.generate_until import generate_until
 from stablelora_jax.evaluation.loglikelihood import (
-    Compute,
+    LoglikelihoodFn,
     Rows,
     encode,
     likelihoods,
@@ -51,25 +51,25 @@ SPLITS = {"gsm8k": "test"}  # the others: validation
 Metrics = dict[str, float | None]
 
 
-class Measured(NamedTuple):
+class TaskResult(NamedTuple):
     """What came of one task."""
 
     rows: list[dict[str, Any]]  # with "index", from 0, and what the task's kind has
     summary: dict[str, Any]  # "split", "rows", and of each metric its value and "METRIC_stderr"
 
 
-class Subject(NamedTuple):
+class EvalModel(NamedTuple):
     """What is measured, and how."""
 
     model: Any  # a Decoder with a tokenizer, or an adapted one
     variables: Mapping[str, Any]
-    compute: Compute
+    compute: LoglikelihoodFn
     batch_size: int
     progress: bool
 
 
 @checked
-def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, progress: bool = False) -> Subject:
+def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, progress: bool = False) -> EvalModel:
     """A model ready to be measured.
 
     Args:
@@ -101,18 +101,18 @@ def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, p
             raise InputError("the model gives no finite numbers: its parameters or adapters hold NaN or infinity")
         return total, greedy
 
-    return Subject(model, variables, compute, -(-batch_size // n) * n, progress)
+    return EvalModel(model, variables, compute, -(-batch_size // n) * n, progress)
 
 
 @checked
 def measure(
-    subject: Subject,
+    subject: EvalModel,
     task: str,
     data: str | Path | None = None,
     split: str | None = None,
     limit: int | None = None,
     max_new_tokens: int = 256,
-) -> Measured:
+) -> TaskResult:
     """Measure one of :data:`TASKS`.
 
     Args:
@@ -140,10 +140,10 @@ def measure(
         load: Callable[..., list[Question]] = merged_qa.questions
         found = load(split, path) if task == "merged_qa" else merged_qa.part_questions(task, split, path)
         rows, metrics = _choices(subject, found[:limit], CHOICES[task])
-    return Measured(rows, {"split": split, "rows": len(rows), **metrics})
+    return TaskResult(rows, {"split": split, "rows": len(rows), **metrics})
 
 
-def write(output: Path, measured: Mapping[str, Measured], about: Mapping[str, Any]) -> None:
+def write(output: Path, measured: Mapping[str, TaskResult], about: Mapping[str, Any]) -> None:
     """Write ``output/summary.json`` and ``output/TASK.jsonl``, all or nothing; ``output`` must not exist.
 
     Raises:
@@ -159,7 +159,7 @@ def write(output: Path, measured: Mapping[str, Measured], about: Mapping[str, An
             raise InputError(f"cannot write {output}: {error.strerror or error}") from None
 
 
-def table(measured: Mapping[str, Measured]) -> str:
+def table(measured: Mapping[str, TaskResult]) -> str:
     """The summaries as lines of text."""
     lines = [("task", "split", "rows", "metric", "value", "stderr")]
     for task, (_, summary) in measured.items():
@@ -198,7 +198,7 @@ def _exp(value: float) -> float | None:
     return math.exp(value) if value < math.log(sys.float_info.max) else None
 
 
-def _choices(subject: Subject, questions: Sequence[Question], metrics: Sequence[str]) -> tuple[list[Any], Metrics]:
+def _choices(subject: EvalModel, questions: Sequence[Question], metrics: Sequence[str]) -> tuple[list[Any], Metrics]:
     decoder = decoder_of(subject.model)
     scores = choice_scores(
         subject.compute,
@@ -217,7 +217,7 @@ def _choices(subject: Subject, questions: Sequence[Question], metrics: Sequence[
     return rows, _means(values)
 
 
-def _generated(subject: Subject, problems: Sequence[Problem], longest: int) -> tuple[list[Any], Metrics]:
+def _generated(subject: EvalModel, problems: Sequence[Problem], longest: int) -> tuple[list[Any], Metrics]:
     texts = generate_until(
         subject.model,
         subject.variables,
@@ -236,7 +236,7 @@ def _generated(subject: Subject, problems: Sequence[Problem], longest: int) -> t
     return rows, _means({f"exact_match,{name}": [row["exact_match"][name] for row in rows] for name in gsm8k.FILTERS})
 
 
-def _texts(subject: Subject, texts: Sequence[str]) -> tuple[list[Any], Metrics]:
+def _texts(subject: EvalModel, texts: Sequence[str]) -> tuple[list[Any], Metrics]:
     decoder = decoder_of(subject.model)
     tokenizer, longest = decoder.tokenizer, decoder.config.max_position_embeddings
     windows = [rolling(encode(tokenizer, own), prefix_token(tokenizer), longest) for own in texts]

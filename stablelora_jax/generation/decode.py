@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from stablelora_jax.data import bucket
 from stablelora_jax.generation.sampling import Sampling, choose, row_keys
-from stablelora_jax.models.block import wide
+from stablelora_jax.models.block import accum_dtype
 from stablelora_jax.models.cache import Cache, empty_cache, positions_of
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.utils.checked import as_dtype
@@ -175,7 +175,7 @@ def _append(state: State, logits: jax.Array, settings: Sampling | None, stops: j
 
 def _cache_dtype(given: Any, decoder: Decoder) -> Any:
     """The dtype of keys and values."""
-    dtype = as_dtype(wide(decoder.dtype) if given is None else given, "cache_dtype")
+    dtype = as_dtype(accum_dtype(decoder.dtype) if given is None else given, "cache_dtype")
     if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise InputError(f"cache_dtype must be a float dtype that jax has here, not {dtype}")
     return dtype

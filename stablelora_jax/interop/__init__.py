@@ -1,6 +1,6 @@
 """Adapters and models in the formats of other programs: PEFT, vLLM, llama.cpp, Hugging Face.
 
-Imports: utils, quantization, models, lora, config.
+Imports: utils, quantization, models, lora.
 """
 
 from stablelora_jax.interop.peft import load_peft, save_peft

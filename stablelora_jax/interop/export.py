@@ -1,4 +1,4 @@
-"""Out of the house: a run, or an adapter, as what another program loads."""
+"""Export adapters: a run, or an adapter, in the format of another program."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import yaml
 from jax.typing import DTypeLike
 
-from stablelora_jax.config import engine as config
-from stablelora_jax.config.run import RunConfig
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
 from stablelora_jax.interop.merged import save_merged
 from stablelora_jax.interop.metadata import OURS, load_metadata
@@ -21,8 +20,9 @@ from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import base_directory, load_pretrained
 from stablelora_jax.models.untie import untie
 from stablelora_jax.quantization import FORMATS
+from stablelora_jax.utils import safe_yaml
 from stablelora_jax.utils.checked import checked
-from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.errors import InputError, brief
 from stablelora_jax.utils.files import as_path
 from stablelora_jax.utils.outputs import new_directory, new_file
 
@@ -50,7 +50,7 @@ def export(
     dtype: str | None = None,
     apart: bool = False,
     strict: bool = False,
-    say: Callable[[str], None] = print,
+    log_fn: Callable[[str], None] = print,
 ) -> Path:
     """Write the adapter at ``path`` for another program, whole or not at all.
 
@@ -81,25 +81,41 @@ def export(
             note = _write(source, kind, partial, dtype)
         except OSError as error:
             raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    say(f"{out}: {note}")
+    log_fn(f"{out}: {note}")
     return as_path(out)
 
 
-def locate_adapter(path: str | Path) -> tuple[Path, RunConfig | None]:
-    """Where the adapter of ``path`` lies, and the configuration of the run that made it, where ``path`` is a run.
+def locate_adapter(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Where the adapter of ``path`` lies, and what is known of the base that it was trained on.
+
+    That is ``path``, ``dtype``, ``untie`` and ``quantize``, as far as they are in ``stablelora.json`` or, where
+    ``path`` is a run, under ``model`` in its ``config.yaml``.
 
     Raises:
       InputError: there is neither an adapter in PEFT's layout nor a run that has ended.
     """
     path = as_path(path, "the adapter")
     if (path / CONFIG).is_file():
-        return path, None
+        return path, load_metadata(path)
     made, run = (path / "adapter" / CONFIG).is_file(), (path / "config.yaml").is_file()
     if run and not made:
         raise InputError(f"{path} has no adapter yet: the run has not ended; its command goes on with it")
     if not made:
         raise InputError(f"{path} is neither a run directory (config.yaml) nor an adapter ({CONFIG})")
-    return path / "adapter", config.load(RunConfig, path / "config.yaml") if run else None
+    return path / "adapter", _model_of_run(path / "config.yaml") if run else load_metadata(path / "adapter")
+
+
+def _model_of_run(path: Path) -> dict[str, Any]:
+    """What ``config.yaml`` of a run says about its base.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+        whole = yaml.load(path.read_text(encoding="utf-8"), Loader=safe_yaml.Loader)
+        return {"path": None, **whole["model"]}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not what a run has written: {brief(error)}; export its adapter/ instead") from None
 
 
 @checked
@@ -120,16 +136,16 @@ def open_source(
     Raises:
       InputError: neither is there, or the base is not named or cannot be loaded; as ``load_peft`` besides.
     """
-    directory, run_config = locate_adapter(path)
-    if run_config is None:
-        quantize = load_metadata(directory).get("quantize")
-        if quantize not in (None, *FORMATS):
-            raise InputError(f"{directory / OURS}: quantize must be one of {', '.join(FORMATS)}, not {quantize!r}")
-        named, usual = base or read_config(directory).get("base_model_name_or_path"), "float32"
+    directory, about = locate_adapter(path)
+    quantize = about.get("quantize")
+    if quantize not in (None, *FORMATS):
+        raise InputError(f"{directory / OURS}: quantize must be one of {', '.join(FORMATS)}, not {quantize!r}")
+    usual = about.get("dtype", "float32")
+    apart = apart or about.get("untie") is True
+    if "path" in about:
+        named = base or about["path"] or str(base_directory())
     else:
-        quantize = run_config.model.quantize
-        named, usual = base or run_config.model.path or str(base_directory()), run_config.model.dtype
-        apart = apart or run_config.model.untie
+        named = base or read_config(directory).get("base_model_name_or_path")
     if not named or not isinstance(named, str):
         raise InputError(f"{directory / CONFIG} does not name its base: give --base MODEL")
     model, params = load_pretrained(named, dtype=jnp.dtype(usual if dtype is None else dtype), quantize=quantize)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.pretrained.gguf import gguf_name, permute
@@ -52,10 +52,10 @@ def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraS
     for place in flatten_dict(adapters):
         if place[-1] not in ("lora_a", "lora_b"):
             raise InputError(f"{'.'.join(place)} has no place in a GGUF adapter, which is plain LoRA; {MERGED}")
-    sites = adapter_sites(adapters, spec)
-    alpha = _common_alpha(list(sites.values()))
+    targets = adapter_target_modules(adapters, spec)
+    alpha = _common_alpha(list(targets.values()))
     with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused below
-        tensors = {name: x for site in sites.values() for name, x in _gguf_tensors(site, adapters, alpha, config)}
+        tensors = {name: x for target in targets.values() for name, x in _gguf_tensors(target, adapters, alpha, config)}
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds NaN or infinity: nothing was written to {path}")
@@ -65,10 +65,13 @@ def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraS
         raise InputError(f"cannot write the adapter to {path}: {error.strerror or error}") from None
 
 
-def _common_alpha(sites: list[Site]) -> np.float32:
+def _common_alpha(targets: list[TargetModule]) -> np.float32:
     """The alpha that gives most modules their scale when divided by their rank."""
     alphas = Counter(
-        _alpha(rank, scale) for site in sites for rank, scale in zip(site.ranks, site.scales, strict=True) if rank
+        _alpha(rank, scale)
+        for target in targets
+        for rank, scale in zip(target.ranks, target.scales, strict=True)
+        if rank
     )
     for alpha in alphas:
         if not 0 < alpha < np.inf:  # llama.cpp takes an alpha of 0 to mean a scale of 1
@@ -81,24 +84,24 @@ def _alpha(rank: int, scale: float) -> np.float32:
 
 
 def _gguf_tensors(
-    site: Site, adapters: Any, alpha: np.float32, config: DecoderConfig
+    target: TargetModule, adapters: Any, alpha: np.float32, config: DecoderConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    pair = tree.get_in(adapters, site.path)
-    a = np.asarray(pair["lora_a"], np.float32).reshape(-1, site.size[0], site.rank)
-    b = np.asarray(pair["lora_b"], np.float32).reshape(-1, site.rank, site.size[1])
-    for i, (name, rank, scale) in enumerate(zip(site.names, site.ranks, site.scales, strict=True)):
+    pair = tree.get_in(adapters, target.path)
+    a = np.asarray(pair["lora_a"], np.float32).reshape(-1, target.size[0], target.rank)
+    b = np.asarray(pair["lora_b"], np.float32).reshape(-1, target.rank, target.size[1])
+    for i, (name, rank, scale) in enumerate(zip(target.names, target.ranks, target.scales, strict=True)):
         if rank:
-            target = _target(name, config)
+            tensor = _tensor_name(name, config)
             own_a, own_b = a[i, :, :rank], b[i, :rank].T
             if _alpha(rank, scale) != alpha:
                 own_b = own_b * (_alpha(rank, scale) / alpha)
             if heads := _permuted_heads(name, config):
                 own_b = permute(own_b, heads)
-            yield f"{target}.lora_a", np.ascontiguousarray(own_a if target == EMBEDDING else own_a.T)
-            yield f"{target}.lora_b", np.ascontiguousarray(own_b)
+            yield f"{tensor}.lora_a", np.ascontiguousarray(own_a if tensor == EMBEDDING else own_a.T)
+            yield f"{tensor}.lora_b", np.ascontiguousarray(own_b)
 
 
-def _target(name: str, config: DecoderConfig) -> str:
+def _tensor_name(name: str, config: DecoderConfig) -> str:
     target = gguf_name(name)
     if target is None:
         raise InputError(f"{name} is not a weight that llama.cpp knows of; {MERGED}")

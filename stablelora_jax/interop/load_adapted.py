@@ -17,7 +17,7 @@ from stablelora_jax.utils.errors import InputError
 
 
 @checked
-def attach(
+def load_adapted_model(
     base: str | Path,
     adapter: str | Path | None = None,
     *,

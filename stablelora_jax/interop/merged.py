@@ -15,7 +15,7 @@ from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.transform import merge
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import load_pretrained, save_pretrained
-from stablelora_jax.quantization import dense
+from stablelora_jax.quantization import dequantize_tree
 from stablelora_jax.utils.errors import InputError
 
 
@@ -48,7 +48,7 @@ def save_merged(
     Raises:
       InputError: adapters that do not fit, or a merged kernel that is not finite.
     """
-    dtype, params = jnp.dtype(model.dtype if dtype is None else dtype), dense(params)
+    dtype, params = jnp.dtype(model.dtype if dtype is None else dtype), dequantize_tree(params)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, dtype)), params)
     merged = jax.tree.map(lambda leaf: leaf.astype(dtype), merge(wide, adapters, spec))
     save_pretrained(directory, model.clone(dtype=dtype), merged)

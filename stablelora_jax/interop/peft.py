@@ -23,10 +23,10 @@ from stablelora_jax.interop.base_record import base_record, other_base
 from stablelora_jax.interop.metadata import OURS, WRITER, load_metadata, require_own
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, Entry, is_tied, layout
-from stablelora_jax.lora.full_parameters import unknown_full
-from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.full_parameters import unknown_full_parameters
+from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, fitted_sites, param_sites, require_leaves
+from stablelora_jax.lora.target_modules import as_dict, find_target_modules, match_target_modules, require_leaves
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError, brief
@@ -69,14 +69,14 @@ def save_peft(
     directory = as_path(directory, "the adapter's directory")
     require_own(directory, (CONFIG, WEIGHTS, OURS))
     params = None if params is None else as_dict(params)
-    sites = require_peft_form(adapters, spec, params)
-    entries = layout(sites, params, spec)
+    targets = require_peft_form(adapters, spec, params)
+    entries = layout(targets, params, spec)
     tensors = {PREFIX + e.name: e.take(np.asarray(tree.get_in(adapters, e.place))) for e in entries}
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds NaN or infinity: nothing was written to {directory}")
-    tensors |= {PREFIX + name: array for name, array in _base_weights(sites, params).items()}
-    config = to_peft_config(spec, sites.values(), base_model, params, [e.name for e in entries])
+    tensors |= {PREFIX + name: array for name, array in _base_weights(targets, params).items()}
+    config = to_peft_config(spec, targets.values(), base_model, params, [e.name for e in entries])
     own = {"written_by": WRITER, **(metadata or {})}
     if params is not None and BASE not in (metadata or {}):
         own[BASE] = base_record(params, base_model)
@@ -117,14 +117,14 @@ def load_peft(
     _refuse_untied(raw, tensors, params, directory)
     try:
         spec, dropped = from_peft_config(raw, params)
-        sites = param_sites(params, spec)
-        entries = layout(sites, params, spec)
+        targets = find_target_modules(params, spec)
+        entries = layout(targets, params, spec)
     except (InputError, TypeError) as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
     if dropped:
         names = ", ".join(dropped[:SHOWN]) + f" and {len(dropped) - SHOWN} more" * (len(dropped) > SHOWN)
         warnings.warn(f"{directory / CONFIG}: {names} match no module of this model", stacklevel=4)
-    base = _base_weights(sites, params) | _whole_layers(params)
+    base = _base_weights(targets, params) | _whole_layers(params)
     _check_tensors(entries, tensors, base, str(directory / WEIGHTS))
     if difference := other_base(load_metadata(directory).get(BASE), params, base_model):
         if strict:
@@ -140,27 +140,27 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json_object(directory / CONFIG)
 
 
-def require_peft_form(adapters: Any, spec: LoraSpec, params: Any = None) -> dict[tree.Path, Site]:
+def require_peft_form(adapters: Any, spec: LoraSpec, params: Any = None) -> dict[tree.Path, TargetModule]:
     """The sites of ``adapters``, checked to be what PEFT has a form for; arguments and errors of :func:`save_peft`."""
     if params is not None:
-        sites = fitted_sites(params, adapters, spec)
+        targets = match_target_modules(params, adapters, spec)
     else:
-        sites = adapter_sites(adapters, spec)
-        needs = spec.modules_to_save or spec.bias != "none" or any(path[-1] == EMBEDDING for path in sites)
-        if needs or unknown_full(adapters, {}):
+        targets = adapter_target_modules(adapters, spec)
+        needs = spec.modules_to_save or spec.bias != "none" or any(path[-1] == EMBEDDING for path in targets)
+        if needs or unknown_full_parameters(adapters, {}):
             raise InputError("an adapted embedding or parameters trained in full need the base: pass params=")
-    require_leaves(sites, adapters, spec)
-    if params is not None and is_tied(params) and spec.parametrization != "lora" and ("model", EMBEDDING) in sites:
+    require_leaves(targets, adapters, spec)
+    if params is not None and is_tied(params) and spec.parametrization != "lora" and ("model", EMBEDDING) in targets:
         raise InputError(f"PEFT has no {spec.parametrization} of an embedding that is the head, too: {UNTIE}")
-    return sites
+    return targets
 
 
-def _base_weights(sites: Mapping[Any, Site], params: Any) -> dict[str, np.ndarray]:
+def _base_weights(targets: Mapping[Any, TargetModule], params: Any) -> dict[str, np.ndarray]:
     """The own weights of an adapted embedding and head, which PEFT stores beside the pairs."""
     if params is None:
         return {}
     found = {}
-    for path in sites:
+    for path in targets:
         if path == ("model", EMBEDDING):
             found[f"model.{EMBEDDING}.base_layer.weight"] = np.asarray(params["model"][EMBEDDING]["embedding"])
             if is_tied(params):

@@ -10,9 +10,9 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
-from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec, shown
-from stablelora_jax.lora.target_modules import param_sites
+from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 
@@ -30,20 +30,22 @@ PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def to_peft_config(
-    spec: LoraSpec, sites: Iterable[Site], base_model: str | None, params: Any, tensors: Sequence[str]
+    spec: LoraSpec, targets: Iterable[TargetModule], base_model: str | None, params: Any, tensors: Sequence[str]
 ) -> dict[str, Any]:
-    """The content of ``adapter_config.json`` for adapters at ``sites`` of ``params`` (or None), stored as ``tensors``.
+    """The content of ``adapter_config.json`` for adapters at ``targets`` of ``params`` (or None).
 
     Lists and pattern maps are written as they are, since they mean the same in PEFT; ``all-linear`` and regular
     expressions are written as the modules they stand for: PEFT would match an expression with containers too, which
     have no weights, and vLLM wants a list. Keys of pattern maps keep their order, which is meaning where two match one
     module (PEFT's own writer sorts them).
     """
-    chosen = [name for site in sites for name, rank in zip(site.names, site.ranks, strict=True) if rank]
+    chosen = [name for target in targets for name, rank in zip(target.names, target.ranks, strict=True) if rank]
     # PEFT adapts a module that is named whole whatever layers_to_transform says
-    whole = isinstance(spec.target, tuple) and any("." in entry or entry == HEAD for entry in spec.target)
-    listed = isinstance(spec.target, tuple) and not (whole and spec.layers is not None)
-    target = list(spec.target) if listed else chosen
+    whole = isinstance(spec.target_modules, tuple) and any(
+        "." in entry or entry == HEAD for entry in spec.target_modules
+    )
+    listed = isinstance(spec.target_modules, tuple) and not (whole and spec.layers_to_transform is not None)
+    target = list(spec.target_modules) if listed else chosen
     tied = params is not None and is_tied(params) and any(name.startswith(f"{HEAD}.") for name in tensors)
     return {
         "peft_type": "LORA",
@@ -56,8 +58,10 @@ def to_peft_config(
         "use_dora": spec.parametrization == "dora",
         "lora_dropout": spec.dropout,
         "target_modules": target,
-        "exclude_modules": _plain(spec.exclude) if listed and spec.exclude else None,
-        "layers_to_transform": list(spec.layers) if listed and spec.layers is not None else None,
+        "exclude_modules": _plain(spec.exclude_modules) if listed and spec.exclude_modules else None,
+        "layers_to_transform": list(spec.layers_to_transform)
+        if listed and spec.layers_to_transform is not None
+        else None,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
         "bias": spec.bias,
@@ -79,18 +83,20 @@ def from_peft_config(raw: Mapping[str, Any], params: Any) -> tuple[LoraSpec, lis
       InputError: another kind of adapter, a feature in use that a spec does not have, a missing key.
     """
     _refuse(raw)
-    modules = [name for site in param_sites(params, LoraSpec(target=".*")).values() for name in site.names]
+    modules = [
+        name for target in find_target_modules(params, LoraSpec(target_modules=".*")).values() for name in target.names
+    ]
     dropped: list[str] = []
     spec = LoraSpec(
         rank=raw["r"],
         alpha=raw["lora_alpha"],
-        target=_live("target_modules", raw["target_modules"], modules, dropped),
+        target_modules=_live("target_modules", raw["target_modules"], modules, dropped),
         scaling="rslora" if raw.get("use_rslora") else "lora",
         lora_bias=bool(raw.get("lora_bias")),
         parametrization="dora" if raw.get("use_dora") else "lora",
         dropout=raw.get("lora_dropout") or 0.0,
-        exclude=_live("exclude_modules", raw.get("exclude_modules") or (), modules, dropped),
-        layers=_live_layers(raw.get("layers_to_transform"), modules, dropped),
+        exclude_modules=_live("exclude_modules", raw.get("exclude_modules") or (), modules, dropped),
+        layers_to_transform=_live_layers(raw.get("layers_to_transform"), modules, dropped),
         modules_to_save=_from_saved(raw.get("modules_to_save") or (), params, dropped),
         bias=_live_bias(raw.get("bias") or "none", params, dropped),
     )
@@ -104,11 +110,15 @@ def from_peft_config(raw: Mapping[str, Any], params: Any) -> tuple[LoraSpec, lis
 
 def _whole_names(spec: LoraSpec, modules: Sequence[str]) -> LoraSpec:
     """PEFT's rule for ``layers_to_transform``: it does not hold for a module that ``target_modules`` names whole."""
-    if spec.layers is None or not isinstance(spec.target, tuple) or not set(spec.target) & set(modules):
+    if (
+        spec.layers_to_transform is None
+        or not isinstance(spec.target_modules, tuple)
+        or not set(spec.target_modules) & set(modules)
+    ):
         return spec
-    free = replace(spec, layers=None)
-    chosen = [n for n in modules if (spec.selects(n) or n in spec.target) and free.selects(n)]
-    return replace(free, target=tuple(chosen))
+    free = replace(spec, layers_to_transform=None)
+    chosen = [n for n in modules if (spec.selects(n) or n in spec.target_modules) and free.selects(n)]
+    return replace(free, target_modules=tuple(chosen))
 
 
 def _has_bias(params: Any, name: str) -> bool:

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stablelora_jax.lora.full_parameters import FullLeaf, full_leaves
-from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import extra_leaves
 from stablelora_jax.models.pretrained.safetensors import LEAF
@@ -58,19 +58,21 @@ class Entry(NamedTuple):
         return leaf.reshape(-1, *leaf.shape[len(leaf.shape) - len(self.shape) :])
 
 
-def layout(sites: dict[Path, Site], params: Any, spec: LoraSpec) -> list[Entry]:
-    """Every tensor that PEFT has for adapters of ``spec`` at ``sites``.
+def layout(targets: dict[Path, TargetModule], params: Any, spec: LoraSpec) -> list[Entry]:
+    """Every tensor that PEFT has for adapters of ``spec`` at ``targets``.
 
     Args:
       sites: of the pairs.
       params: the base, or None where nothing is trained in full and no embedding is adapted.
       spec: the spec of the adapters.
     """
-    entries = [entry for site in sites.values() for entry in _pair_entries(site, spec)]
+    entries = [entry for target in targets.values() for entry in _pair_entries(target, spec)]
     if params is None:
         return entries
-    adapted = {name for site in sites.values() for name, rank in zip(site.names, site.ranks, strict=True) if rank}
-    entries += [entry for leaf in full_leaves(params, spec).values() for entry in _full_entries(leaf, adapted)]
+    adapted = {
+        name for target in targets.values() for name, rank in zip(target.names, target.ranks, strict=True) if rank
+    }
+    entries += [entry for leaf in trained_parameters(params, spec).values() for entry in _full_entries(leaf, adapted)]
     return entries + [twin for entry in entries if is_tied(params) for twin in _twin(entry)]
 
 
@@ -79,21 +81,23 @@ def is_tied(params: Any) -> bool:
     return HEAD not in params and tree.get_in(params, ("model", EMBEDDING)) is not None
 
 
-def _pair_entries(site: Site, spec: LoraSpec) -> Iterator[Entry]:
-    a, b = (*site.stack, site.size[0], site.rank), (*site.stack, site.rank, site.size[1])
-    kinds = ("lora_embedding_A", "lora_embedding_B") if site.leaf == "embedding" else ("lora_A.weight", "lora_B.weight")
-    for i, (name, rank) in enumerate(zip(site.names, site.ranks, strict=True)):
+def _pair_entries(target: TargetModule, spec: LoraSpec) -> Iterator[Entry]:
+    a, b = (*target.stack, target.size[0], target.rank), (*target.stack, target.rank, target.size[1])
+    kinds = (
+        ("lora_embedding_A", "lora_embedding_B") if target.leaf == "embedding" else ("lora_A.weight", "lora_B.weight")
+    )
+    for i, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
         if not rank:
             continue
-        rows, columns, used = site.size[0], site.size[1], slice(rank)
-        yield Entry(f"{name}.{kinds[0]}", (rank, rows), (*site.path, "lora_a"), a, (i, slice(None), used), True)
-        yield Entry(f"{name}.{kinds[1]}", (columns, rank), (*site.path, "lora_b"), b, (i, used), True)
-        for leaf, shape in extra_leaves(site, spec).items():
+        rows, columns, used = target.size[0], target.size[1], slice(rank)
+        yield Entry(f"{name}.{kinds[0]}", (rank, rows), (*target.path, "lora_a"), a, (i, slice(None), used), True)
+        yield Entry(f"{name}.{kinds[1]}", (columns, rank), (*target.path, "lora_b"), b, (i, used), True)
+        for leaf, shape in extra_leaves(target, spec).items():
             kind = "lora_B.bias" if leaf == "lora_bias" else leaf
-            yield Entry(f"{name}.{kind}", shape[len(site.stack) :], (*site.path, leaf), shape, (i,), False)
+            yield Entry(f"{name}.{kind}", shape[len(target.stack) :], (*target.path, leaf), shape, (i,), False)
 
 
-def _full_entries(leaf: FullLeaf, adapted: set[str]) -> Iterator[Entry]:
+def _full_entries(leaf: TrainedParameter, adapted: set[str]) -> Iterator[Entry]:
     kind, turned = leaf.path[-1], leaf.path[-1] == "kernel"
     for i, name in enumerate(leaf.names):
         owner = f"{name}.base_layer" if name in adapted else name

@@ -18,7 +18,7 @@ import numpy as np
 
 from stablelora_jax.interop.peft import save_peft
 from stablelora_jax.interop.peft_layout import EMBEDDING, is_tied
-from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict
 from stablelora_jax.utils import tree
@@ -47,7 +47,7 @@ def save_vllm(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
     if spec.parametrization != "lora" or spec.lora_bias or full:
         what = "parameters trained in full" if full else "lora_bias" if spec.lora_bias else spec.parametrization
         raise InputError(f"vLLM does not load {what} in an adapter: export it merged")
-    if ("model", EMBEDDING) in adapter_sites(adapters, spec) and is_tied(params):
+    if ("model", EMBEDDING) in adapter_target_modules(adapters, spec) and is_tied(params):
         raise InputError(f"vLLM does not load an adapter of {EMBEDDING} where the head is tied to it: export it merged")
     flat, plain = uniform(adapters, spec)
     if plain.rank > max(RANKS):
@@ -65,13 +65,13 @@ def uniform(adapters: Any, spec: LoraSpec) -> tuple[dict[str, Any], LoraSpec]:
     Smaller ranks are padded with zeros. Where all scales are equal, alpha takes them up and the factors keep their
     bits; otherwise each B is multiplied by its own scale over the common one, in its dtype.
     """
-    sites = adapter_sites(adapters, spec)
-    rank = max(site.rank for site in sites.values())
-    scales = {s for site in sites.values() for s, r in zip(site.scales, site.ranks, strict=True) if r}
+    targets = adapter_target_modules(adapters, spec)
+    rank = max(target.rank for target in targets.values())
+    scales = {s for target in targets.values() for s, r in zip(target.scales, target.ranks, strict=True) if r}
     scale = scales.pop() if len(scales) == 1 else spec.alpha / rank
     made: dict[str, Any] = {}
-    for path, site in sites.items():
-        made = tree.set_in(made, path, _padded(tree.get_in(adapters, path), site, rank, scale))
+    for path, target in targets.items():
+        made = tree.set_in(made, path, _padded(tree.get_in(adapters, path), target, rank, scale))
     return made, replace(spec, rank=rank, alpha=scale * rank, scaling="lora", rank_pattern={}, alpha_pattern={})
 
 
@@ -97,11 +97,11 @@ def vllm_problems(directory: str | Path, max_lora_rank: int = max(RANKS)) -> lis
     return found
 
 
-def _padded(pair: Any, site: Site, rank: int, scale: float) -> dict[str, Any]:
-    wide = [(0, 0)] * len(site.stack)
-    a = jnp.pad(pair["lora_a"], [*wide, (0, 0), (0, rank - site.rank)])
-    b = jnp.pad(pair["lora_b"], [*wide, (0, rank - site.rank), (0, 0)])
-    factors = np.array(site.scales).reshape(site.stack) / scale
+def _padded(pair: Any, target: TargetModule, rank: int, scale: float) -> dict[str, Any]:
+    wide = [(0, 0)] * len(target.stack)
+    a = jnp.pad(pair["lora_a"], [*wide, (0, 0), (0, rank - target.rank)])
+    b = jnp.pad(pair["lora_b"], [*wide, (0, rank - target.rank), (0, 0)])
+    factors = np.array(target.scales).reshape(target.stack) / scale
     return {"lora_a": a, "lora_b": b * jnp.asarray(factors, b.dtype)[..., None, None]}
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stablelora_jax.interop.peft import load_peft
-from stablelora_jax.lora.full_parameters import full_leaves
+from stablelora_jax.lora.full_parameters import trained_parameters
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import param_sites
+from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
 
@@ -50,15 +50,15 @@ def start_adapters(
 
 def _meaning(params: Any, spec: LoraSpec) -> tuple[dict[str, tuple[int, float]], Any]:
     """(rank, scale) of each adapted module by name, and the layers of each parameter trained in full by path."""
-    sites, leaves = param_sites(params, spec), full_leaves(params, spec)
-    return _modules(sites.values()), {path: leaf.names for path, leaf in leaves.items()}
+    targets, leaves = find_target_modules(params, spec), trained_parameters(params, spec)
+    return _modules(targets.values()), {path: leaf.names for path, leaf in leaves.items()}
 
 
-def _modules(sites: Any) -> dict[str, tuple[int, float]]:
+def _modules(targets: Any) -> dict[str, tuple[int, float]]:
     return {
         name: (rank, scale)
-        for site in sites
-        for name, rank, scale in zip(site.names, site.ranks, site.scales, strict=True)
+        for target in targets
+        for name, rank, scale in zip(target.names, target.ranks, target.scales, strict=True)
         if rank
     }
 
@@ -84,7 +84,7 @@ def _differences(found: LoraSpec, theirs: Any, spec: LoraSpec, ours: Any, label:
 def _targets(these: Mapping[str, Any], those: Mapping[str, Any], where: str) -> str:
     alone = [name for name in these if name not in those]
     others = f" ({len(alone)} such)" if len(alone) > 1 else ""
-    return f"lora.target adapts {alone[0]}{others} {where}" if alone else ""
+    return f"lora.target_modules adapts {alone[0]}{others} {where}" if alone else ""
 
 
 def _show(key: str, spec: LoraSpec) -> Any:

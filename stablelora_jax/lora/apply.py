@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax.lora.contraction import contract
-from stablelora_jax.lora.full_parameters import full_leaves, lay_full, unknown_full
-from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.full_parameters import apply_full_parameters, trained_parameters, unknown_full_parameters
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, fitted_sites, kernel_axes, require_leaves, to_matrix
+from stablelora_jax.lora.target_modules import as_dict, kernel_axes, match_target_modules, require_leaves, to_matrix
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -72,12 +72,12 @@ class Adapted:
         if "lora" not in variables:
             return self.model.apply(own, *args, rngs=rngs, **kwargs)
         params = as_dict(own["params"])
-        sites = fitted_sites(params, variables["lora"], self.spec)
-        params = self._checked_full(params, variables["lora"], sites)
+        targets = match_target_modules(params, variables["lora"], self.spec)
+        params = self._checked_full(params, variables["lora"], targets)
         off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
-        laid = _lay(params, variables["lora"], variables.get("lora_hp"), sites, None if off else keys, self.spec)
-        reads = dict.fromkeys(sites, 0)
-        axes = {path: kernel_axes(path, tree.get_in(params, path), self.spec)[1] for path in sites}
+        laid = _lay(params, variables["lora"], variables.get("lora_hp"), targets, None if off else keys, self.spec)
+        reads = dict.fromkeys(targets, 0)
+        axes = {path: kernel_axes(path, tree.get_in(params, path), self.spec)[1] for path in targets}
         with nn.intercept_methods(_interceptor(self, axes, reads, keys)):
             out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
         unread = [path for path, count in reads.items() if not count]
@@ -88,14 +88,16 @@ class Adapted:
             )
         return out
 
-    def _checked_full(self, params: dict[str, Any], adapters: Any, sites: Mapping[Path, Site]) -> dict[str, Any]:
+    def _checked_full(
+        self, params: dict[str, Any], adapters: Any, targets: Mapping[Path, TargetModule]
+    ) -> dict[str, Any]:
         """``params`` with what is trained in full; an observer may have laid more beside the pairs."""
-        leaves = full_leaves(params, self.spec)
-        if strange := unknown_full(adapters, leaves):
+        leaves = trained_parameters(params, self.spec)
+        if strange := unknown_full_parameters(adapters, leaves):
             raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
         if self.observe is None:
-            require_leaves(sites, adapters, self.spec)
-        return lay_full(params, adapters, leaves, cast=False)
+            require_leaves(targets, adapters, self.spec)
+        return apply_full_parameters(params, adapters, leaves, cast=False)
 
 
 @checked
@@ -105,16 +107,16 @@ def adapted(model: nn.Module, spec: LoraSpec) -> Adapted:
 
 
 def _lay(
-    params: dict[str, Any], adapters: Any, numbers: Any, sites: Mapping[Path, Site], keys: Any, spec: LoraSpec
+    params: dict[str, Any], adapters: Any, numbers: Any, targets: Mapping[Path, TargetModule], keys: Any, spec: LoraSpec
 ) -> dict[str, Any]:
     """``params`` with each site's pair, scale and, where dropout acts, its rate and keys as further leaves."""
-    for path, site in sites.items():
+    for path, target in targets.items():
         given = tree.get_in(numbers, path) or {}
         own = {name: leaf for name, leaf in tree.get_in(adapters, path).items() if name != "full"}
-        extra = {**own, "lora_scale": given.get("lora_scale", site.scale())}
+        extra = {**own, "lora_scale": given.get("lora_scale", target.scale())}
         if keys is not None:
             rate = jnp.asarray(given.get("lora_dropout", spec.dropout))
-            extra |= {"lora_dropout": jnp.broadcast_to(rate, site.stack), "lora_key": _site_keys(keys, site)}
+            extra |= {"lora_dropout": jnp.broadcast_to(rate, target.stack), "lora_key": _target_keys(keys, target)}
         module = tree.get_in(params, path)
         if clash := set(extra) & set(module):
             raise InputError(f"{'.'.join(path)} of the base already has a parameter called {sorted(clash)[0]}")
@@ -172,12 +174,12 @@ def _changed(
     gain = member.gain(kernel, own, own["lora_scale"])
     if gain is None:
         return _add(y, place(change), apart)
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    gain = jnp.broadcast_to(gain.astype(wide), change.shape)
+    accum_dtype = jnp.promote_types(y.dtype, jnp.float32)
+    gain = jnp.broadcast_to(gain.astype(accum_dtype), change.shape)
     if dropped or (apart and "bias" in own):
-        product = place(down(kernel)[0]).astype(wide)
+        product = place(down(kernel)[0]).astype(accum_dtype)
     else:
-        product = y.astype(wide) - own.get("bias", jnp.zeros((), wide)).astype(wide)
+        product = y.astype(accum_dtype) - own.get("bias", jnp.zeros((), accum_dtype)).astype(accum_dtype)
     return _add(y, place(gain - 1) * product + place(gain * change), apart)
 
 
@@ -185,9 +187,9 @@ def _attend(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
     """``x W'^T`` of an embedding W (vocabulary, features): the same change of W as in a look-up, transposed."""
     gain = member.gain(own["embedding"], own, own["lora_scale"])
     x = x if gain is None else (x * gain).astype(x.dtype)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    accum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     with jax.named_scope(SCOPE):
-        z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=wide).astype(x.dtype)
+        z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=accum_dtype).astype(x.dtype)
     y = next_fun(x)
     with jax.named_scope(SCOPE):
         return _add(y, member.delta(z, {**own, "lora_b": own["lora_a"].T}, own["lora_scale"]), False)
@@ -237,9 +239,9 @@ def _typed(keys: Any) -> jax.Array:
     return keys if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(keys)
 
 
-def _site_keys(keys: jax.Array, site: Site) -> jax.Array:
+def _target_keys(keys: jax.Array, target: TargetModule) -> jax.Array:
     """Raw keys (stack..., [B,] words): one for each module, by its name, so that scanned equals unrolled."""
-    marks = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
+    marks = jnp.asarray([zlib.crc32(name.encode()) for name in target.names], jnp.uint32)
     fold = jax.vmap(jax.random.fold_in, (0, None)) if keys.ndim else jax.random.fold_in
     data = jax.random.key_data(jax.vmap(lambda mark: fold(keys, mark))(marks))
-    return data.reshape(*site.stack, *data.shape[1:])
+    return data.reshape(*target.stack, *data.shape[1:])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.utils.errors import InputError
-from stablelora_jax.utils.matmul import product
+from stablelora_jax.utils.matmul import matmul
 
 Place = Callable[[jax.Array], jax.Array]
 
@@ -33,7 +33,7 @@ def contract(
     x = jnp.asarray(x, dtype)
     if isinstance(module, nn.Dense):
         _require_axes(module, in_axes, (0,))
-        return product(x, a).astype(dtype), lambda change: change
+        return matmul(x, a).astype(dtype), lambda change: change
     a = a.astype(dtype)
     if isinstance(module, nn.Einsum):
         equation = kwargs.get("einsum_str") or (args[0] if args else None) or module.einsum_str or ""
@@ -52,9 +52,9 @@ def contract(
 
 
 def _dot(x: jax.Array, a: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
-    wide = jnp.promote_types(dtype, jnp.float32)
+    accum_dtype = jnp.promote_types(dtype, jnp.float32)
     contracted = ((axes, tuple(range(len(axes)))), ((), ()))
-    return jax.lax.dot_general(x, a, contracted, preferred_element_type=wide).astype(dtype)
+    return jax.lax.dot_general(x, a, contracted, preferred_element_type=accum_dtype).astype(dtype)
 
 
 def _conv(
@@ -82,8 +82,8 @@ def _einsum(
     shape = dict(zip(right, kernel.shape, strict=True))
     kept = "".join(letter for letter in out if letter not in columns)
     a = a.reshape(*(shape[letter] for letter in rows), a.shape[-1])
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    z = jnp.einsum(f"{left},{rows}{rank}->{kept}{rank}", x, a, preferred_element_type=wide).astype(a.dtype)
+    accum_dtype = jnp.promote_types(a.dtype, jnp.float32)
+    z = jnp.einsum(f"{left},{rows}{rank}->{kept}{rank}", x, a, preferred_element_type=accum_dtype).astype(a.dtype)
 
     def place(change: jax.Array) -> jax.Array:
         change = change.reshape(*z.shape[:-1], *(shape[letter] for letter in columns))

@@ -23,13 +23,13 @@ from jax.typing import DTypeLike
 
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, kernel_leaf
-from stablelora_jax.quantization import dense
+from stablelora_jax.quantization import dequantize_tree
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
 
 
-class FullLeaf(NamedTuple):
+class TrainedParameter(NamedTuple):
     """One parameter of the tree, or a stack of them, that is trained in full in some or all layers."""
 
     path: Path  # of the leaf in the base
@@ -49,7 +49,7 @@ class FullLeaf(NamedTuple):
         return (len(self.chosen), *self.own) if self.stack else self.own
 
 
-def full_leaves(params: Any, spec: LoraSpec) -> dict[Path, FullLeaf]:
+def trained_parameters(params: Any, spec: LoraSpec) -> dict[Path, TrainedParameter]:
     """What ``spec`` trains in full in ``params``, by path.
 
     Raises:
@@ -58,20 +58,22 @@ def full_leaves(params: Any, spec: LoraSpec) -> dict[Path, FullLeaf]:
     if not spec.modules_to_save and spec.bias == "none":
         return {}
     params = as_dict(params)
-    leaves = [_full_leaf(path, leaf.shape, params, spec) for path, leaf in sorted(flatten_dict(params).items())]
+    leaves = [_trained_parameter(path, leaf.shape, params, spec) for path, leaf in sorted(flatten_dict(params).items())]
     _check_names(leaves, params, spec)
     return {leaf.path: leaf for leaf in leaves if leaf.chosen}
 
 
-def init_full(params: Any, leaf: FullLeaf, dtype: DTypeLike) -> jax.Array:
+def init_trained_parameter(params: Any, leaf: TrainedParameter, dtype: DTypeLike) -> jax.Array:
     """The base's own values at ``leaf``, as its training starts."""
     value = tree.get_in(params, leaf.path)
     if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(value)):
         raise InputError(f"{'.'.join(leaf.path)} is trained in full: its start needs the base itself, not only shapes")
-    return _rows(jnp.asarray(dense(value), dtype), leaf)
+    return _rows(jnp.asarray(dequantize_tree(value), dtype), leaf)
 
 
-def lay_full(params: dict[str, Any], adapters: Any, leaves: Mapping[Path, FullLeaf], *, cast: bool) -> dict[str, Any]:
+def apply_full_parameters(
+    params: dict[str, Any], adapters: Any, leaves: Mapping[Path, TrainedParameter], *, cast: bool
+) -> dict[str, Any]:
     """``params`` with the trained values in the place of the base's; ``cast`` to the base's dtypes, or in their own.
 
     Raises:
@@ -87,24 +89,24 @@ def lay_full(params: dict[str, Any], adapters: Any, leaves: Mapping[Path, FullLe
     return params
 
 
-def unknown_full(adapters: Any, leaves: Mapping[Path, FullLeaf]) -> list[Path]:
+def unknown_full_parameters(adapters: Any, leaves: Mapping[Path, TrainedParameter]) -> list[Path]:
     """Leaves under ``full`` in ``adapters`` that are none of ``leaves``."""
     known = {leaf.place for leaf in leaves.values()}
     return [path for path in flatten_dict(as_dict(adapters)) if "full" in path[:-1] and path not in known]
 
 
-def _rows(value: jax.Array, leaf: FullLeaf) -> jax.Array:
+def _rows(value: jax.Array, leaf: TrainedParameter) -> jax.Array:
     return value.reshape(-1, *leaf.own)[np.array(leaf.chosen)] if leaf.stack else value
 
 
-def _laid(base: jax.Array, value: jax.Array, leaf: FullLeaf) -> jax.Array:
+def _laid(base: jax.Array, value: jax.Array, leaf: TrainedParameter) -> jax.Array:
     if len(leaf.chosen) == int(np.prod(leaf.stack)):
         return value.reshape(base.shape)
-    wide = dense(base).astype(value.dtype).reshape(-1, *leaf.own)
+    wide = dequantize_tree(base).astype(value.dtype).reshape(-1, *leaf.own)
     return wide.at[np.array(leaf.chosen)].set(value).reshape(base.shape)
 
 
-def _full_leaf(path: Path, shape: tuple[int, ...], params: Any, spec: LoraSpec) -> FullLeaf:
+def _trained_parameter(path: Path, shape: tuple[int, ...], params: Any, spec: LoraSpec) -> TrainedParameter:
     depth = tree.stack_depth(path[:-1], spec.stacked)
     depth = depth if len(shape) > depth else 0
     names = tree.names(path[:-1], shape[:depth], spec.stacked)
@@ -113,10 +115,10 @@ def _full_leaf(path: Path, shape: tuple[int, ...], params: Any, spec: LoraSpec) 
     chosen = tuple(
         i for i, n in enumerate(names) if spec.saves(n) or (biases and (spec.bias == "all" or spec.selects(n)))
     )
-    return FullLeaf(path, tuple(names[i] for i in chosen), chosen, shape[:depth], shape[depth:])
+    return TrainedParameter(path, tuple(names[i] for i in chosen), chosen, shape[:depth], shape[depth:])
 
 
-def _check_names(leaves: list[FullLeaf], params: Any, spec: LoraSpec) -> None:
+def _check_names(leaves: list[TrainedParameter], params: Any, spec: LoraSpec) -> None:
     modules = [name for leaf in leaves for name in tree.names(leaf.path[:-1], leaf.stack, spec.stacked)]
     ancestors = [".".join(name.split(".")[: i + 1]) for name in set(modules) for i in range(name.count(".") + 1)]
     there = tree.suffixes(ancestors) if spec.modules_to_save else ()

@@ -28,7 +28,7 @@ from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
 
 
-class Site(NamedTuple):
+class TargetModule(NamedTuple):
     """One place of the parameter tree that carries adapters: one module, or a stack of them."""
 
     path: Path
@@ -68,19 +68,23 @@ def pairs(adapters: Any) -> dict[Path, Mapping[str, Any]]:
     return tree.find_dicts(adapters, is_pair)
 
 
-def make_site(path: Path, stack: tuple[int, ...], size: tuple[int, int], spec: LoraSpec, leaf: str = "kernel") -> Site:
+def make_target_module(
+    path: Path, stack: tuple[int, ...], size: tuple[int, int], spec: LoraSpec, leaf: str = "kernel"
+) -> TargetModule:
     """The site at ``path`` as ``spec`` sees it; its ranks are all 0 where nothing is selected.
 
     ``all-linear`` means kernels, as in PEFT: an embedding has to be named.
     """
     names = tree.names(path, stack, spec.stacked)
-    chosen = [spec.selects(name) and not (leaf == "embedding" and spec.target == "all-linear") for name in names]
+    chosen = [
+        spec.selects(name) and not (leaf == "embedding" and spec.target_modules == "all-linear") for name in names
+    ]
     ranks = tuple(spec.rank_of(n) if c else 0 for n, c in zip(names, chosen, strict=True))
     scales = tuple(spec.scale_of(n) if c else 0.0 for n, c in zip(names, chosen, strict=True))
-    return Site(path, names, stack, ranks, scales, size, leaf)
+    return TargetModule(path, names, stack, ranks, scales, size, leaf)
 
 
-def adapter_sites(adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
+def adapter_target_modules(adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
     """The sites of existing ``adapters``.
 
     Raises:
@@ -93,12 +97,12 @@ def adapter_sites(adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
             raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} do not make a pair (in, r) and (r, out)")
         if 0 in (*a, *b):
             raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} hold nothing: make them with init_adapters")
-        site = make_site(path, a[:-2], (a[-2], b[-1]), spec)
-        if not site.rank:
+        target = make_target_module(path, a[:-2], (a[-2], b[-1]), spec)
+        if not target.rank:
             raise InputError(f"there are adapters at {'.'.join(path)}, which the spec does not select")
-        if site.rank != a[-1]:
-            raise InputError(f"{'.'.join(path)}: adapters have rank {a[-1]}, the spec says {site.rank}")
-        found[path] = site
+        if target.rank != a[-1]:
+            raise InputError(f"{'.'.join(path)}: adapters have rank {a[-1]}, the spec says {target.rank}")
+        found[path] = target
     if not found:
         raise InputError("the adapter tree holds no pair (no dict with both lora_a and lora_b)")
     return found

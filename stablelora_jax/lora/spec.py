@@ -21,8 +21,9 @@ MOST_LAYERS = 2**20
 MOST_LETTERS = 2**24  # that are compared to see whether the order of patterns matters
 
 
-def _help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _help(default: Any, text: str, was: str | None = None) -> Any:
+    """A field with its meaning, and the key that it was in older configurations."""
+    return field(default=default, metadata={"help": text, "was": was})
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class LoraSpec:
 
     rank: int = _help(8, "rank r of A (in, r) and B (r, out)")
     alpha: float = _help(16, "numerator of the scale")
-    target: str | tuple[str, ...] = _help(
-        ("q_proj", "v_proj"), "list of module-name endings, one regular expression, or all-linear (never the head)"
+    target_modules: str | tuple[str, ...] = _help(
+        ("q_proj", "v_proj"),
+        "list of module-name endings, one regular expression, or all-linear (never the head)",
+        was="target",
     )
     scaling: Literal["lora", "rslora"] = _help("lora", "lora: alpha/r; rslora: alpha/sqrt(r)")
     dropout: float = _help(0.0, "dropout rate on the input of the low-rank path, during training only")
-    exclude: str | tuple[str, ...] = _help((), "modules left out, written as target is")
-    layers: tuple[int, ...] | None = _help(None, "numbers of the layers to adapt; null for all")
+    exclude_modules: str | tuple[str, ...] = _help((), "modules left out, written as target_modules is", was="exclude")
+    layers_to_transform: tuple[int, ...] | None = _help(None, "numbers of the layers to adapt; null: all", was="layers")
     rank_pattern: Mapping[str, int] = _help((), "rank for modules whose name ends in a pattern; first match wins")
     alpha_pattern: Mapping[str, float] = _help((), "alpha likewise")
     stacked: tuple[str, ...] = _help(("layers",), "modules whose parameters have a leading layer axis (nn.scan)")
@@ -56,26 +59,32 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         """Check every field and bring lists and maps into their canonical, hashable form."""
-        for name in ("target", "exclude", "stacked", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "stacked", "modules_to_save"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern", "in_axes"):
             object.__setattr__(self, name, _canonical(name, getattr(self, name)))
             patterns.table(tuple(key for key, _ in getattr(self, name)))
-        for name in ("target", "exclude"):
+        for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 patterns.whole(getattr(self, name))
-        if isinstance(self.target, str) and self.target.lower() == "all-linear":
-            object.__setattr__(self, "target", "all-linear")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            object.__setattr__(self, "target_modules", "all-linear")
         for name in ("stacked", "modules_to_save"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        if self.layers is not None:
-            layers = self.layers if isinstance(self.layers, tuple | list | set | range) else (self.layers,)
+        if self.layers_to_transform is not None:
+            layers = (
+                self.layers_to_transform
+                if isinstance(self.layers_to_transform, tuple | list | set | range)
+                else (self.layers_to_transform,)
+            )
             if isinstance(layers, range) and layers[MOST_LAYERS:]:
-                raise InputError(f"layers must be at most {MOST_LAYERS} numbers, not {self.layers!r}")
+                raise InputError(
+                    f"layers_to_transform must be at most {MOST_LAYERS} numbers, not {self.layers_to_transform!r}"
+                )
             if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-                raise InputError(f"layers must be whole numbers, not {shown(self.layers)}")
-            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+                raise InputError(f"layers_to_transform must be whole numbers, not {shown(self.layers_to_transform)}")
+            object.__setattr__(self, "layers_to_transform", tuple(sorted(set(layers))))
         self._check()
 
     def _check(self) -> None:
@@ -91,8 +100,8 @@ class LoraSpec:
         self._check_scales()
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), not {shown(self.dropout)}")
-        if not self.target:
-            raise InputError("target is empty: name modules, give a regular expression or say all-linear")
+        if not self.target_modules:
+            raise InputError("target_modules is empty: name modules, give a regular expression or say all-linear")
         if not isinstance(self.lora_bias, bool) or (self.lora_bias and self.parametrization != "lora"):
             raise InputError(f"lora_bias must be true or false, and true only with lora, not {shown(self.lora_bias)}")
         for name, kind in get_type_hints(type(self)).items():
@@ -120,16 +129,16 @@ class LoraSpec:
         """Whether the module called ``name`` is adapted; what is trained in full is not."""
         if self.saves(name):
             return False
-        if self.exclude and tree.matches(self.exclude, name):
+        if self.exclude_modules and tree.matches(self.exclude_modules, name):
             return False
-        if self.target == "all-linear":
+        if self.target_modules == "all-linear":
             chosen = name.rsplit(".", 1)[-1] not in HEADS
         else:
-            chosen = tree.matches(self.target, name)
-        return chosen and (self.layers is None or self._has_layer(tree.layer_number(name, self.stacked)))
+            chosen = tree.matches(self.target_modules, name)
+        return chosen and (self.layers_to_transform is None or self._has_layer(tree.layer_number(name, self.stacked)))
 
     def _has_layer(self, number: int | None) -> bool:
-        layers = self.layers or ()  # sorted
+        layers = self.layers_to_transform or ()  # sorted
         at = len(layers) if number is None else bisect.bisect_left(layers, number)
         return at < len(layers) and layers[at] == number
 

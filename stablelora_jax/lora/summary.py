@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from stablelora_jax.lora.full_parameters import FullLeaf, full_leaves
-from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, extra_leaves, fitted_sites
+from stablelora_jax.lora.target_modules import as_dict, extra_leaves, match_target_modules
 from stablelora_jax.quantization import is_quantized
 from stablelora_jax.utils.checked import checked
 
@@ -24,10 +24,10 @@ def describe(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraS
     A stack of layers is one row; ranks and scales that differ between its layers are shown as ranges, and padding is
     not counted. ``all params`` includes the adapters, as in PEFT. Of a quantised base a further line gives the size.
     """
-    sites, leaves = fitted_sites(params, adapters, spec).values(), full_leaves(params, spec).values()
-    counts = [_count(site, spec) for site in sites]
+    targets, leaves = match_target_modules(params, adapters, spec).values(), trained_parameters(params, spec).values()
+    counts = [_count(target, spec) for target in targets]
     rows: list[tuple[str, ...]] = [("module", "layers", "in", "out", "rank", "scale", "parameters")]
-    rows += [*map(_row, sites, counts), *map(_full_row, leaves)]
+    rows += [*map(_row, targets, counts), *map(_full_row, leaves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     trained = sum(counts) + sum(int(np.prod(leaf.shape)) for leaf in leaves)
@@ -50,25 +50,25 @@ def _quantised(params: Any) -> list[str]:
     ]
 
 
-def _count(site: Site, spec: LoraSpec) -> int:
-    """Trained numbers at ``site``, padding not counted."""
-    layers = sum(rank > 0 for rank in site.ranks)
-    extra = sum(int(np.prod(shape[len(site.stack) :])) for shape in extra_leaves(site, spec).values())
-    return site.parameters + layers * extra
+def _count(target: TargetModule, spec: LoraSpec) -> int:
+    """Trained numbers at ``target``, padding not counted."""
+    layers = sum(rank > 0 for rank in target.ranks)
+    extra = sum(int(np.prod(shape[len(target.stack) :])) for shape in extra_leaves(target, spec).values())
+    return target.parameters + layers * extra
 
 
-def _full_row(leaf: FullLeaf) -> tuple[str, ...]:
+def _full_row(leaf: TrainedParameter) -> tuple[str, ...]:
     layers = f"{len(leaf.chosen)} of {int(np.prod(leaf.stack))}" if leaf.stack else "-"
     sizes = [str(size) for size in leaf.own] if len(leaf.own) == 2 else ["", str(int(np.prod(leaf.own)))]
     return (".".join(leaf.path), layers, *sizes, "full", "", f"{int(np.prod(leaf.shape)):,}")
 
 
-def _row(site: Site, count: int) -> tuple[str, ...]:
-    used = [i for i, rank in enumerate(site.ranks) if rank]
-    layers = f"{len(used)} of {len(site.ranks)}" if site.stack else "-"
-    ranks = _range([site.ranks[i] for i in used])
-    scales = _range([round(site.scales[i], 4) for i in used])
-    return (".".join(site.path), layers, *map(str, site.size), ranks, scales, f"{count:,}")
+def _row(target: TargetModule, count: int) -> tuple[str, ...]:
+    used = [i for i, rank in enumerate(target.ranks) if rank]
+    layers = f"{len(used)} of {len(target.ranks)}" if target.stack else "-"
+    ranks = _range([target.ranks[i] for i in used])
+    scales = _range([round(target.scales[i], 4) for i in used])
+    return (".".join(target.path), layers, *map(str, target.size), ranks, scales, f"{count:,}")
 
 
 def _range(values: list[Any]) -> str:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
-from stablelora_jax.lora.pairs import Site, adapter_sites, make_site
+from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules, make_target_module
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec, items, shown
-from stablelora_jax.quantization import dense
+from stablelora_jax.quantization import dequantize_tree
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
@@ -28,7 +28,7 @@ LEAVES = ("kernel", "embedding")
 MOST = 2**40  # numbers of a stack of pairs
 
 
-def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
+def find_target_modules(params: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
     """Where ``spec`` puts adapters in ``params``; every pattern of the spec must match something.
 
     Raises:
@@ -36,55 +36,58 @@ def param_sites(params: Any, spec: LoraSpec) -> dict[Path, Site]:
     """
     params = as_dict(params)
     modules = tree.find_dicts(params, lambda node: kernel_leaf(node) is not None)
-    sites = {path: _site(path, module, spec) for path, module in modules.items()}
-    _check_patterns([name for site in sites.values() for name in site.names], spec)
+    targets = {path: _target(path, module, spec) for path, module in modules.items()}
+    _check_patterns([name for target in targets.values() for name in target.names], spec)
     _check_axes(list(modules), spec)
-    return {path: site for path, site in sites.items() if site.rank}
+    return {path: target for path, target in targets.items() if target.rank}
 
 
-def fitted_sites(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, Site]:
+def match_target_modules(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
     """The sites of ``params`` under ``spec``, checked against ``adapters``.
 
     Raises:
       InputError: adapters at a path that the model or the spec does not have, missing ones, or ones of another shape.
     """
-    wanted, found = param_sites(params, spec), adapter_sites(adapters, spec)
+    wanted, found = find_target_modules(params, spec), adapter_target_modules(adapters, spec)
     for path in found:
         if path not in wanted:
             raise InputError(f"adapters at {'.'.join(path)}, but the model has no kernel there that the spec selects")
-    for path, site in wanted.items():
+    for path, target in wanted.items():
         if path not in found:
             raise InputError(
                 f"{'.'.join(path)} is selected by the spec but has no adapters; make them with init_adapters"
             )
-        if (site.stack, site.size) != (found[path].stack, found[path].size):
+        if (target.stack, target.size) != (found[path].stack, found[path].size):
             raise InputError(
-                f"{'.'.join(path)}: the kernel is {site.stack + site.size}, "
+                f"{'.'.join(path)}: the kernel is {target.stack + target.size}, "
                 f"the adapters are made for {found[path].stack + found[path].size}"
             )
     return wanted
 
 
-def extra_leaves(site: Site, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """What ``spec`` trains at ``site`` beside the pair, for its parametrisation and ``lora_bias``: shapes by name."""
-    shapes = {"lora_a": (*site.stack, site.size[0], site.rank), "lora_b": (*site.stack, site.rank, site.size[1])}
+def extra_leaves(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """What ``spec`` trains at ``target`` beside the pair, for its parametrisation and ``lora_bias``: shapes by name."""
+    shapes = {
+        "lora_a": (*target.stack, target.size[0], target.rank),
+        "lora_b": (*target.stack, target.rank, target.size[1]),
+    }
     number = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    kernel, scale = (jax.ShapeDtypeStruct((*site.stack, *rest), np.float32) for rest in (site.size, ()))
+    kernel, scale = (jax.ShapeDtypeStruct((*target.stack, *rest), np.float32) for rest in (target.size, ()))
     made = jax.eval_shape(PARAMETRIZATIONS[spec.parametrization].leaves, kernel, number, scale)
-    if spec.lora_bias and site.leaf == "embedding":
-        raise InputError(f"{'.'.join(site.path)} is an embedding, which takes no lora_bias: leave one of them out")
-    bias = {"lora_bias": (*site.stack, site.size[1])} if spec.lora_bias else {}
+    if spec.lora_bias and target.leaf == "embedding":
+        raise InputError(f"{'.'.join(target.path)} is an embedding, which takes no lora_bias: leave one of them out")
+    bias = {"lora_bias": (*target.stack, target.size[1])} if spec.lora_bias else {}
     return {name: leaf.shape for name, leaf in made.items()} | bias
 
 
-def require_leaves(sites: Mapping[Path, Site], adapters: Any, spec: LoraSpec) -> None:
+def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: LoraSpec) -> None:
     """Check that each pair has beside it what the parametrisation of ``spec`` trains, and nothing else.
 
     Raises:
       InputError: naming a leaf that is missing, unknown or of another shape.
     """
-    for path, site in sites.items():
-        node, wanted, name = tree.get_in(adapters, path), extra_leaves(site, spec), ".".join(path)
+    for path, target in targets.items():
+        node, wanted, name = tree.get_in(adapters, path), extra_leaves(target, spec), ".".join(path)
         if unknown := sorted(set(node) - {"lora_a", "lora_b", "full", *wanted}):
             raise InputError(f"{name}: {unknown[0]} has no meaning for parametrization {spec.parametrization!r}")
         for leaf, shape in wanted.items():
@@ -118,7 +121,9 @@ def to_matrix(kernel: jax.Array, depth: int, in_axes: tuple[int, ...]) -> jax.Ar
 
     A quantised kernel is dequantised.
     """
-    moved = jnp.moveaxis(dense(kernel), [depth + axis for axis in in_axes], range(depth, depth + len(in_axes)))
+    moved = jnp.moveaxis(
+        dequantize_tree(kernel), [depth + axis for axis in in_axes], range(depth, depth + len(in_axes))
+    )
     rows = int(np.prod(moved.shape[depth : depth + len(in_axes)]))
     return moved.reshape(*moved.shape[:depth], rows, -1)
 
@@ -140,18 +145,20 @@ def kernel_leaf(module: Mapping[str, Any]) -> str | None:
     return next((leaf for leaf in LEAVES if len(getattr(module.get(leaf), "shape", ())) >= 2), None)
 
 
-def _site(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> Site:
+def _target(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> TargetModule:
     depth, in_axes = kernel_axes(path, module, spec)
     leaf = kernel_leaf(module) or "kernel"
     shape = module[leaf].shape
     rows = math.prod(shape[depth + axis] for axis in in_axes)
     columns = math.prod(size for axis, size in enumerate(shape[depth:]) if axis not in in_axes)
-    site = make_site(path, shape[:depth], (rows, columns), spec, leaf)
-    if site.rank and not rows * columns:
-        raise InputError(f"{'.'.join(path)}: a kernel of shape {shape} holds nothing to adapt: leave it out of target")
-    if site.rank * sum(site.size) * len(site.names) >= MOST:
-        raise InputError(f"{'.'.join(path)}: a pair of rank {site.rank} beside a kernel of {shape} fits no memory")
-    return site
+    target = make_target_module(path, shape[:depth], (rows, columns), spec, leaf)
+    if target.rank and not rows * columns:
+        raise InputError(
+            f"{'.'.join(path)}: a kernel of shape {shape} holds nothing to adapt: leave it out of target_modules"
+        )
+    if target.rank * sum(target.size) * len(target.names) >= MOST:
+        raise InputError(f"{'.'.join(path)}: a pair of rank {target.rank} beside a kernel of {shape} fits no memory")
+    return target
 
 
 def _check_axes(paths: list[Path], spec: LoraSpec) -> None:
@@ -163,8 +170,8 @@ def _check_axes(paths: list[Path], spec: LoraSpec) -> None:
 
 
 def _check_patterns(names: list[str], spec: LoraSpec) -> None:
-    for kind, patterns in (("target", spec.target), ("exclude", spec.exclude)):
-        if patterns == "all-linear" and kind == "target":
+    for kind, patterns in (("target_modules", spec.target_modules), ("exclude_modules", spec.exclude_modules)):
+        if patterns == "all-linear" and kind == "target_modules":
             continue
         if isinstance(patterns, str):
             tree.require_match(kind, patterns, any(tree.matches(patterns, name) for name in names), names)
@@ -172,13 +179,16 @@ def _check_patterns(names: list[str], spec: LoraSpec) -> None:
         there = tree.suffixes(names) if patterns else ()
         for pattern in patterns:
             tree.require_match(kind, pattern, pattern in there, names)
-    layers = {tree.layer_number(name, spec.stacked) for name in names} if spec.layers else ()
-    for layer in spec.layers or ():
+    layers = {tree.layer_number(name, spec.stacked) for name in names} if spec.layers_to_transform else ()
+    for layer in spec.layers_to_transform or ():
         if layer not in layers:
-            raise InputError(f"layers: there is no layer {shown(layer)} in the model")
+            raise InputError(f"layers_to_transform: there is no layer {shown(layer)} in the model")
     chosen = [name for name in names if spec.selects(name)]
     if not chosen:
-        raise InputError(f"the spec selects no module: target {spec.target!r:.200} less exclude {spec.exclude!r:.200}")
+        raise InputError(
+            f"the spec selects no module: target_modules {spec.target_modules!r:.200} "
+            f"less exclude_modules {spec.exclude_modules!r:.200}"
+        )
     for kind, table in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         _require_hits(kind, table, chosen)
 

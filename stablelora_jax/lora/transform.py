@@ -15,18 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.full_parameters import full_leaves, init_full, lay_full, unknown_full
+from stablelora_jax.lora.full_parameters import (
+    apply_full_parameters,
+    init_trained_parameter,
+    trained_parameters,
+    unknown_full_parameters,
+)
 from stablelora_jax.lora.initializers import INITIALIZERS, embedding
-from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import (
     as_dict,
     extra_leaves,
-    fitted_sites,
+    find_target_modules,
     from_matrix,
     kernel_axes,
-    param_sites,
+    match_target_modules,
     require_leaves,
     to_matrix,
 )
@@ -67,11 +72,11 @@ def init_adapters(
         raise InputError("float64 adapters need jax.config.update('jax_enable_x64', True)")
     params = as_dict(params)
     adapters: dict[str, Any] = {}
-    for path, site in param_sites(params, spec).items():
-        pair = _init_site(key, site, spec, dtype)
-        adapters = tree.set_in(adapters, path, pair | _init_extra(params, pair, site, spec))
-    for leaf in full_leaves(params, spec).values():
-        adapters = tree.set_in(adapters, leaf.place, init_full(params, leaf, dtype))
+    for path, target in find_target_modules(params, spec).items():
+        pair = _init_site(key, target, spec, dtype)
+        adapters = tree.set_in(adapters, path, pair | _init_extra(params, pair, target, spec))
+    for leaf in trained_parameters(params, spec).values():
+        adapters = tree.set_in(adapters, leaf.place, init_trained_parameter(params, leaf, dtype))
     return adapters
 
 
@@ -96,10 +101,10 @@ def merge(
       InputError: adapters that do not fit the parameters or the spec; a kernel that is not finite (``safe``).
     """
     params = as_dict(params)
-    leaves = full_leaves(params, spec)
-    if strange := unknown_full(adapters, leaves):
+    leaves = trained_parameters(params, spec)
+    if strange := unknown_full_parameters(adapters, leaves):
         raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
-    return _fold(lay_full(params, adapters, leaves, cast=True), adapters, spec, +1.0, safe)
+    return _fold(apply_full_parameters(params, adapters, leaves, cast=True), adapters, spec, +1.0, safe)
 
 
 @checked
@@ -117,21 +122,21 @@ def unmerge(
 
 
 @checked
-def hyper(spec: LoraSpec, adapters: Mapping[str, Any]) -> dict[str, Any]:
+def lora_hyperparams(spec: LoraSpec, adapters: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers a sweep varies, as arrays: ``lora_scale`` and ``lora_dropout`` at every adapted module.
 
     Pass the tree, changed or not, as the collection ``lora_hp`` of ``adapted(model, spec).apply`` to have them traced:
     another alpha or dropout rate then needs no new compilation. Scales have the shape of the stack axes.
     """
     numbers: dict[str, Any] = {}
-    for path, site in adapter_sites(adapters, spec).items():
-        rate = jnp.full(site.stack, spec.dropout, jnp.result_type(float))
-        numbers = tree.set_in(numbers, path, {"lora_scale": site.scale(), "lora_dropout": rate})
+    for path, target in adapter_target_modules(adapters, spec).items():
+        rate = jnp.full(target.stack, spec.dropout, jnp.result_type(float))
+        numbers = tree.set_in(numbers, path, {"lora_scale": target.scale(), "lora_dropout": rate})
     return numbers
 
 
 def lora_scales(numbers: Any) -> Any:
-    """The LoRA scale of each pair, as optimizers take it, from what :func:`hyper` gives."""
+    """The LoRA scale of each pair, as optimizers take it, from what :func:`lora_hyperparams` gives."""
     if "lora_scale" in numbers:
         return numbers["lora_scale"]
     return {name: lora_scales(node) for name, node in numbers.items()}
@@ -143,66 +148,70 @@ def _require_key(key: jax.Array) -> None:
         raise InputError(f"key must be one PRNG key, such as jax.random.key(0), not {key.dtype} {key.shape}")
 
 
-def _init_site(key: jax.Array, site: Site, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
-    keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names])
-    kernel = jax.ShapeDtypeStruct(site.size, dtype)
-    start = INITIALIZERS[spec.init] if site.leaf == "kernel" else embedding
-    make = jax.vmap(lambda k: start(k, kernel, site.rank, dtype)[0])
-    pair = {name: leaf.reshape(*site.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
-    mask = jnp.asarray(site.mask(), dtype)
+def _init_site(key: jax.Array, target: TargetModule, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
+    keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names])
+    kernel = jax.ShapeDtypeStruct(target.size, dtype)
+    start = INITIALIZERS[spec.init] if target.leaf == "kernel" else embedding
+    make = jax.vmap(lambda k: start(k, kernel, target.rank, dtype)[0])
+    pair = {name: leaf.reshape(*target.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
+    mask = jnp.asarray(target.mask(), dtype)
     return {"lora_a": pair["lora_a"] * mask[..., None, :], "lora_b": pair["lora_b"] * mask[..., :, None]}
 
 
-def _init_extra(params: Any, pair: dict[str, jax.Array], site: Site, spec: LoraSpec) -> dict[str, jax.Array]:
+def _init_extra(params: Any, pair: dict[str, jax.Array], target: TargetModule, spec: LoraSpec) -> dict[str, jax.Array]:
     """What the parametrisation adds to ``pair``; zero in layers that are not adapted."""
-    wanted = extra_leaves(site, spec)
+    wanted = extra_leaves(target, spec)
     zeros = {"lora_bias": jnp.zeros(wanted.pop("lora_bias"), pair["lora_b"].dtype)} if "lora_bias" in wanted else {}
     if not wanted:
         return zeros
-    module = tree.get_in(params, site.path)
-    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(module[site.leaf])):
-        raise InputError(f"{spec.parametrization} starts from the values of {'.'.join(site.path)}, not only its shape")
-    matrix = to_matrix(module[site.leaf], *kernel_axes(site.path, module, spec))
-    made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, site.scale())
-    used = np.array(site.ranks).reshape(site.stack) > 0
+    module = tree.get_in(params, target.path)
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(module[target.leaf])):
+        raise InputError(
+            f"{spec.parametrization} starts from the values of {'.'.join(target.path)}, not only its shape"
+        )
+    matrix = to_matrix(module[target.leaf], *kernel_axes(target.path, module, spec))
+    made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, target.scale())
+    used = np.array(target.ranks).reshape(target.stack) > 0
     return {
-        name: jnp.where(used.reshape(*site.stack, *(1,) * (leaf.ndim - used.ndim)), leaf, 0)
+        name: jnp.where(used.reshape(*target.stack, *(1,) * (leaf.ndim - used.ndim)), leaf, 0)
         for name, leaf in made.items()
     }
 
 
 def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> dict[str, Any]:
     params = as_dict(params)
-    sites = fitted_sites(params, adapters, spec)
-    require_leaves(sites, adapters, spec)
-    for path, site in sites.items():
+    targets = match_target_modules(params, adapters, spec)
+    require_leaves(targets, adapters, spec)
+    for path, target in targets.items():
         module, pair = tree.get_in(params, path), tree.get_in(adapters, path)
         depth, in_axes = kernel_axes(path, module, spec)
-        matrix = to_matrix(module[site.leaf], depth, in_axes)
-        merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * site.scale())
+        matrix = to_matrix(module[target.leaf], depth, in_axes)
+        merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * target.scale())
         if safe:
-            _require_finite(merged, site)
-        kernel = from_matrix(merged, module[site.leaf].shape, depth, in_axes)
-        params = tree.set_in(params, path, {**module, site.leaf: kernel})
+            _require_finite(merged, target)
+        kernel = from_matrix(merged, module[target.leaf].shape, depth, in_axes)
+        params = tree.set_in(params, path, {**module, target.leaf: kernel})
         if "lora_bias" in pair:
-            bias = _with_lora_bias(params, pair["lora_bias"], sign * site.scale(), site)
+            bias = _with_lora_bias(params, pair["lora_bias"], sign * target.scale(), target)
             params = tree.set_in(params, (*path, "bias"), bias)
     return params
 
 
-def _with_lora_bias(params: Any, lora_bias: jax.Array, scale: jax.Array, site: Site) -> jax.Array:
-    bias = tree.get_in(params, (*site.path, "bias"))
+def _with_lora_bias(params: Any, lora_bias: jax.Array, scale: jax.Array, target: TargetModule) -> jax.Array:
+    bias = tree.get_in(params, (*target.path, "bias"))
     if bias is None:
-        raise InputError(f"{'.'.join(site.path)} has no bias that its lora_bias could be merged into: keep them apart")
-    wide = jnp.promote_types(jnp.promote_types(bias.dtype, lora_bias.dtype), jnp.float32)
-    change = lora_bias.astype(wide) * scale.astype(wide)[..., None]
-    return (bias.astype(wide) + change.reshape(bias.shape)).astype(bias.dtype)
+        raise InputError(
+            f"{'.'.join(target.path)} has no bias that its lora_bias could be merged into: keep them apart"
+        )
+    accum_dtype = jnp.promote_types(jnp.promote_types(bias.dtype, lora_bias.dtype), jnp.float32)
+    change = lora_bias.astype(accum_dtype) * scale.astype(accum_dtype)[..., None]
+    return (bias.astype(accum_dtype) + change.reshape(bias.shape)).astype(bias.dtype)
 
 
-def _require_finite(merged: jax.Array, site: Site) -> None:
+def _require_finite(merged: jax.Array, target: TargetModule) -> None:
     if isinstance(merged, jax.core.Tracer):
         return
     finite = np.asarray(jnp.isfinite(merged).all(axis=(-2, -1))).reshape(-1)
     if not finite.all():
-        name = site.names[int(np.argmin(finite))]
+        name = target.names[int(np.argmin(finite))]
         raise InputError(f"merging {name} gives NaN or infinity; pass safe=False to merge nevertheless")

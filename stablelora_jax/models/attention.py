@@ -4,7 +4,7 @@
 kind         what it is                                                     saved for the backward (checkpoint names)
 ===========  =============================================================  ==========================================
 ``xla``      dense and masked; any backend, dtype and window                probabilities ``attention_probs``, (T, T)
-``blocks``   flash attention in plain XLA; the same, never (T, T)           ``context`` and log-sum-exp ``lse``
+``blockwise``   flash attention in plain XLA; the same, never (T, T)           ``context`` and log-sum-exp ``lse``
 ``cudnn``    cuDNN's flash attention; NVIDIA GPU, bfloat16 or float16       ``context`` and log-sum-exp ``lse``
 ``splash``   Pallas' flash attention; TPU, not under a partitioning jit     both as ``context``
 ===========  =============================================================  ==========================================
@@ -26,7 +26,7 @@ from stablelora_jax.models.attention_kernels.cudnn import cudnn
 from stablelora_jax.models.attention_kernels.splash import splash
 from stablelora_jax.utils.errors import InputError
 
-KINDS = ("xla", "blocks", "cudnn", "splash")
+KINDS = ("xla", "blockwise", "cudnn", "splash")
 SHORT = 128  # tokens of a row up to which the dense way is as fast as tiles: measured on a CPU
 SEGMENTS = 64  # of a packed row, its pads included, that cuDNN's way takes
 
@@ -51,8 +51,8 @@ def self_attention(q, k, v, segment_ids=None, window=None, kind="xla", segments=
       k: (B, T, K, hd), where K divides H; each key head serves the H / K query heads that stand together.
       v: (B, T, K, hd).
       segment_ids: (B, T) int32, or None for one segment a row; equal ids stand together, 0 are pads (also a segment).
-      window: how far a token sees, ``i - j < window`` with window >= 1; an int, or with ``xla`` and ``blocks`` a traced
-        int32 scalar, so that each scanned layer has its own; None sees all.
+      window: how far a token sees, ``i - j < window`` with window >= 1; an int, or with ``xla`` and ``blockwise`` a
+        traced int32 scalar, so that each scanned layer has its own; None sees all.
       kind: one of ``KINDS``, see ``best_attention``.
       segments: of ``cudnn``: the most runs of equal ids in a row, static; a row of more is NaN. Saves
         (B * segments, H, T) float32. None: not known, which it refuses.
@@ -67,7 +67,7 @@ def self_attention(q, k, v, segment_ids=None, window=None, kind="xla", segments=
         window = None
     if kind == "xla":
         return _dense(q, k, v, segment_ids, window)
-    if kind == "blocks":
+    if kind == "blockwise":
         return blockwise(q, k, v, segment_ids, window)
     if kind == "cudnn":
         return cudnn(q, k, v, segment_ids, window, segments)
@@ -78,15 +78,15 @@ def self_attention(q, k, v, segment_ids=None, window=None, kind="xla", segments=
 
 def _dense(q, k, v, segment_ids, window):
     B, T, H, hd = q.shape
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    accum_dtype = jnp.promote_types(q.dtype, jnp.float32)
     distance = jnp.arange(T)[:, None] - jnp.arange(T)
     mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if segment_ids is not None:
         mask = (mask & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None, None]
     q = q.reshape(B, T, k.shape[2], H // k.shape[2], hd)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * hd**-0.5
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accum_dtype) * hd**-0.5
     probs = _softmax(scores, mask).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", probs, v, preferred_element_type=wide)
+    out = jnp.einsum("bkgts,bskh->btkgh", probs, v, preferred_element_type=accum_dtype)
     return checkpoint_name(out.reshape(B, T, H, hd).astype(q.dtype), "context")
 
 
@@ -137,7 +137,7 @@ def best_attention(
             return "cudnn"
     if platform == "tpu" and alike and not partitioned and length > SHORT and jnp.dtype(dtype) != jnp.float64:
         return "splash"
-    return "xla" if length <= SHORT else "blocks"
+    return "xla" if length <= SHORT else "blockwise"
 
 
 def best_here(dtype: DTypeLike, config: DecoderConfig, length: int, segments: int, partitioned: bool = False) -> str:

@@ -20,7 +20,7 @@ from stablelora_jax.models.cache import write
 from stablelora_jax.models.rope import rotate
 
 
-def wide(dtype: DTypeLike) -> jnp.dtype:
+def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of norms, attention, logits and loss for a model that computes in ``dtype``."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x):
         """Normalise ``x`` (..., D); keeps its dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        y = x.astype(wide(self.dtype))
+        y = x.astype(accum_dtype(self.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * scale.astype(y.dtype)).astype(x.dtype)
 
@@ -49,7 +49,7 @@ class Attention(nn.Module):
     segments: int | None
 
     @nn.compact
-    def __call__(self, x, turns, seen, window, slot=None, past=None):
+    def __call__(self, x, rope_cos_sin, seen, window, slot=None, past=None):
         """Map x (B, T, D) to ``((B, T, D), None)``; with ``past``, a cache's k and v, to that and the new k and v.
 
         ``seen`` are the segment ids (B, T) of whole rows, or with ``past`` the mask (B, T, S) of the cache's slots.
@@ -59,14 +59,14 @@ class Attention(nn.Module):
 
         def heads(name, count):
             y = checkpoint_name(dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x), name)
-            return y.reshape(*x.shape[:2], count, c.head_dim).astype(wide(self.dtype))
+            return y.reshape(*x.shape[:2], count, c.head_dim).astype(accum_dtype(self.dtype))
 
         q, k = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
         v = heads("v_proj", c.num_key_value_heads)
         if c.qk_norm:
             norm = partial(RMSNorm, c.rms_norm_eps, self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        q, k, new = rotate(q, turns), rotate(k, turns), None
+        q, k, new = rotate(q, rope_cos_sin), rotate(k, rope_cos_sin), None
         if past is None:
             y = self._whole_rows(*(x.astype(self.dtype) for x in (q, k, v)), seen, window)
         else:
@@ -109,14 +109,14 @@ class Block(nn.Module):
     segments: int | None
 
     @nn.compact
-    def __call__(self, x, turns, seen, slot, window, past):
+    def __call__(self, x, rope_cos_sin, seen, slot, window, past):
         """Map the residual stream x (B, T, D) to ``((B, T, D), new)``; ``window`` where layers have their own."""
         norm = partial(RMSNorm, self.config.rms_norm_eps, self.dtype)
         attention = Attention(self.config, self.dtype, self.kind, self.segments, name="self_attn")
         if past is not None and window is not None:
             seen = seen < window  # distances
         window = max(self.config.windows, default=0) or None if window is None else window
-        y, new = attention(norm(name="input_layernorm")(x), turns, seen, window, slot, past)
+        y, new = attention(norm(name="input_layernorm")(x), rope_cos_sin, seen, window, slot, past)
         x = checkpoint_name(x + y, "residual")
         x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
         return x, new

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stablelora_jax.models.architecture import DecoderConfig
-from stablelora_jax.models.block import Block, RMSNorm, wide
+from stablelora_jax.models.block import Block, RMSNorm, accum_dtype
 from stablelora_jax.models.cache import Cache, write
 from stablelora_jax.models.dequantized import dequantized
 from stablelora_jax.models.inputs import integers, known, places
@@ -33,7 +33,7 @@ from stablelora_jax.models.masks import FAR, cached_mask, windowed
 from stablelora_jax.models.remat import rematerialised
 from stablelora_jax.models.rope import angles
 from stablelora_jax.utils.errors import InputError
-from stablelora_jax.utils.matmul import product
+from stablelora_jax.utils.matmul import matmul
 
 
 class Embed(nn.Embed):
@@ -41,7 +41,7 @@ class Embed(nn.Embed):
 
     def attend(self, query):
         """Logits (..., V) of ``query`` (..., D)."""
-        return product(query, self.embedding.T)
+        return matmul(query, self.embedding.T)
 
 
 class Body(nn.Module):
@@ -72,8 +72,8 @@ class Body(nn.Module):
         windows = self.config.windows
         own = jnp.array([w or FAR for w in windows], jnp.int32) if len(set(windows)) > 1 else None
         past, slot = (None, None) if cache is None else ((cache.k, cache.v), cache.used)
-        turns = angles(positions, self.config.rope, self.config.head_dim, wide(self.dtype))
-        x, new = self.layers(self.embed_tokens(tokens), turns, seen, slot, own, past)
+        rope_cos_sin = angles(positions, self.config.rope, self.config.head_dim, accum_dtype(self.dtype))
+        x, new = self.layers(self.embed_tokens(tokens), rope_cos_sin, seen, slot, own, past)
         return self.norm(x), new
 
 
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
     tokenizer: Any = dataclasses.field(default=None, compare=False, repr=False)
-    remat: str = "useful"  # what the backward pass finds again, see models/remat.py
+    remat: str = "save_dots"  # what the backward pass finds again, see models/remat.py
     attention: str = "auto"  # of whole rows: auto, or one of models/attention.py
     segments: int | None = None  # the most of a row with segment_ids: 1: pads at its end alone; None: unknown
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.dtype,
-                dot_general=lambda x, kernel, dimensions, precision: product(x, kernel),
+                dot_general=lambda x, kernel, dimensions, precision: matmul(x, kernel),
             )
 
     def __call__(self, tokens, positions=None, segment_ids=None, cache=None, at=None):

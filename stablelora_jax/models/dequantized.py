@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from stablelora_jax.quantization import dense, is_quantized
+from stablelora_jax.quantization import dequantize_tree, is_quantized
 from stablelora_jax.utils.errors import InputError
 
 
@@ -25,5 +25,5 @@ def dequantized(block: Any, variables: Mapping[str, Any], policy: str) -> Any:
     if not any(map(is_quantized, jax.tree.leaves(variables.get("params", {}), is_leaf=is_quantized))):
         return block
     if policy == "everything":
-        raise InputError("remat everything would keep all kernels of a quantised base dequantised: choose useful")
-    return nn.map_variables(block, "params", trans_in_fn=dense)
+        raise InputError("remat everything would keep all kernels of a quantised base dequantised: choose save_dots")
+    return nn.map_variables(block, "params", trans_in_fn=dequantize_tree)

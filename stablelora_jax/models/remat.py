@@ -8,7 +8,7 @@ Beside what is named, the residual stream that enters each layer is always kept.
 policy     kept in each layer                                                 computed anew
 ========== ================================================================== ===================================
 everything whatever autodiff asks for                                         nothing
-useful     products of q, k, v, gate and up, probabilities or statistics and  norms, rotary positions, silu,
+save_dots  products of q, k, v, gate and up, probabilities or statistics and  norms, rotary positions, silu,
            output of attention, the stream after it, ``x A`` of each pair     dropout: no matrix product
 no_mlp     the same without gate and up                                       the products gate and up
 attention  output and statistics of attention, ``x A`` of each pair           all products but attention's
@@ -25,12 +25,12 @@ import jax
 
 from stablelora_jax.utils.errors import InputError
 
-Remat = Literal["everything", "useful", "no_mlp", "attention", "nothing"]
+Remat = Literal["everything", "save_dots", "no_mlp", "attention", "nothing"]
 PAIR = ("lora_xa",)
 ATTENTION = ("context", "lse")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "attention_probs", "residual")
 KEPT: dict[str, tuple[str, ...]] = {
-    "useful": (*PAIR, *ATTENTION, *PROJECTIONS, "gate_proj", "up_proj"),
+    "save_dots": (*PAIR, *ATTENTION, *PROJECTIONS, "gate_proj", "up_proj"),
     "no_mlp": (*PAIR, *ATTENTION, *PROJECTIONS),
     "attention": (*PAIR, *ATTENTION),
     "nothing": (),

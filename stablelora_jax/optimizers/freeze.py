@@ -2,8 +2,8 @@
 
 ::
 
-    mask = frozen(params, adapters, spec, ["layers.0", "lora_a"])       # bools, broadcastable to the leaves
-    grads = jax.grad(lambda adapters: loss(params, hold(adapters, mask)))(adapters)
+    mask = freeze_mask(params, adapters, spec, ["layers.0", "lora_a"])       # bools, broadcastable to the leaves
+    grads = jax.grad(lambda adapters: loss(params, stop_frozen_gradients(adapters, mask)))(adapters)
     tx = freeze(optax.chain(optax.clip_by_global_norm(1.0), stable_lora(1e-4)), mask)
 
 Names are those of single layers, leaves included: ``model.layers.3.self_attn.q_proj.lora_a``, of what is trained in
@@ -11,9 +11,9 @@ full the module's own and the parameter's: ``lm_head.kernel``. **The rule** is t
 regular expression for the end of a name, here of the leaf's or of any module that holds it. So ``layers.1``,
 ``q_proj``, ``lora_b`` and ``layers.0.*lora_a`` are patterns; mind that ``layers.1.*`` means ``layers.10``, too.
 
-:func:`hold` keeps gradients away, and a leaf that is frozen whole costs no backward pass. :func:`freeze` wraps last:
-the optimizer sees zero gradients there and its updates are dropped, so that frozen numbers stay to the bit whatever
-decays, shrinks or transforms them, and pairs that are not frozen train as if those were none of the optimizer's.
+:func:`stop_frozen_gradients` keeps gradients away, and a leaf that is frozen whole costs no backward pass.
+:func:`freeze` wraps last: the optimizer sees zero gradients there and its updates are dropped, so that frozen numbers
+stay to the bit whatever decays, shrinks or transforms them, and pairs that are not frozen train as if those were none of the optimizer's.
 
 One factor of a pair frozen alone means: the other is trained by the optimizer's rule with that gradient zero.
 
@@ -37,10 +37,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from stablelora_jax.lora.full_parameters import FullLeaf, full_leaves
-from stablelora_jax.lora.pairs import Site, is_pair
+from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
+from stablelora_jax.lora.pairs import TargetModule, is_pair
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import extra_leaves, fitted_sites
+from stablelora_jax.lora.target_modules import extra_leaves, match_target_modules
 from stablelora_jax.optimizers.batched_pairs import PairwiseState
 from stablelora_jax.optimizers.stable_lora import OFF, ON, ShrinkUntilStableState
 from stablelora_jax.optimizers.stiefel_lora import StiefelState
@@ -50,7 +50,7 @@ from stablelora_jax.utils.errors import InputError
 
 
 @checked
-def frozen(
+def freeze_mask(
     params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, patterns: str | Iterable[str]
 ) -> Any:
     """Which numbers of ``adapters`` the patterns freeze.
@@ -68,8 +68,8 @@ def frozen(
       InputError: a pattern that matches nothing, or patterns that leave nothing to train; as ``describe`` besides.
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    rows = [row for site in fitted_sites(params, adapters, spec).values() for row in _pair_rows(site, spec)]
-    rows += [row for leaf in full_leaves(params, spec).values() for row in _full_rows(leaf)]
+    rows = [row for target in match_target_modules(params, adapters, spec).values() for row in _pair_rows(target, spec)]
+    rows += [row for leaf in trained_parameters(params, spec).values() for row in _full_rows(leaf)]
     every = sorted({name for _, names, used, _ in rows for name, one in zip(names, used, strict=True) if one})
     found = tree.hits(patterns, {holder for name in every for holder in _holders(name)})
     modules = sorted({name.rpartition(".")[0] for name in every})
@@ -85,7 +85,7 @@ def frozen(
     return mask
 
 
-def hold(adapters: Any, mask: Any) -> Any:
+def stop_frozen_gradients(adapters: Any, mask: Any) -> Any:
     """``adapters`` for the forward pass, through which no gradient flows to what ``mask`` freezes."""
 
     def held(one: np.ndarray, leaf: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ def hold(adapters: Any, mask: Any) -> Any:
 
 @checked
 def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
-    """``tx`` whose updates are zero where ``mask``, of :func:`frozen`, is True; its state is that of ``tx``.
+    """``tx`` whose updates are zero where ``mask``, of :func:`freeze_mask`, is True; its state is that of ``tx``.
 
     Wrap it last, around clipping and ``shrink_until_stable``: what comes after it in a chain may move frozen numbers.
     Zeros are negative, since ``x + (-0.0)`` is x to the bit, that of a zero's sign too. Latches of Stable-LoRA are off
@@ -162,19 +162,19 @@ def _holders(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _pair_rows(site: Site, spec: LoraSpec) -> list[Any]:
+def _pair_rows(target: TargetModule, spec: LoraSpec) -> list[Any]:
     """(place, names, which layers have it, shape of the mask) of each leaf beside and in a pair."""
     shapes = {"lora_a": (0, 0), "lora_b": (0, 0)} | {
-        leaf: shape[len(site.stack) :] for leaf, shape in extra_leaves(site, spec).items()
+        leaf: shape[len(target.stack) :] for leaf, shape in extra_leaves(target, spec).items()
     }
-    used = [rank > 0 for rank in site.ranks]
+    used = [rank > 0 for rank in target.ranks]
     return [
-        ((*site.path, leaf), [f"{name}.{leaf}" for name in site.names], used, site.stack + (1,) * len(shape))
+        ((*target.path, leaf), [f"{name}.{leaf}" for name in target.names], used, target.stack + (1,) * len(shape))
         for leaf, shape in shapes.items()
     ]
 
 
-def _full_rows(leaf: FullLeaf) -> list[Any]:
+def _full_rows(leaf: TrainedParameter) -> list[Any]:
     names = [f"{name}.{leaf.path[-1]}" for name in leaf.names]
     shape = ((len(leaf.chosen),) if leaf.stack else ()) + (1,) * len(leaf.own)
     return [(leaf.place, names, [True] * len(names), shape)]

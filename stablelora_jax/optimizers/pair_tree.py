@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stablelora_jax.lora.pairs import adapter_sites
+from stablelora_jax.lora.pairs import adapter_target_modules
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
@@ -30,8 +30,8 @@ def scales(adapters: Any, spec: LoraSpec) -> Any:
       InputError: the adapters do not fit the spec.
     """
     found: Any = {}
-    for path, site in adapter_sites(adapters, spec).items():
-        found = tree.set_in(found, path, site.scale())
+    for path, target in adapter_target_modules(adapters, spec).items():
+        found = tree.set_in(found, path, target.scale())
     return found
 
 

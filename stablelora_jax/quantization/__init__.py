@@ -61,7 +61,7 @@ def dequantize(leaf: Any, dtype: DTypeLike | None = None) -> jax.Array:
     return jnp.swapaxes(weight, -1, -2).astype(leaf.dtype if dtype is None else dtype)
 
 
-def dense(tree: Any) -> Any:
+def dequantize_tree(tree: Any) -> Any:
     """``tree``, or one leaf, with every quantised kernel dequantised."""
     return jax.tree.map(lambda leaf: dequantize(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
 

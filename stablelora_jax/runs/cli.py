@@ -81,11 +81,11 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if arguments.merged and arguments.adapter is None:
         raise InputError("--merged needs --adapter, the adapter to merge")
     from stablelora_jax.utils import compile_cache
-    from stablelora_jax.interop.load_adapted import attach
+    from stablelora_jax.interop.load_adapted import load_adapted_model
     from stablelora_jax.parallel import require_devices
 
     require_devices()
     compile_cache.enable()
     given = {"dtype": arguments.dtype, "merged": arguments.merged, "apart": arguments.untie}
     given["strict"] = arguments.strict
-    return attach(arguments.model, arguments.adapter, **given)
+    return load_adapted_model(arguments.model, arguments.adapter, **given)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stablelora_jax.config import engine as config
+from stablelora_jax import config
 from stablelora_jax.training.checkpoint.wording import differences
 from stablelora_jax.utils.errors import InputError, RunError
 from stablelora_jax.utils.files import PARTIAL, as_path, read_json_object, write_new, write_whole
@@ -27,8 +27,9 @@ from stablelora_jax.config.run import RunConfig, takes_template
 from stablelora_jax.runs.files import ADAPTER, CONFIG, LOCK, MARK, METRICS, SUMMARY, is_commented, is_lock, require_ours
 
 # where and how a run is computed, watched and kept: its result is the same up to rounding
-FREE = (
-    ("output", "parallel", "distributed", "accumulate", "accept_changes", "trackers", "show")
+RESULT_INVARIANT_KEYS = (
+    ("output", "parallel", "distributed", "gradient_accumulation_steps", "accept_changes", "trackers")
+    + ("num_samples",)
     + ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 )  # fmt: skip
 FREE_OF_MODEL = ("remat", "attention")
@@ -61,7 +62,7 @@ def changed(directory: Path, run_config: RunConfig) -> list[str]:
     if not (directory / CONFIG).is_file():
         return []
     try:
-        theirs = identity(config.load(RunConfig, directory / CONFIG))
+        theirs = identity(config.load(RunConfig, directory / CONFIG, accept_old_names=True))
     except InputError as error:
         raise InputError(f"{error}; put back what it was, or choose another output=") from None
     return differences(theirs, identity(run_config), _shown)
@@ -160,10 +161,10 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def identity(run_config: RunConfig) -> dict[str, Any]:
-    """What decides the result: every key but :data:`FREE`; patterns as lists, since their order is meaning."""
+    """What decides the result: every key but :data:`RESULT_INVARIANT_KEYS`; patterns as lists, since their order is meaning."""
     data = replace(run_config.data, cache=None, chat_template=takes_template(run_config))
     model = config.to_dict(run_config.model)
-    plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in FREE}
+    plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in RESULT_INVARIANT_KEYS}
     quantized = model["quantize"] is not None  # runs from before there was this key go on
     plain["model"] = {k: own for k, own in model.items() if k not in FREE_OF_MODEL and (k != "quantize" or quantized)}
     lora = plain["lora"]

@@ -28,7 +28,7 @@ from stablelora_jax.parallel import Layout
 from stablelora_jax.runs.prepare import fitted, make_layout
 from stablelora_jax.quantization import quantize_params
 from stablelora_jax.config.run import RunConfig
-from stablelora_jax.training.step import Numbers, init_state, make_train_step
+from stablelora_jax.training.step import Hyperparams, init_state, make_train_step
 from stablelora_jax.lora.transform import init_adapters
 
 
@@ -40,7 +40,7 @@ class Shapes(NamedTuple):
     state: Any  # without the axis of devices
     params: Any
     batch: Batch  # the longest rows of the run, over all devices, with all of their tokens learnt
-    numbers: Numbers
+    numbers: Hyperparams
     layout: Layout
 
 
@@ -52,9 +52,9 @@ def shapes(config: RunConfig) -> Shapes:
     """
     found = architecture(config.model.path)
     layout = make_layout(config, found)
-    if config.length > found.max_position_embeddings:
-        raise InputError(f"length {config.length} is more than the model's {found.max_position_embeddings}")
-    layout.require_rows(config.batch_size, config.accumulate)
+    if config.max_length > found.max_position_embeddings:
+        raise InputError(f"max_length {config.max_length} is more than the model's {found.max_position_embeddings}")
+    layout.require_rows(config.batch_size, config.gradient_accumulation_steps)
     tied = found.tie_word_embeddings and not config.model.untie
     model = Decoder(replace(found, tie_word_embeddings=tied), dtype=jnp.dtype(config.model.dtype))
     params, key = abstract_params(model), jax.random.key(0)
@@ -64,17 +64,17 @@ def shapes(config: RunConfig) -> Shapes:
     tx, trained = make_training(config, params, adapters)
     numbers = jax.eval_shape(lambda a: numbers_of(config, a), adapters)
     state = jax.eval_shape(lambda a, n: init_state(a, tx(n), key), adapters, numbers)
-    T = config.length if config.data.batching == "pack" else bucket(config.length)
+    T = config.max_length if config.data.batching == "pack" else bucket(config.max_length)
     row: Any = jax.ShapeDtypeStruct((config.batch_size, T), jnp.int32)
     segments = SEGMENTS if config.data.batching == "pack" else 1  # of a packed row: what cuDNN's attention takes
     lying = layout.abstract(params, "base")
     model = fitted(model, config, layout, lying, adapters, length=T, segments=segments)
     low_rank = adapted(model, config.lora)
-    step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.accumulate)
+    step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.gradient_accumulation_steps)
     return Shapes(model, step, state, params, Batch(row, row, row, row), numbers, layout)
 
 
-def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+def dry_run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, Any]:
     """Compile the step, print what it needs, and give it.
 
     In bytes a device: ``arguments``, ``outputs``, ``temporaries``, ``aliased`` (outputs in place of arguments),
@@ -98,13 +98,13 @@ def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, 
     needs["total"] = needs["arguments"] + needs["outputs"] + needs["temporaries"] - needs["aliased"]
     found = {**needs, "flops_per_token": flops_of(made), "compiled_flops": cost.get("flops")}
     base = config.model.path or "the base of this package"
-    say(f"{base}: a step of {rows} rows of {T} tokens over {made.layout.title}; for each device:")
+    log_fn(f"{base}: a step of {rows} rows of {T} tokens over {made.layout.title}; for each device:")
     for name, size in needs.items():
-        say(f"{name:12} {size / 2**20:12,.1f} MiB")
-    say(f"FLOPs a token: {found['flops_per_token']:,} = 4 P + 6 P_lora + 6 L T d")
+        log_fn(f"{name:12} {size / 2**20:12,.1f} MiB")
+    log_fn(f"FLOPs a token: {found['flops_per_token']:,} = 4 P + 6 P_lora + 6 L T d")
     if found["compiled_flops"]:
         counted = found["compiled_flops"] * jax.device_count() / (rows * T)
-        say(f"the compiler counts {counted:,.0f} a token, with each loop (layers, micro-batches) as one turn")
+        log_fn(f"the compiler counts {counted:,.0f} a token, with each loop (layers, micro-batches) as one turn")
     return found
 
 

@@ -22,7 +22,7 @@ def best_step(evaluations: Evaluations, metric: Metric) -> int | None:
     return min(ranked)[1] if ranked else None
 
 
-def exhausted(evaluations: Evaluations, metric: Metric, patience: int | None) -> bool:
+def patience_exceeded(evaluations: Evaluations, metric: Metric, patience: int | None) -> bool:
     """Whether ``patience`` evaluations have gone by since the best one; never where it is None."""
     best = best_step(evaluations, metric) or 0
     return patience is not None and sum(step > best for step in evaluations) >= patience

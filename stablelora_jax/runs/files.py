@@ -50,7 +50,8 @@ def is_run(directory: Path) -> bool:
         return True
     text = _config(directory)
     keys = set(re.findall(r"^(\w+):", text, re.MULTILINE))
-    every = keys >= {field.name for field in fields(RunConfig)}
+    names = {field.metadata.get("was") or field.name for field in fields(RunConfig)}  # from before there was MARK
+    every = keys >= names or keys >= {field.name for field in fields(RunConfig)}
     return text.startswith(MARK) or (every and not is_commented(directory))
 
 

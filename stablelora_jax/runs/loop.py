@@ -21,16 +21,16 @@ from stablelora_jax.utils.errors import Interrupted, RunError
 from stablelora_jax.runs.log import RunLog
 from stablelora_jax.config.optimizer import shrink_ratio
 from stablelora_jax.parallel import make_agreement
-from stablelora_jax.runs.prepare import Job
+from stablelora_jax.runs.prepare import TrainingSetup
 from stablelora_jax.config.run import RunConfig
-from stablelora_jax.runs.early_stopping import best_step, exhausted
+from stablelora_jax.runs.early_stopping import best_step, patience_exceeded
 from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
 from stablelora_jax.runs.validation import validate
 
-Unread = tuple[int, Any]  # the number of a step, and its metrics on the devices
+PendingMetrics = tuple[int, Any]  # the number of a step, and its metrics on the devices
 
 
-def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable[[], int]) -> TrainState:
+def train(setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, received: Callable[[], int]) -> TrainState:
     """Step to the end; metrics are read one step late, so that the device never waits for them.
 
     Args:
@@ -47,25 +47,25 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
       Interrupted: a signal came; the step under way is finished and saved.
       RunError: too many steps in a row were not finite (the state is saved), or something cannot be written.
     """
-    config, agree = job.config, make_agreement()
+    config, agree = setup.config, make_agreement()
     saving, evaluating = _Clock(config.checkpoint_minutes), _Clock(config.evaluate_minutes)
-    step, placed, number, unread = _make_step(job), job.layout.state(state), int(state.step), None
+    step, placed, number, unread = _make_step(setup), setup.layout.state(state), int(state.step), None
     saved = checkpoint.latest(manager)  # the step of the newest checkpoint: it is not saved twice
-    answer = agree((came(), 0, 0))
+    answer = agree((received(), 0, 0))
     while True:
         stop, save_now, evaluate_now = answer()
         evaluates = _evaluates(config, number, evaluate_now) and log.evaluation(number) is None
         saves = number > 0 and (bool(save_now) or number % config.checkpoint_every == 0)
         if unread and (evaluates or saves or stop or number == config.steps):
-            _read(job, placed, number, manager, log, unread)
+            _read(setup, placed, number, manager, log, unread)
             unread = None
         if evaluates:
-            stop = _evaluate(job, placed, number, log, came) or stop
+            stop = _evaluate(setup, placed, number, log, received) or stop
             evaluating.reset()
-        done = number == config.steps or exhausted(log.evaluations(), config.metric, config.patience)
+        done = number == config.steps or patience_exceeded(log.evaluations(), config.metric, config.patience)
         best = evaluates and best_step(log.evaluations(), config.metric) == number
         if (saves or stop or done or best) and number != saved:
-            state, saved = _save(job, placed, number, manager), number
+            state, saved = _save(setup, placed, number, manager), number
             saving.reset()
         if stop:
             checkpoint.wait(manager)
@@ -73,15 +73,15 @@ def train(job: Job, state: TrainState, manager: Any, log: RunLog, came: Callable
             raise Interrupted(stop, f"{name} after step {number}, which is saved: the same command goes on from there")
         if done:
             return state
-        answer = agree((came(), saving.due(), evaluating.due()))
+        answer = agree((received(), saving.due(), evaluating.due()))
         placed, metrics = step(placed, number)
         new = (number + 1, metrics)
         if unread:
-            _read(job, placed, number + 1, manager, log, unread, new)
+            _read(setup, placed, number + 1, manager, log, unread, new)
         number, unread = number + 1, new
 
 
-def evaluate(job: Job, adapters: Any, stop: Callable[[], int]) -> dict[str, Any]:
+def evaluate(setup: TrainingSetup, adapters: Any, stop: Callable[[], int]) -> dict[str, Any]:
     """Measure ``adapters``, as they lie, on the held-out split.
 
     Raises:
@@ -91,11 +91,11 @@ def evaluate(job: Job, adapters: Any, stop: Callable[[], int]) -> dict[str, Any]
     def compute(rows: Any) -> Any:
         if stop() and jax.process_count() == 1:
             raise InterruptedError
-        return job.compute(job.params, {"lora": adapters}, rows)
+        return setup.compute(setup.params, {"lora": adapters}, rows)
 
-    parts = job.layout.parts
-    rows = -(-max(job.config.batch_size, 4 * parts) // parts) * parts
-    return validate(compute, job.model.model.tokenizer, job.held, length=job.config.length, rows=rows)
+    parts = setup.layout.parts
+    rows = -(-max(setup.config.batch_size, 4 * parts) // parts) * parts
+    return validate(compute, setup.model.model.tokenizer, setup.held, length=setup.config.max_length, rows=rows)
 
 
 class _Clock:
@@ -112,19 +112,19 @@ class _Clock:
         return self.minutes is not None and time.monotonic() - self.began >= 60 * self.minutes
 
 
-def _make_step(job: Job) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
+def _make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
     """``(state, number of steps so far) -> (state, metrics)``, with the stability terms where they are due."""
-    config, layout = job.config, job.layout
-    step = make_train_step(job.model, job.tx, layout, trained=job.trained, accumulate=config.accumulate)
-    view = make_stability_view(job.model, shrink_ratio(config.optimizer), layout)
+    config, layout = setup.config, setup.layout
+    step = make_train_step(setup.model, setup.tx, layout, trained=setup.trained, accumulate=config.gradient_accumulation_steps)
+    view = make_stability_view(setup.model, shrink_ratio(config.optimizer), layout)
 
     def one(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
-        batch = layout.rows(lambda part: batch_of_step(job.loader, number, part), config.batch_size)
+        batch = layout.rows(lambda part: batch_of_step(setup.loader, number, part), config.batch_size)
         due = config.stability_every is not None and (number + 1) % config.stability_every == 0
         before = jax.tree.map(jnp.copy, state.adapters) if due else None  # the step donates its own
-        state, metrics = step(state, job.params, batch, job.numbers)
+        state, metrics = step(state, setup.params, batch, setup.numbers)
         if due:
-            metrics["stability"] = view(before, state.adapters, metrics["latches"], job.params, batch)
+            metrics["stability"] = view(before, state.adapters, metrics["latches"], setup.params, batch)
         return state, metrics
 
     return one
@@ -136,49 +136,49 @@ def _evaluates(config: RunConfig, step: int, now: int) -> bool:
     return config.evaluate and due
 
 
-def _evaluate(job: Job, placed: TrainState, step: int, log: RunLog, came: Callable[[], int]) -> int:
+def _evaluate(setup: TrainingSetup, placed: TrainState, step: int, log: RunLog, received: Callable[[], int]) -> int:
     """Evaluate and log it; where a signal comes in between, nothing is logged and the signal is given."""
     try:
-        log.write_evaluation(step, evaluate(job, placed.adapters, came))
+        log.write_evaluation(step, evaluate(setup, placed.adapters, received))
     except InterruptedError:
-        return came()
+        return received()
     return 0
 
 
 def _read(
-    job: Job, placed: TrainState, number: int, manager: Any, log: RunLog, unread: Unread, new: Unread | None = None
+    setup: TrainingSetup, placed: TrainState, number: int, manager: Any, log: RunLog, unread: PendingMetrics, new: PendingMetrics | None = None
 ) -> None:
     """Log the metrics of a step; ``placed`` is the state after ``number`` steps: that step, or ``new``, the next."""
-    step, metrics = unread[0], job.layout.fetch(unread[1])
+    step, metrics = unread[0], setup.layout.fetch(unread[1])
     log.write_step(step, metrics)
     bad = int(metrics["in_a_row"])
-    if bad < job.config.max_consecutive_errors:
+    if bad < setup.config.max_consecutive_errors:
         return
     if new:  # what is saved is logged, too
-        log.write_step(new[0], job.layout.fetch(new[1]))
-    _save(job, placed, number, manager)
+        log.write_step(new[0], setup.layout.fetch(new[1]))
+    _save(setup, placed, number, manager)
     checkpoint.wait(manager)
-    loader = job.loader
+    loader = setup.loader
     rows = rows_of_step(step - 1, loader.batch_size, loader.rows, loader.seed)
     texts = [i for row in texts_of_rows(loader, rows) for i in row]
     raise RunError(
         f"loss or gradient was not finite in {bad} steps in a row, {step - bad + 1} to {step}; nothing was learnt "
         f"in them, and the adapters of step {step - bad} are saved in checkpoint {number}. Step {step} read the "
         f"training texts {', '.join(map(str, texts[:64]))}{', ...' if len(texts) > 64 else ''} (from 0). "
-        "Try a smaller learning_rate or clip_norm with another output="
+        "Try a smaller learning_rate or max_grad_norm with another output="
     )
 
 
-def _save(job: Job, placed: TrainState, number: int, manager: Any) -> TrainState:
+def _save(setup: TrainingSetup, placed: TrainState, number: int, manager: Any) -> TrainState:
     """Begin to save the state after ``number`` steps; the state, host arrays."""
     if not manager.directory.is_dir():  # Orbax would make it again, of a run that has lost the rest
         raise RunError(f"cannot write checkpoint {number}: {manager.directory} is gone; put it back or begin anew")
-    state = job.layout.fetch(placed)
-    checkpoint.save(manager, number, state, about_of(job, number))
+    state = setup.layout.fetch(placed)
+    checkpoint.save(manager, number, state, metadata_of(setup, number))
     return state
 
 
-def about_of(job: Job, step: int) -> dict[str, Any]:
+def metadata_of(setup: TrainingSetup, step: int) -> dict[str, Any]:
     """What a checkpoint of ``step`` says beside the state; the place in the data is a function of the step."""
-    place = place_of_step(step, job.loader.batch_size, job.loader.rows)
-    return {**job.about, "data": {**job.about["data"], **place._asdict()}}
+    place = place_of_step(step, setup.loader.batch_size, setup.loader.rows)
+    return {**setup.metadata, "data": {**setup.metadata["data"], **place._asdict()}}

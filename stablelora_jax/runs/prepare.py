@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.runs.build import make_schedule, make_training, numbers_of
-from stablelora_jax.data import Loader, longest_row, make_loader, most_segments, statistics, tokenised, training_texts
+from stablelora_jax.data import Loader, longest_row, make_loader, most_segments, statistics, tokenize_dataset, training_texts
 from stablelora_jax.lora.summary import describe
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.interop.export import locate_adapter
@@ -34,13 +34,13 @@ from stablelora_jax.config.parallel import MeshConfig
 from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
 from stablelora_jax.runs.directory import identity
 from stablelora_jax.data.tasks import load_questions
-from stablelora_jax.training.step import Numbers, TrainState, init_state
+from stablelora_jax.training.step import Hyperparams, TrainState, init_state
 from stablelora_jax.lora.transform import init_adapters
-from stablelora_jax.runs.validation import HeldOut, held_out
+from stablelora_jax.runs.validation import ValidationSet, held_out
 from stablelora_jax.interop.warm_start import start_adapters
 
 
-class Job(NamedTuple):
+class TrainingSetup(NamedTuple):
     """What a run works with; nothing in it changes."""
 
     config: RunConfig  # with its steps, where it said epochs
@@ -51,17 +51,17 @@ class Job(NamedTuple):
     params: Any  # as the layout has it
     loader: Loader
     data: dict[str, Any]  # statistics of what is trained on
-    held: HeldOut  # validation
+    held: ValidationSet  # validation
     schedule: optax.Schedule
-    tx: Callable[[Numbers], optax.GradientTransformation]
-    numbers: Numbers  # as the layout has them
+    tx: Callable[[Hyperparams], optax.GradientTransformation]
+    numbers: Hyperparams  # as the layout has them
     trained: Callable[[Any], Any]  # the adapters as the loss sees them
     start: TrainState  # host arrays
     compute: Any  # make_compute's
-    about: dict[str, Any]  # what a checkpoint must agree with
+    metadata: dict[str, Any]  # what a checkpoint must agree with
 
 
-def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, resumes: bool = False) -> Job:
+def prepare(config: RunConfig, directory: Path, log_fn: Callable[[str], None], *, resumes: bool = False) -> TrainingSetup:
     """Load the base and the data, and make the start; of a run that ``resumes``, only what the start looks like.
 
     Raises:
@@ -69,28 +69,28 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
     """
     base = config.model.path or str(base_directory())
     layout = make_layout(config, architecture(config.model.path))
-    layout.require_rows(config.batch_size, config.accumulate)
+    layout.require_rows(config.batch_size, config.gradient_accumulation_steps)
     model, params = _load_base(config, base, layout)
-    loader = _load(config, model.tokenizer, say)
+    loader = _load(config, model.tokenizer, log_fn)
     require_known(loader.store.tokens, model.config.vocab_size, base)
-    config, data = _with_steps(config, loader, say)
+    config, data = _with_steps(config, loader, log_fn)
     held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
     for example in held.examples:
         require_known(example.tokens, model.config.vocab_size, base)
     key = jax.random.key(config.seed)
-    fresh = config.adapter is None or resumes
+    fresh = config.init_from is None or resumes
     adapters = init_adapters(key, params, config.lora) if fresh else _given(config, params)
     require_peft_form(adapters, config.lora, params)
     tx, trained = make_training(config, params, adapters)
-    say(describe(params, adapters, config.lora))
+    log_fn(describe(params, adapters, config.lora))
     if config.freeze:
-        say(f"frozen: {', '.join(config.freeze)}")
+        log_fn(f"frozen: {', '.join(config.freeze)}")
     length = longest_row(loader)
     model = fitted(model, config, layout, params, adapters, length=length, segments=most_segments(loader))
     if (config.model.attention, config.model.remat) != ("auto", "auto"):
         _try(model, params, length)
     low_rank, numbers = adapted(model, config.lora), numbers_of(config, adapters)
-    return Job(
+    return TrainingSetup(
         config=config,
         directory=directory,
         base=base,
@@ -106,7 +106,7 @@ def prepare(config: RunConfig, directory: Path, say: Callable[[str], None], *, r
         trained=trained,
         start=to_host(init_state(adapters, tx(numbers), jax.random.fold_in(key, 1))),
         compute=make_compute(low_rank, layout),
-        about={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
+        metadata={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
     )
 
 
@@ -119,8 +119,8 @@ def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, A
         model, params = untie(model, params)
     if model.tokenizer is None:
         raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
-    if config.length > model.config.max_position_embeddings:
-        raise InputError(f"length {config.length} is more than the {model.config.max_position_embeddings} of {base}")
+    if config.max_length > model.config.max_position_embeddings:
+        raise InputError(f"max_length {config.max_length} is more than the {model.config.max_position_embeddings} of {base}")
     return model, params
 
 
@@ -148,7 +148,7 @@ def fitted(
         kind = best_here(model.dtype, model.config, length, packed, partitioned=True)
     remat: str = config.model.remat
     if remat == "auto":
-        rows = config.batch_size // (layout.parts * config.accumulate)
+        rows = config.batch_size // (layout.parts * config.gradient_accumulation_steps)
         sizes: dict[str, Any] = {"rows": rows, "length": length, "dtype": model.dtype}
         remat = choose_remat(model.config, params, adapters, **sizes, attention=kind)
     return model.clone(attention=kind, segments=segments, remat=remat)
@@ -162,8 +162,8 @@ def _try(model: Decoder, params: Any, length: int) -> None:
 
 def _given(config: RunConfig, params: Any) -> Any:
     """The adapter that the run begins with."""
-    assert config.adapter is not None
-    return start_adapters(locate_adapter(config.adapter)[0], params, config.lora)
+    assert config.init_from is not None
+    return start_adapters(locate_adapter(config.init_from)[0], params, config.lora)
 
 
 def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
@@ -178,22 +178,22 @@ def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
     return mesh_layout(own.data, own.fsdp, own.tensor, key_value_heads=model.num_key_value_heads)
 
 
-def _load(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> Loader:
+def _load(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> Loader:
     """The training split as batches, with a line where something of it is cut."""
     data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
     if is_chat(config) and not chat:
-        say("data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template")
-    how = {"length": config.length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
-    store = tokenised(tokenizer, texts, **how, say=say)  # type: ignore[arg-type]
+        log_fn("data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template")
+    how = {"length": config.max_length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
+    store = tokenize_dataset(tokenizer, texts, **how, log_fn=log_fn)  # type: ignore[arg-type]
     if store.cut:
         side = {"left": "beginning", "right": "end"}[data.truncate]
-        say(f"{store.cut} of {len(texts)} training texts are longer than length={config.length}: their {side} is cut")
+        log_fn(f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length}: their {side} is cut")
     return make_loader(
-        store, batching=data.batching, length=config.length, batch_size=config.batch_size, seed=config.seed
+        store, batching=data.batching, length=config.max_length, batch_size=config.batch_size, seed=config.seed
     )
 
 
-def _with_steps(config: RunConfig, loader: Loader, say: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
+def _with_steps(config: RunConfig, loader: Loader, log_fn: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration with its epochs as steps, and the statistics of what is trained on, which are said."""
     if config.epochs is not None:
         steps = config.epochs * loader.rows / config.batch_size
@@ -201,7 +201,7 @@ def _with_steps(config: RunConfig, loader: Loader, say: Callable[[str], None]) -
             raise InputError(f"epochs {config.epochs:g} are {steps:.3g} steps, more than {MOST['steps']}: name fewer")
         config = replace(config, steps=max(1, math.ceil(steps)), epochs=None)
     n = statistics(loader, config.steps)
-    say(
+    log_fn(
         f"{n['texts']} texts in {n['rows']} rows: {n['tokens']} tokens, {n['loss_tokens']} of them learnt; "
         f"{n['padding']:.1%} of a batch is padding; {config.steps} steps are {n['epochs']:.2f} epochs"
     )

@@ -26,21 +26,21 @@ import jax
 
 from stablelora_jax.training import checkpoint
 from stablelora_jax.utils import compile_cache, tree
-from stablelora_jax.runs import plots as report
+from stablelora_jax.runs import legacy, plots
 from stablelora_jax.utils.errors import InputError, RunError, brief
 from stablelora_jax.utils.files import partial_name, put_new, write_whole, writing
 from stablelora_jax.interop.base_record import base_record
 from stablelora_jax.interop.peft import save_peft
-from stablelora_jax.utils.signals import listening
+from stablelora_jax.utils.signals import catch_signals
 from stablelora_jax.runs.log import RunLog
-from stablelora_jax.runs.loop import about_of, train
+from stablelora_jax.runs.loop import metadata_of, train
 from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices, to_host
-from stablelora_jax.runs.prepare import Job, prepare
+from stablelora_jax.runs.prepare import TrainingSetup, prepare
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.runs.directory import changed, create, locate, lock, read_summary
 from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
 from stablelora_jax.runs.early_stopping import best_step
-from stablelora_jax.runs.summary import story, summarize
+from stablelora_jax.runs.summary import summary_lines, summarize
 from stablelora_jax.runs.trackers import require_installed
 from stablelora_jax.training.step import TrainState
 
@@ -53,12 +53,12 @@ def _enough_memory() -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        less = "a smaller batch_size, length or lora.rank, or a larger accumulate, needs less (see --dry-run)"
+        less = "a smaller batch_size, max_length or lora.rank, or a larger gradient_accumulation_steps, needs less (see --dry-run)"
         raise RunError(f"there is too little memory ({brief(error)}): {less}") from None
 
 
 @_enough_memory()
-def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, Any]:
     """Do the run, or what is left of it, and give its summary.
 
     Raises:
@@ -71,10 +71,10 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
     if config.distributed is not None:
         initialize(**asdict(config.distributed))
     require_devices()
-    say = say if is_primary() else _nothing
+    log_fn = log_fn if is_primary() else _nothing
     directory = locate(config)
     if (summary := read_summary(directory)) and has_adapter(directory) and not changed(directory, config):
-        say(f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew.")
+        log_fn(f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew.")
         return summary
     if is_primary() and (directory / LOCK).exists():
         with lock(directory):  # before minutes are spent on loading
@@ -83,47 +83,46 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, Any]
     checkpoints = directory / CHECKPOINTS
     checkpoint.require_undamaged(checkpoints)
     newest = checkpoint.latest(checkpoints)
-    job = prepare(config, directory, say, resumes=newest is not None)
-    if newest is not None and newest > job.config.steps:
-        raise InputError(f"{directory} has done {newest} steps, more than steps={job.config.steps}: raise steps")
+    setup = prepare(config, directory, log_fn, resumes=newest is not None)
+    if newest is not None and newest > setup.config.steps:
+        raise InputError(f"{directory} has done {newest} steps, more than steps={setup.config.steps}: raise steps")
     with ExitStack() as held:
         if is_primary():
             held.enter_context(lock(directory))
             if checkpoint.latest(checkpoints) != newest:
                 raise InputError(f"another process has written to {directory} in the meantime: start again")
-        state = job.start if newest is None else _restored(job, checkpoints, newest, config.accept_changes)
+        state = setup.start if newest is None else _restored(setup, checkpoints, newest, config.accept_changes)
         if is_primary():
             create(directory, config, newest or 0)
         barrier("the run directory is there")
-        log = held.enter_context(closing(_opened_log(job, newest or 0)))
-        state = _trained(job, state, checkpoints, log, say)
+        log = held.enter_context(closing(_opened_log(setup, newest or 0)))
+        state = _trained(setup, state, checkpoints, log, log_fn)
         _require_learnt(state)
-        kept = _keep_adapter(job, state, checkpoints, log)
-    return _finish(job, log, int(state.step), kept, time.monotonic() - began, say)
+        kept = _keep_adapter(setup, state, checkpoints, log)
+    return _finish(setup, log, int(state.step), kept, time.monotonic() - began, log_fn)
 
 
-def _opened_log(job: Job, step: int) -> RunLog:
-    config, writes = job.config, is_primary()
+def _opened_log(setup: TrainingSetup, step: int) -> RunLog:
+    config, writes = setup.config, is_primary()
     how = {"trackers": config.trackers, "writes": writes}
-    log = RunLog(job.directory, step, config.steps, job.schedule, config.lora, **how)  # type: ignore[arg-type]
-    log.write_data(job.data, accept_changes=config.accept_changes)
+    log = RunLog(setup.directory, step, config.steps, setup.schedule, config.lora, **how)  # type: ignore[arg-type]
+    log.write_data(setup.data, accept_changes=config.accept_changes)
     return log
 
 
-def _restored(job: Job, checkpoints: Path, step: int, accept_changes: bool) -> TrainState:
-    about = about_of(job, step)
-    return checkpoint.restore(checkpoints, job.start, step=step, about=about, accept_changes=accept_changes)
+def _restored(setup: TrainingSetup, checkpoints: Path, step: int, accept_changes: bool) -> TrainState:
+    return legacy.restore(checkpoints, setup.start, step, metadata_of(setup, step), accept_changes=accept_changes)
 
 
-def _trained(job: Job, state: TrainState, checkpoints: Path, log: RunLog, say: Callable[[str], None]) -> TrainState:
-    config = job.config
+def _trained(setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog, log_fn: Callable[[str], None]) -> TrainState:
+    config = setup.config
 
     def best() -> int | None:
         return best_step(log.evaluations(), config.metric)
 
-    say(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {job.directory}")
-    with listening() as came, checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager:
-        state = train(job, state, manager, log, came)
+    log_fn(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {setup.directory}")
+    with catch_signals() as received, checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager:
+        state = train(setup, state, manager, log, received)
         checkpoint.wait(manager)
     return state
 
@@ -132,28 +131,30 @@ def _require_learnt(state: TrainState) -> None:
     if 0 < int(state.step) == int(state.skipped):
         raise RunError(
             f"none of the {int(state.step)} steps was applied, since loss, gradient or update was not finite in each: "
-            "nothing was learnt, and no adapter is written. Try a smaller lora.alpha, learning_rate or clip_norm with "
+            "nothing was learnt, and no adapter is written. Try a smaller lora.alpha, learning_rate or max_grad_norm with "
             "another output="
         )
 
 
-def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -> int:
+def _keep_adapter(setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog) -> int:
     """Put the last adapter, or where so configured the best, into RUN/adapter; the step that it is of."""
-    config, step = job.config, int(state.step)
+    config, step = setup.config, int(state.step)
     there = {step, *checkpoint.steps(checkpoints)}  # under another metric, the best may be long gone
     known = {own: found for own, found in log.evaluations().items() if own in there}
     best = best_step(known, config.metric) if config.select == "best" else None
     if best not in (None, step):
-        state, step = checkpoint.restore(checkpoints, job.start, step=best), best
-    params, base = _readable(job), base_record(job.params, job.base)
-    if is_primary() and not has_adapter(job.directory):
+        state = legacy.restore(checkpoints, setup.start, best, {**metadata_of(setup, best)}, accept_changes=True)
+        step = best
+    params, base = _readable(setup), base_record(setup.params, setup.base)
+    if is_primary() and not has_adapter(setup.directory):
         metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name, "base": base}
+        metadata |= {"dtype": config.model.dtype, "untie": config.model.untie}
         metadata |= {"quantize": config.model.quantize} if config.model.quantize else {}
-        partial = partial_name(job.directory / ADAPTER)
+        partial = partial_name(setup.directory / ADAPTER)
         try:
-            save_peft(partial, state.adapters, config.lora, base_model=job.base, params=params, metadata=metadata)
-            with writing(job.directory / ADAPTER):
-                put_new(partial, job.directory / ADAPTER)
+            save_peft(partial, state.adapters, config.lora, base_model=setup.base, params=params, metadata=metadata)
+            with writing(setup.directory / ADAPTER):
+                put_new(partial, setup.directory / ADAPTER)
         except InputError as error:
             raise RunError(f"{error}; step {state.step} is saved, and the same command goes on from it") from None
         finally:
@@ -161,28 +162,28 @@ def _keep_adapter(job: Job, state: TrainState, checkpoints: Path, log: RunLog) -
     return step
 
 
-def _readable(job: Job) -> Any:
+def _readable(setup: TrainingSetup) -> Any:
     """The base with what an adapter's file may hold of it, embedding and head, where this process can read it."""
-    params = job.params
+    params = setup.params
     for path in (("model", "embed_tokens"), ("lm_head",)):
-        if jax.process_count() > 1 and tree.get_in(job.start.adapters, path) is not None:
+        if jax.process_count() > 1 and tree.get_in(setup.start.adapters, path) is not None:
             params = tree.set_in(params, path, to_host(tree.get_in(params, path)))
     return params
 
 
-def _finish(job: Job, log: RunLog, steps: int, kept: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+def _finish(setup: TrainingSetup, log: RunLog, steps: int, kept: int, seconds: float, log_fn: Callable[[str], None]) -> dict[str, Any]:
     """Pictures, summary and what is said at the end."""
-    summary = summarize(job.config, log, steps, kept, seconds)
+    summary = summarize(setup.config, log, steps, kept, seconds)
     if is_primary():
         try:
-            report.draw(job.directory)
+            plots.draw(setup.directory)
         except InputError as error:  # a user's own picture, which is no reason to lose the summary
-            say(f"no pictures: {error}")
-        with writing(job.directory / SUMMARY):
-            write_whole(job.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    for line in story(job.config, log, job.held.questions, summary):
-        say(line)
-    say(f"{steps} steps in {summary['minutes']} minutes; adapter, pictures and numbers are in {job.directory}")
+            log_fn(f"no pictures: {error}")
+        with writing(setup.directory / SUMMARY):
+            write_whole(setup.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    for line in summary_lines(setup.config, log, setup.held.questions, summary):
+        log_fn(line)
+    log_fn(f"{steps} steps in {summary['minutes']} minutes; adapter, pictures and numbers are in {setup.directory}")
     return summary
 
 

@@ -41,11 +41,11 @@ def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: fl
     return plain(summary)
 
 
-def story(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
+def summary_lines(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
     """A few questions with the answers before and after training, then the accuracies and the losses."""
     before, after = log.evaluation(0), log.evaluation(summary["steps"])
     if before and after and questions and all(_fits(found, questions) for found in (before, after)):
-        for i in np.linspace(0, len(questions) - 1, config.show, dtype=int):
+        for i in np.linspace(0, len(questions) - 1, config.num_samples, dtype=int):
             question, was, now = questions[i], before["answers"][i], after["answers"][i]
             marks = ["right" if answer == question.label else "wrong" for answer in (was, now)]
             said = [f"{question.choices[a].strip()} ({m})" for a, m in zip((was, now), marks, strict=True)]

@@ -11,20 +11,20 @@ from stablelora_jax.data import Example, Text, templated, training_texts
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
-from stablelora_jax.evaluation.loglikelihood import Compute, Request, likelihoods
+from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, Request, likelihoods
 from stablelora_jax.parallel import is_primary
 from stablelora_jax.config.run import RunConfig, takes_template
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
 
 
-class HeldOut(NamedTuple):
+class ValidationSet(NamedTuple):
     """The held-out split, as it is measured."""
 
     examples: Sequence[Example]  # the right answers with their end, as in training
     questions: Sequence[Question]  # none where the task asks no questions
 
 
-def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem | Chat]) -> HeldOut:
+def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem | Chat]) -> ValidationSet:
     """Tokenise the split's right answers, cut as in training; questions in the chat template where training is.
 
     Raises:
@@ -40,14 +40,14 @@ def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Probl
         tokenizer,
         training_texts(items),
         end=True,
-        length=config.length,
+        length=config.max_length,
         truncate=config.data.truncate,
         chat=chat,
     )
-    return HeldOut(list(examples), questions)
+    return ValidationSet(list(examples), questions)
 
 
-def validate(compute: Compute, tokenizer: Any, held: HeldOut, *, length: int, rows: int) -> dict[str, Any]:
+def validate(compute: LoglikelihoodFn, tokenizer: Any, held: ValidationSet, *, length: int, rows: int) -> dict[str, Any]:
     """``loss`` (nats per learnt token) and, where there are questions, ``acc``, ``acc_norm`` and the ``answers``.
 
     ``compute`` is what ``make_compute`` gives, with its parameters and adapters; ``rows`` run together.

@@ -38,15 +38,15 @@ def masked_cross_entropy(logits: jax.Array, tokens: ArrayLike, loss_mask: ArrayL
     """``(sum of -log p over the tokens whose loss_mask is 1, their number)``, both scalars in the dtype of ``logits``.
 
     The sum, not the mean: a mean over devices or micro-batches of unequal token counts is not the batch's mean. This is
-    the definition that :func:`tiled_cross_entropy` is tested against.
+    the definition that :func:`chunked_cross_entropy` is tested against.
     """
     mask = jnp.asarray(loss_mask, logits.dtype).at[:, 0].set(0)
     return -(token_log_probs(logits, jnp.where(mask == 0, 0, tokens)) * mask).sum(), mask.sum()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 6))
-def tiled_cross_entropy(
-    logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, tile: int
+def chunked_cross_entropy(
+    logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> jax.Array:
     """The sum of ``-weights * log p(targets)``, a scalar in the dtype of the logits.
 
@@ -57,24 +57,24 @@ def tiled_cross_entropy(
       x: (B, K, D), what the head reads.
       targets: (B, K) int32; one outside the vocabulary gives NaN.
       weights: (B, K); 0 where nothing is to be predicted, whatever the target is. Not differentiated.
-      tile: tokens of a row that are seen together, see :func:`tile_length`.
+      tile: tokens of a row that are seen together, see :func:`chunk_length`.
     """
-    return _visit(logits, trained, frozen, x, targets, weights, tile, learn=False)[0]
+    return _visit(logits, trained, frozen, x, targets, weights, chunk, learn=False)[0]
 
 
 def _forward(
-    logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, tile: int
+    logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> tuple[jax.Array, Any]:
-    loss, *gradients = _visit(logits, trained, frozen, x, targets, weights, tile, learn=True)
+    loss, *gradients = _visit(logits, trained, frozen, x, targets, weights, chunk, learn=True)
     return loss, gradients
 
 
-def _backward(logits: Logits, tile: int, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _backward(logits: Logits, chunk: int, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     d_trained, dx = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
     return d_trained, None, dx, None, None
 
 
-tiled_cross_entropy.defvjp(_forward, _backward)
+chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 def token_scores(
@@ -85,7 +85,7 @@ def token_scores(
     ``logits`` maps (B, tile, D) to (B, tile, V); over ``parts`` devices the rows are split.
     """
     vocabulary, targets = jax.eval_shape(logits, x[:, :1]).shape[-1], jnp.asarray(targets)
-    tile = tile_length(-(-x.shape[0] // parts), x.shape[1], vocabulary)
+    chunk = chunk_length(-(-x.shape[0] // parts), x.shape[1], vocabulary)
 
     def score(part: Any) -> tuple[jax.Array, jax.Array]:
         x, targets = part
@@ -93,11 +93,11 @@ def token_scores(
         z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         return _log_probs(z, targets), jnp.argmax(z, axis=-1) == targets
 
-    found = jax.lax.map(score, (tiles(x, tile), tiles(targets, tile)))
+    found = jax.lax.map(score, (tiles(x, chunk), tiles(targets, chunk)))
     return jax.tree.map(lambda x: untiled(x, targets.shape[1]), found)
 
 
-def tile_length(rows: int, length: int, vocabulary: int, whole: int | None = None) -> int:
+def chunk_length(rows: int, length: int, vocabulary: int, whole: int | None = None) -> int:
     """How many of ``length`` tokens of each of ``rows`` rows make a tile: 64 MiB of logits or an eighth of all at most.
 
     But one at least. Of tiles as few as that allows, the shortest: what is filled up after the end is multiplied, too.
@@ -108,11 +108,11 @@ def tile_length(rows: int, length: int, vocabulary: int, whole: int | None = Non
     return -(-length // count)
 
 
-def tiles(x: jax.Array, tile: int) -> jax.Array:
+def tiles(x: jax.Array, chunk: int) -> jax.Array:
     """(B, K, ...) -> (tiles, B, tile, ...), filled up with zeros."""
     B, K = x.shape[:2]
-    x = jnp.pad(x, ((0, 0), (0, -K % tile), *((0, 0) for _ in x.shape[2:])))
-    return x.reshape(B, -1, tile, *x.shape[2:]).swapaxes(0, 1)
+    x = jnp.pad(x, ((0, 0), (0, -K % chunk), *((0, 0) for _ in x.shape[2:])))
+    return x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
 def untiled(x: jax.Array, length: int) -> jax.Array:
@@ -128,13 +128,13 @@ def _visit(
     x: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    tile: int,
+    chunk: int,
     *,
     learn: bool,
 ) -> tuple[Any, ...]:
     """The loss and, to ``learn``, its gradients with respect to ``trained`` and ``x``."""
     targets = _fenced(jnp.where(weights == 0, 0, targets))
-    parts = tiles(x, tile), tiles(targets, tile), tiles(weights, tile)
+    parts = tiles(x, chunk), tiles(targets, chunk), tiles(weights, chunk)
     numbers = jnp.arange(parts[0].shape[0])
     shape: Any = jax.eval_shape(logits, trained, frozen, parts[0][0], numbers[0])
 

@@ -14,7 +14,7 @@ from stablelora_jax.data import Batch
 from stablelora_jax.lora.apply import Adapted
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.models.inputs import integers, places
-from stablelora_jax.training.cross_entropy import tile_length, tiled_cross_entropy
+from stablelora_jax.training.cross_entropy import chunk_length, chunked_cross_entropy
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import get_in, set_in
 
@@ -44,12 +44,12 @@ def summed_loss(
     x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
     targets = jnp.take_along_axis(batch.tokens, at, axis=1)
     config = model.model.config
-    tile = tile_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
+    chunk = chunk_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
     path = head_path(config)
     head = get_in(variables, ("lora", *path)) or {}
     drops, impl = None, None
     if keys is not None and head:  # by token: neither the length of a tile nor what else is learnt matters
-        drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % tile)))
+        drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % chunk)))
         impl = jax.random.key_impl(keys)
     frozen = jax.lax.stop_gradient(dict(variables)), drops
 
@@ -60,12 +60,12 @@ def summed_loss(
         if drops is None:
             return apply(x)
         keys, at = drops
-        at = jax.lax.dynamic_slice_in_dim(at, number * tile, tile, axis=1)
+        at = jax.lax.dynamic_slice_in_dim(at, number * chunk, chunk, axis=1)
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(keys, impl=impl), at)
         return apply(x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
     with jax.named_scope("loss"):  # in the names of operations, for a profile
-        return tiled_cross_entropy(logits, head, frozen, x, targets, weights, tile)
+        return chunked_cross_entropy(logits, head, frozen, x, targets, weights, chunk)
 
 
 def learnt_places(batch: Batch) -> tuple[Any, Any]:

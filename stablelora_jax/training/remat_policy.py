@@ -18,10 +18,10 @@ from jax.typing import DTypeLike
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here
-from stablelora_jax.models.block import wide
+from stablelora_jax.models.block import accum_dtype
 from stablelora_jax.training.cross_entropy import TILE_BYTES
 
-POLICIES = ("useful", "no_mlp", "attention", "nothing")  # from the fastest to the smallest
+POLICIES = ("save_dots", "no_mlp", "attention", "nothing")  # from the fastest to the smallest
 SHARE = 0.9  # of a device's memory that is counted on
 ADAMW = 4  # a float32 adapter, its gradient and two moments
 
@@ -49,31 +49,31 @@ def choose_remat(
     """
     kind = best_here(dtype, config, length, 0) if attention == "auto" else attention
     room = SHARE * device_bytes()
-    tile = max(TILE_BYTES, 4 * rows * config.vocab_size)  # a token of each row at least
-    fixed = _bytes(params) + ADAMW * _bytes(adapters) + 3 * tile
+    chunk = max(TILE_BYTES, 4 * rows * config.vocab_size)  # a token of each row at least
+    fixed = _bytes(params) + ADAMW * _bytes(adapters) + 3 * chunk
     ranks = sum(pair["lora_a"].shape[-1] for pair in pairs(adapters).values())
     for policy in POLICIES:
         shape: dict[str, Any] = {"rows": rows, "length": length, "dtype": dtype, "ranks": ranks}
-        step = kept_bytes(config, policy, **shape, dense=kind == "xla")
+        step = saved_activation_bytes(config, policy, **shape, dense=kind == "xla")
         if fixed + step + working_bytes(config, rows=rows, length=length) <= room:
             return policy
     return POLICIES[-1]
 
 
-def kept_bytes(
+def saved_activation_bytes(
     config: DecoderConfig, policy: str, *, rows: int, length: int, dtype: DTypeLike, ranks: int, dense: bool = False
 ) -> int:
     """Bytes that all layers together keep for the backward pass; ``ranks`` is the sum over a layer's pairs.
 
     ``dense``: attention keeps its probabilities (``xla``), not the statistics of flash attention.
     """
-    c, wider = config, jnp.dtype(wide(dtype)).itemsize / jnp.dtype(dtype).itemsize
+    c, wider = config, jnp.dtype(accum_dtype(dtype)).itemsize / jnp.dtype(dtype).itemsize
     heads = c.num_attention_heads
     statistics = heads * wider * (length if dense else 1)  # float32 at least
     projections = (heads + 2 * c.num_key_value_heads) * c.head_dim + c.hidden_size
     kept = {"nothing": 0.0, "attention": ranks + heads * c.head_dim + (0 if dense else statistics)}
     kept["no_mlp"] = ranks + heads * c.head_dim + statistics + projections
-    kept["useful"] = kept["no_mlp"] + 2 * c.intermediate_size
+    kept["save_dots"] = kept["no_mlp"] + 2 * c.intermediate_size
     numbers = c.hidden_size + kept[policy]  # the stream that enters the layer is always kept
     return round(numbers * jnp.dtype(dtype).itemsize * c.num_hidden_layers * rows * length)
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablelora_jax.lora.apply import Adapted, Observer
-from stablelora_jax.lora.pairs import make_site, pairs
+from stablelora_jax.lora.pairs import make_target_module, pairs
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.optimizers import latches
@@ -125,8 +125,8 @@ def by_name(view: Mapping[Path, Stability], spec: LoraSpec) -> dict[str, dict[st
     """``{dotted module name: {field: number}}`` of concrete terms, one entry a layer; padding is left out."""
     named = {}
     for path, terms in view.items():
-        site = make_site(path, np.shape(terms.a), (0, 0), spec)
-        for i, (name, rank) in enumerate(zip(site.names, site.ranks, strict=True)):
+        target = make_target_module(path, np.shape(terms.a), (0, 0), spec)
+        for i, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
             if rank:
                 named[name] = {field: float(np.ravel(value)[i]) for field, value in terms._asdict().items()}
     return named

@@ -29,20 +29,20 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # steps so far, int32 scalar
     skipped: jax.Array  # those that changed nothing, since something in them was not finite, int32 scalar
-    in_a_row: jax.Array  # how many of the last steps were skipped, int32 scalar
+    consecutive_skips: jax.Array  # how many of the last steps were skipped, int32 scalar
     adapters: Any
     opt_state: optax.OptState
     key: jax.Array  # raw PRNG key, uint32; never changes: randomness is folded from it by step and row
 
 
-class Numbers(NamedTuple):
+class Hyperparams(NamedTuple):
     """What a sweep varies, as arrays: another value needs no new compilation."""
 
     rates: Mapping[str, Any]  # the optimizer's learning rates at their peak, scalars, by name
-    hyper: Any  # scales and dropout rates, as transform.hyper makes them; None: those of the spec
+    lora_hyperparams: Any  # scales and dropout rates, as transform.hyper makes them; None: those of the spec
 
 
-MakeOptimizer = Callable[[Numbers], optax.GradientTransformation]
+MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformation]
 
 
 def init_state(adapters: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -67,7 +67,7 @@ def make_train_step(
 
     Args:
       model: the adapted decoder.
-      tx: sees the gradients of the adapters. Or a function that makes it from :class:`Numbers`: then the step takes
+      tx: sees the gradients of the adapters. Or a function that makes it from :class:`Hyperparams`: then the step takes
         them as its fourth argument, placed like ``params``, and compiles once for all of them.
       layout: where state, ``params`` and the rows of ``batch`` lie.
       trained: may hold parts of the adapters constant (``optimize.freeze_a``); their gradients are zero.
@@ -75,7 +75,7 @@ def make_train_step(
     """
 
     def step(
-        state: TrainState, params: Any, batch: Batch, numbers: Numbers | None = None
+        state: TrainState, params: Any, batch: Batch, numbers: Hyperparams | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         rows = rows_here(batch.tokens.shape[0], layout.axis)
         parts = layout.parts if layout.axis is None else 1
@@ -85,7 +85,9 @@ def make_train_step(
         def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if model.spec.dropout else None
             variables = {"params": params, "lora": trained(adapters)}
-            variables |= {"lora_hp": numbers.hyper} if numbers and numbers.hyper is not None else {}
+            variables |= (
+                {"lora_hp": numbers.lora_hyperparams} if numbers and numbers.lora_hyperparams is not None else {}
+            )
             return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(learnt, 1)
 
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
@@ -152,7 +154,7 @@ def _updated(
     new = (optax.apply_updates(state.adapters, updates), opt_state)
     adapters, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.adapters, state.opt_state))
     bad = (~finite).astype(jnp.int32)
-    in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
-    after = TrainState(state.step + 1, state.skipped + bad, in_a_row, adapters, opt_state, state.key)
+    consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
+    after = TrainState(state.step + 1, state.skipped + bad, consecutive_skips, adapters, opt_state, state.key)
     metrics = {"loss": loss, "gradient_norm": norm, "applied": state.step - state.skipped, "skipped": bad}
-    return after, {**metrics, "in_a_row": in_a_row, **norm_summary(adapters), "latches": latches(opt_state)}
+    return after, {**metrics, "in_a_row": consecutive_skips, **norm_summary(adapters), "latches": latches(opt_state)}

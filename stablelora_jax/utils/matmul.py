@@ -26,25 +26,25 @@ class Type:
     sharding: Any  # on a mesh with explicit axes; else None
 
 
-def product(x: jax.Array, factor: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, factor: jax.Array) -> jax.Array:
     """``x @ factor``: x (..., n), factor (n, m) of any float dtype; (..., m) in at least float32.
 
     Inside ``jax.shard_map`` and on a mesh with explicit axes the gradient of ``factor`` is summed over the devices and
     lies as ``factor`` does. Reverse-mode differentiable only.
     """
     axes = _varying(x) | _varying(factor)
-    return _product(_cast(x, axes), _cast(factor, axes))
+    return _matmul(_cast(x, axes), _cast(factor, axes))
 
 
 @jax.custom_vjp
-def _product(x: jax.Array, factor: jax.Array) -> jax.Array:
+def _matmul(x: jax.Array, factor: jax.Array) -> jax.Array:
     return _dot(x, factor.astype(x.dtype), (x.ndim - 1,), (0,))
 
 
 def _forward(x: Any, factor: Any) -> tuple[jax.Array, Any]:
     """What is None in the residuals is constant: the other has no gradient."""
     kept = x.value if factor.perturbed else None, factor.value if x.perturbed else None
-    return _product(x.value, factor.value), (*kept, _type(x.value), _type(factor.value))
+    return _matmul(x.value, factor.value), (*kept, _type(x.value), _type(factor.value))
 
 
 def _backward(residuals: Any, cotangent: Any) -> tuple[Any, Any]:
@@ -61,7 +61,7 @@ def _backward(residuals: Any, cotangent: Any) -> tuple[Any, Any]:
     return dx, gradient
 
 
-_product.defvjp(_forward, _backward, symbolic_zeros=True)
+_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_factor(x: jax.Array, cotangent: jax.Array, like: Type) -> jax.Array:
@@ -76,9 +76,9 @@ def _of_factor(x: jax.Array, cotangent: jax.Array, like: Type) -> jax.Array:
 
 
 def _dot(x: jax.Array, y: jax.Array, of_x: tuple[int, ...], of_y: tuple[int, ...], sharding: Any = None) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    accum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     dimensions = ((of_x, of_y), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=wide, out_sharding=sharding)
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=accum_dtype, out_sharding=sharding)
 
 
 def _type(x: jax.Array) -> Type:

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def listening() -> Iterator[Callable[[], int]]:
+def catch_signals() -> Iterator[Callable[[], int]]:
     """Note the first of :data:`SIGNALS`; what is given says which has come, 0 for none.
 
     A second signal is not waited for: it does what it always does. Outside the main thread, where Python gives no
@@ -21,11 +21,11 @@ def listening() -> Iterator[Callable[[], int]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
-    came: list[int] = []
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
         restore()
 
     def restore() -> None:
@@ -35,6 +35,6 @@ def listening() -> Iterator[Callable[[], int]]:
     for number in SIGNALS:
         signal.signal(number, note)
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: received[0] if received else 0
     finally:
         restore()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablelora_jax.config.engine import REQUIRED, dump, help_text, load, option, section, to_dict
+from stablelora_jax.config import REQUIRED, dump, help_text, load, option, section, to_dict
 from stablelora_jax.utils.errors import InputError
 
 

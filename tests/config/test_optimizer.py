@@ -11,9 +11,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from stablelora_jax import InputError, LoraSpec, init_adapters, load_pretrained
-from stablelora_jax import optimizers as optimize
-from stablelora_jax.config import engine as config
+from stablelora_jax import InputError, LoraSpec, config, init_adapters, load_pretrained, optimizers
 from stablelora_jax.config.optimizer import CONFIGS, NOT_IN_A_FILE, OPTIMIZERS, shrink_ratio, trained_part
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.models.pretrained.load import base_directory
@@ -64,14 +62,14 @@ def test_every_optimizer_is_built_with_its_scale_and_schedule(name):
     tx = make_optimizer(loaded, adapters)
     updates, state = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), adapters)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, adapters)
-    assert len(optimize.latches(state)) == 1  # the shrink is around it once, for stable_lora too
+    assert len(optimizers.latches(state)) == 1  # the shrink is around it once, for stable_lora too
 
 
 def test_the_scale_reaches_the_rule():
     pair = {"p": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}}
-    spec = LoraSpec(target=["p"], rank=2, alpha=8)
-    chosen = replace(load("optimizer.name=altlora", "schedule.name=constant", "clip_norm=null"), lora=spec)
-    tx, direct = make_optimizer(chosen, pair), optimize.altlora(1e-3, scale=4.0)
+    spec = LoraSpec(target_modules=["p"], rank=2, alpha=8)
+    chosen = replace(load("optimizer.name=altlora", "schedule.name=constant", "max_grad_norm=null"), lora=spec)
+    tx, direct = make_optimizer(chosen, pair), optimizers.altlora(1e-3, scale=4.0)
     ours, expected = (t.update(pair, t.init(pair), pair)[0] for t in (tx, direct))
     chex.assert_trees_all_close(ours, expected)
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stablelora_jax import InputError, base_directory, init_adapters, load_pretrained
-from stablelora_jax.config import engine as config
+from stablelora_jax import InputError, base_directory, config, init_adapters, load_pretrained
 from stablelora_jax.config.parallel import MeshConfig
 from stablelora_jax.config.run import DataConfig, ModelConfig, RunConfig
 from stablelora_jax.models.attention import SEGMENTS
@@ -40,7 +39,7 @@ def test_there_is_one_for_each_model_and_task():
 def test_a_paper_setting_says_what_the_paper_says_and_traces_at_full_size(path):
     loaded = config.load(RunConfig, path)
     assert path.stem == f"{loaded.model.path.split('/')[1].lower()}-{loaded.task.name}"
-    assert loaded.lora.rank == 8 and loaded.lora.target == ("q_proj", "v_proj")
+    assert loaded.lora.rank == 8 and loaded.lora.target_modules == ("q_proj", "v_proj")
     optimizer = loaded.optimizer
     assert optimizer.name == "stable_lora" and (optimizer.b1, optimizer.b2) == (0.9, 0.999)
     assert optimizer.shrink_ratio in (5e-4, 1e-3, 2e-3, 5e-3) and 5e-5 <= optimizer.learning_rate <= 8e-4
@@ -84,7 +83,7 @@ def test_a_directory_is_read_and_what_has_no_config_is_refused(tmp_path):
 
 def test_a_dry_run_says_what_the_step_needs():
     said = []
-    loaded = config.load(RunConfig, ROOT / "configs" / "default.yaml", ["batch_size=8", "length=32"])
+    loaded = config.load(RunConfig, ROOT / "configs" / "default.yaml", ["batch_size=8", "max_length=32"])
     found = dry_run(loaded, said.append)
     model, params = load_pretrained(base_directory())
     adapters = init_adapters(jax.random.key(0), params, loaded.lora)

@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from stablelora_jax import InputError
-from stablelora_jax.config import engine as config
-from stablelora_jax.config.engine import option, section
+from stablelora_jax import InputError, config
+from stablelora_jax.config import option, section
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import (
     Constant,

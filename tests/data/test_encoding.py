@@ -25,7 +25,7 @@ from stablelora_jax.data import (
     templated,
     training_texts,
 )
-from stablelora_jax.data.batch import learnt_places
+from stablelora_jax.data.batch import loss_positions
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.data.tasks.question import Problem, Question
 
@@ -61,7 +61,7 @@ def test_long_texts_lose_their_beginning(tokenizer):
     whole = encode(tokenizer, "one two three four five six seven", " eight", end=True, length=64)
     cut = encode(tokenizer, "one two three four five six seven", " eight", end=True, length=len(whole.tokens) - 3)
     assert cut.tokens == whole.tokens[3:] and cut.answer == whole.answer - 3 and cut.cut == 3
-    with pytest.raises(InputError, match="does not fit into length=2"):
+    with pytest.raises(InputError, match="does not fit into max_length=2"):
         encode(tokenizer, "one", " two three four five six", end=True, length=2)
 
 
@@ -109,9 +109,11 @@ def test_a_long_text_is_cut_on_the_side_that_is_said_or_refused(tokenizer):
     left, right = (encode(tokenizer, **given, length=n - 2, truncate=side) for side in ("left", "right"))
     assert (left.tokens, left.answer, left.cut) == (whole.tokens[2:], whole.answer - 2, 2)
     assert (right.tokens, right.answer, right.cut) == (whole.tokens[:-2], whole.answer, 2)
-    assert encode(tokenizer, **given, length=n, truncate="refuse") == whole
-    with pytest.raises(InputError, match=f"has {n} tokens, more than length={n - 1}: raise length, or set data.trunc"):
-        encode(tokenizer, **given, length=n - 1, truncate="refuse")
+    assert encode(tokenizer, **given, length=n, truncate="error") == whole
+    with pytest.raises(
+        InputError, match=f"has {n} tokens, more than max_length={n - 1}: raise max_length, or set data.trunc"
+    ):
+        encode(tokenizer, **given, length=n - 1, truncate="error")
     with pytest.raises(InputError, match="does not fit"):
         encode(tokenizer, **given, length=whole.answer, truncate="right")
 
@@ -217,18 +219,18 @@ def test_learnt_places_are_where_the_mask_is(rows, length, spare, random):
     mask = np.array([[random.randint(0, 1) for _ in range(length)] for _ in range(rows)], np.int32)
     mask = mask.reshape(rows, length)
     most = int(mask.sum(axis=1).max(initial=0)) + spare
-    found, most = learnt_places(mask, most), max(1, most)  # the head reads a place at least
+    found, most = loss_positions(mask, most), max(1, most)  # the head reads a place at least
     assert found.dtype == np.int32 and found.shape == (rows, most) and found.tolist() == places_by_hand(mask, most)
 
 
 def test_of_nothing_learnt_there_is_one_place():
     """0, which is never learnt."""
-    np.testing.assert_array_equal(learnt_places(np.zeros((2, 3), np.int32), 0), [[0], [0]])
+    np.testing.assert_array_equal(loss_positions(np.zeros((2, 3), np.int32), 0), [[0], [0]])
 
 
 def test_more_learnt_places_than_room_are_refused():
     with pytest.raises(InputError, match="a row learns 3 tokens, and there is room for 2"):
-        learnt_places(np.array([[0, 1, 1, 1], [0, 0, 1, 0]]), 2)
+        loss_positions(np.array([[0, 1, 1, 1], [0, 0, 1, 0]]), 2)
 
 
 TEXTS = st.lists(st.integers(2, 48).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))), min_size=1)
@@ -237,7 +239,7 @@ TEXTS = st.lists(st.integers(2, 48).flatmap(lambda n: st.tuples(st.just(n), st.i
 @settings(max_examples=60, deadline=None)
 @given(TEXTS, st.integers(1, 5), st.sampled_from(["bucket", "pack"]))
 def test_there_is_room_for_all_that_is_learnt_and_little_more(texts, batch_size, batching):
-    """One K for each T, never too small (``learnt_places`` would say so), and less than 16 above what a row needs."""
+    """One K for each T, never too small (``loss_positions`` would say so), and less than 16 above what a row needs."""
     lengths, answers = (np.array(column, np.int32) for column in zip(*texts, strict=True))
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     store = TokenStore(tokens, lengths, answers, first_fit(lengths, 48), np.cumsum(lengths), 0, "")

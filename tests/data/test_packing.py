@@ -12,7 +12,7 @@ from stablelora_jax.data import Example, first_fit, pack, plan_of
 from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from tests.helpers import jit, largest_difference, tiny_decoder, trained
 
-SPEC = LoraSpec(target="all-linear", rank=2)
+SPEC = LoraSpec(target_modules="all-linear", rank=2)
 
 
 def plainly(lengths, room):

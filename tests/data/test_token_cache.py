@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, base_directory
-from stablelora_jax.data import Text, batch_of_step, digest, encode, make_loader, statistics, tokenised
+from stablelora_jax.data import Text, batch_of_step, digest, encode, make_loader, statistics, tokenize_dataset
 from stablelora_jax.data import token_cache as module
 from stablelora_jax.models.pretrained.tokenizer import load_tokenizer
 
@@ -25,15 +25,15 @@ def same(a, b):
 
 
 def test_a_hit_is_a_miss_is_memory(tokenizer, tmp_path, monkeypatch):
-    memory = tokenised(tokenizer, TEXTS, length=16)
-    miss = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path)
+    memory = tokenize_dataset(tokenizer, TEXTS, length=16)
+    miss = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path)
 
     def refuse(*_, **__):
         raise AssertionError("tokenised again")
         yield
 
     monkeypatch.setattr(module, "encode_many", refuse)
-    hit = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path)
+    hit = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path)
     assert same(memory, miss) and same(memory, hit) and isinstance(hit.tokens, np.memmap)
     assert [p.name for p in tmp_path.iterdir()] == [hit.digest]
     assert {a.dtype for a in (hit.tokens, hit.lengths, hit.answers, hit.rows)} == {np.dtype(np.int32)}
@@ -48,10 +48,10 @@ def test_a_hit_is_a_miss_is_memory(tokenizer, tmp_path, monkeypatch):
 def test_chunks_do_not_show(tokenizer, monkeypatch):
     from stablelora_jax.data import encoding
 
-    whole = tokenised(tokenizer, TEXTS, length=16)
+    whole = tokenize_dataset(tokenizer, TEXTS, length=16)
     for where in (module, encoding):
         monkeypatch.setattr(where, "AT_ONCE", 7)
-    assert same(whole, tokenised(tokenizer, TEXTS, length=16))
+    assert same(whole, tokenize_dataset(tokenizer, TEXTS, length=16))
 
 
 def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeypatch):
@@ -91,7 +91,7 @@ def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeyp
 @pytest.mark.parametrize("name", ["tokens.bin", "rows.bin", "about.json"])
 @pytest.mark.parametrize("how", ["gone", "short", "other"])
 def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, name, how):
-    made, said = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path), []
+    made, said = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path), []
     file = tmp_path / made.digest / name
     content = file.read_bytes()
     expected = [np.array(x) for x in made[:5]]
@@ -99,27 +99,27 @@ def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, name, how):
         file.unlink()
     else:
         file.write_bytes(content[:-8] if how == "short" else bytes([content[0] ^ 1]) + content[1:])
-    again = tokenised(tokenizer, TEXTS, length=16, cache=tmp_path, say=said.append)
+    again = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path, log_fn=said.append)
     assert same(again[:5], expected) and file.read_bytes() == content
     assert len(said) == 1 and "is damaged" in said[0] and name in said[0]
     assert [p.name for p in tmp_path.iterdir()] == [made.digest]
 
 
 def test_a_build_that_fails_leaves_nothing(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="of t-6 has 19 tokens, more than length=18"):
-        tokenised(tokenizer, TEXTS, length=18, truncate="refuse", cache=tmp_path)
+    with pytest.raises(InputError, match="of t-6 has 19 tokens, more than max_length=18"):
+        tokenize_dataset(tokenizer, TEXTS, length=18, truncate="error", cache=tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="the token cache .* cannot be used"):
-        tokenised(tokenizer, TEXTS, length=16, cache=tmp_path / "file")
+        tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path / "file")
     with pytest.raises(InputError, match="no text to train on"):
-        tokenised(tokenizer, [], length=16)
+        tokenize_dataset(tokenizer, [], length=16)
 
 
 def test_the_end_is_trained_even_where_it_is_the_pad(tokenizer):
     same_pad = copy.deepcopy(tokenizer)
     same_pad.pad_token = same_pad.eos_token
-    store = tokenised(same_pad, TEXTS, length=64)
+    store = tokenize_dataset(same_pad, TEXTS, length=64)
     assert same_pad.pad_token_id == same_pad.eos_token_id
     for batching in ("bucket", "pack"):
         loader = make_loader(store, batching=batching, length=64, batch_size=4, seed=0)
@@ -132,7 +132,7 @@ def test_the_end_is_trained_even_where_it_is_the_pad(tokenizer):
 
 
 def test_statistics_are_counted(tokenizer):
-    store = tokenised(tokenizer, TEXTS, length=64)
+    store = tokenize_dataset(tokenizer, TEXTS, length=64)
     for batching in ("bucket", "pack"):
         loader = make_loader(store, batching=batching, length=64, batch_size=5, seed=0)
         steps = -(-loader.rows // 5)
@@ -151,4 +151,4 @@ def test_statistics_are_counted(tokenizer):
 @pytest.mark.parametrize("cache", ["\0", "\ud800", "", "x" * 300])
 def test_a_place_that_no_file_system_takes_is_one_line(tokenizer, cache):
     with pytest.raises(InputError, match="^data.cache "):
-        tokenised(tokenizer, [Text("a", "b", "0")], length=16, cache=cache)
+        tokenize_dataset(tokenizer, [Text("a", "b", "0")], length=16, cache=cache)

@@ -39,7 +39,7 @@ def stories():
 @pytest.fixture(scope="module")
 def adapter(stories, tmp_path_factory):
     _, params = load_pretrained(stories)
-    spec = LoraSpec(rank=4, target=["q_proj", "v_proj"])
+    spec = LoraSpec(rank=4, target_modules=["q_proj", "v_proj"])
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=0.1)
     directory = tmp_path_factory.mktemp("adapter") / "peft"
     save_peft(directory, adapters, spec, base_model=stories)
@@ -76,10 +76,10 @@ def test_generations(compare, stories, shared):
 
 
 def test_differences_are_seen(compare):
-    from stablelora_jax.evaluation.tasks import Measured
+    from stablelora_jax.evaluation.tasks import TaskResult
 
     row = {"index": 0, "loglikelihoods": [-1.0, -2.0], "target": 0, "acc": 1.0}
-    ours = Measured([row], {"acc": 1.0, "acc_stderr": None})
+    ours = TaskResult([row], {"acc": 1.0, "acc_stderr": None})
     means = {"acc,none": 1.0, "acc_stderr,none": "N/A"}
     assert compare.difference("arc_easy", ours, [dict(row)], means)["different"] == []
     other = {**row, "acc": 0.0, "loglikelihoods": [-1.0, -2.5]}

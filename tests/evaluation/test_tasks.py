@@ -8,7 +8,7 @@ import pytest
 
 from stablelora_jax import InputError, base_directory, load_pretrained
 from stablelora_jax.evaluation.loglikelihood import encode
-from stablelora_jax.evaluation.tasks import Measured, mean_stderr, measure, subject, table, write
+from stablelora_jax.evaluation.tasks import TaskResult, mean_stderr, measure, subject, table, write
 from tests.data.tasks.test_arc import OURS
 from tests.data.tasks.test_arc import write as write_rows
 from tests.data.tasks.test_math import ROW
@@ -92,7 +92,7 @@ def test_mistakes(one, data):
 
 def test_files_and_table(tmp_path):
     measured = {
-        "arc_easy": Measured([{"index": 0, "acc": 1.0}], {"split": "test", "rows": 1, "acc": 1.0, "acc_stderr": None})
+        "arc_easy": TaskResult([{"index": 0, "acc": 1.0}], {"split": "test", "rows": 1, "acc": 1.0, "acc_stderr": None})
     }
     write(tmp_path / "out" / "here", measured, {"model": "m"})
     assert json.loads((tmp_path / "out/here/arc_easy.jsonl").read_text()) == {"index": 0, "acc": 1.0}

@@ -74,10 +74,10 @@ def test_every_row_of_the_list_runs(tmp_path):
         if name.startswith(("train", "mark")) and row["status"] == "done":
             low, high = row["measured"]["step_seconds_quartiles"]
             assert low <= row["measured"]["step_seconds"] <= high and row["measured"]["tokens_per_second"] > 0
-            assert row["measured"].get("remat") == row["arguments"].get("remat", "useful") or peer
+            assert row["measured"].get("remat") == row["arguments"].get("remat", "save_dots") or peer
     report = (tmp_path / "out" / "report.md").read_text()
     assert "A rehearsal of" in report and "not reached" not in report and "**NO**" not in report
-    for part in ("| qwen3-4b, no_mlp |", "| qwen3-8b, auto (useful) |", "published", "one adapter, seconds"):
+    for part in ("| qwen3-4b, no_mlp |", "| qwen3-8b, auto (save_dots) |", "published", "one adapter, seconds"):
         assert part in report
     assert bench(tmp_path / "out", "--rehearse").returncode == 0
     again = rows_of(tmp_path / "out")  # what lacks a package is tried again, and nothing else
@@ -353,7 +353,7 @@ def test_the_report_sets_ours_beside_the_fastest_peer():
     def row(name, rate, memory, **more):
         one = next(one for one in suite() if one.name == name)
         measured = {"tokens_per_second": rate, "step_seconds": 0.5, "step_seconds_quartiles": [0.4, 0.6], "mfu": 0.312}
-        measured |= {"peak_memory_bytes": memory, "compile_seconds": 7.0, "remat": "useful", **more}
+        measured |= {"peak_memory_bytes": memory, "compile_seconds": 7.0, "remat": "save_dots", **more}
         place = {"card": "C", "commit": "c", "source": "s", "date": "d", "versions": {"jax": "1"}}
         common = {"name": name, "section": one.section, "status": "done", "arguments": dict(one.arguments)}
         return common | place | {"measured": measured}
@@ -364,5 +364,7 @@ def test_the_report_sets_ours_beside_the_fastest_peer():
     assert "2.00 times peft-compile (asked 1.5), 0.50 of its memory (asked 0.8)" in text
     assert "MFU 31.2 % (asked 30 %)" in text and "Measured by" in text
     assert "| adamw | 8 | 300 | 500.0 (400.0 to 600.0) | 31.2 % | 4.00 | 7.0 |" in text
-    assert "| qwen3-4b, auto (useful) | 8 in 4 | 2,000 | 500.0 (400.0 to 600.0) | - | - | 7.0 | surogate 15.9k" in text
+    assert (
+        "| qwen3-4b, auto (save_dots) | 8 in 4 | 2,000 | 500.0 (400.0 to 600.0) | - | - | 7.0 | surogate 15.9k" in text
+    )
     assert "- right.logits\n" in text and "- mark.qwen3-4b.auto\n" not in text

@@ -40,7 +40,7 @@ def test_help_shows_every_key():
         (["lora.rnk=4"], "lora.rnk"),
         (["steps=many"], "steps"),
         (["optimizer.shrink_ratio=1.5"], "shrink_ratio"),
-        (["lora.target=[q_prj]"], "q_prj"),
+        (["lora.target_modules=[q_prj]"], "q_prj"),
         (["--config", "no/such.yaml"], "no/such.yaml"),
         (["model.path=no/such/model/dir"], "no/such/model/dir"),
         (["task={name: arc_easy, path: nowhere}"], "nowhere"),
@@ -77,7 +77,7 @@ def test_how_a_run_that_stops_ends(monkeypatch, capsys, error, code, line):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    def stop(config, say):
+    def stop(config, log_fn):
         assert config.seed == 5
         raise error
 

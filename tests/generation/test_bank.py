@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
-from stablelora_jax.generation.bank import banked, make_bank, swap
+from stablelora_jax.generation.bank import banked, make_bank, replace_adapter
 from tests.helpers import FOREIGN, random_params, tiny_decoder, tokens, trained
 
 MODEL, PARAMS = tiny_decoder()
 SPECS = [
     LoraSpec(rank=2),
-    LoraSpec(rank=4, target=["v_proj", "down_proj"], scaling="rslora", alpha=3),
-    LoraSpec(rank=3, target="all-linear", rank_pattern={"layers.1.*q_proj": 1}, alpha_pattern={"k_proj": 5}),
-    LoraSpec(rank=1, layers=(1,), exclude=["v_proj"], dropout=0.3),
-    LoraSpec(rank=2, target=["embed_tokens", "lm_head"], alpha=1),
+    LoraSpec(rank=4, target_modules=["v_proj", "down_proj"], scaling="rslora", alpha=3),
+    LoraSpec(rank=3, target_modules="all-linear", rank_pattern={"layers.1.*q_proj": 1}, alpha_pattern={"k_proj": 5}),
+    LoraSpec(rank=1, layers_to_transform=(1,), exclude_modules=["v_proj"], dropout=0.3),
+    LoraSpec(rank=2, target_modules=["embed_tokens", "lm_head"], alpha=1),
 ]
 ROWS = jnp.array([2, -1, 0, 4, 3, 1, 2], jnp.int32)
 
@@ -72,7 +72,7 @@ def test_swapping_compiles_nothing():
     chex.clear_trace_counter()
     for i, (index, spec) in enumerate([(3, SPECS[0]), (1, SPECS[3]), (0, LoraSpec(rank=4, scaling="rslora"))]):
         part = made(spec, seed=10 + i)
-        bank = swap(bank, index, *part)
+        bank = replace_adapter(bank, index, *part)
         got = apply({"params": PARAMS, "bank": bank, "rows": jnp.array([index, -1, 2])}, x)
         for j, one in enumerate((part, None, PARTS[2])):
             expected = alone(one, x[j : j + 1])[0]
@@ -191,24 +191,24 @@ BAD = {
         "adapter 0: model.layers.self_attn.q_proj: the kernel is",
     ),
     "index": (
-        lambda: swap(bank_of_all(), 5, *PARTS[0]),
+        lambda: replace_adapter(bank_of_all(), 5, *PARTS[0]),
         "no adapter 5 in a bank of 5: numbers go from 0 to 4",
     ),
     "swap_rank": (
-        lambda: swap(small_bank(), 0, *made(LoraSpec(rank=3))),
+        lambda: replace_adapter(small_bank(), 0, *made(LoraSpec(rank=3))),
         r"q_proj has lora_a \(3, 16, 3\); the bank has room for \(3, 16, 2\)",
     ),
     "swap_target": (
-        lambda: swap(small_bank(), 0, *PARTS[1]),
+        lambda: replace_adapter(small_bank(), 0, *PARTS[1]),
         "the new adapter adapts model.layers.mlp.down_proj, which the bank does not",
     ),
-    "swap_dora": (lambda: swap(small_bank(), 0, PARTS[0][0], DORA), "the new adapter is dora"),
+    "swap_dora": (lambda: replace_adapter(small_bank(), 0, PARTS[0][0], DORA), "the new adapter is dora"),
     "swap_model": (
-        lambda: swap(small_bank(), 0, *made(SPECS[0], params=tiny_decoder(hidden_size=8)[1])),
+        lambda: replace_adapter(small_bank(), 0, *made(SPECS[0], params=tiny_decoder(hidden_size=8)[1])),
         "the new adapter: model.layers.self_attn.q_proj has lora_a",
     ),
     "swap_stacked": (
-        lambda: swap(small_bank(), 0, PARTS[0][0], LoraSpec(rank=2, stacked=("layers", "blocks"))),
+        lambda: replace_adapter(small_bank(), 0, PARTS[0][0], LoraSpec(rank=2, stacked=("layers", "blocks"))),
         "the new adapter has stacked",
     ),
 }

@@ -38,7 +38,7 @@ CHAT = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-SPEC = LoraSpec(target=["q_proj", "v_proj", "down_proj"], rank=4)
+SPEC = LoraSpec(target_modules=["q_proj", "v_proj", "down_proj"], rank=4)
 
 
 def prompts(count):
@@ -188,8 +188,10 @@ def test_one_compilation_for_each_bucket_of_lengths(base):
 
 def test_the_cache_is_donated_and_may_be_narrow(base):
     model, params = base
-    wide = generate(model, {"params": params}, prompts(3), max_new_tokens=12)
-    assert ids(generate(model, {"params": params}, prompts(3), max_new_tokens=12, cache_dtype=jnp.float32)) == ids(wide)
+    accum_dtype = generate(model, {"params": params}, prompts(3), max_new_tokens=12)
+    assert ids(generate(model, {"params": params}, prompts(3), max_new_tokens=12, cache_dtype=jnp.float32)) == ids(
+        accum_dtype
+    )
     tokens, mask = padded(encode_prompts(model.tokenizer, prompts(2)), "right")
     keys, stops = jax.random.split(jax.random.key(0)), np.full(8, -1, np.int32)
     state = decode._start(model, {"params": params}, tokens, mask, None, stops, keys, 64, 32, jnp.dtype(jnp.bfloat16))
@@ -392,7 +394,7 @@ def test_a_bank_gives_each_prompt_its_adapter_in_any_order():
     from tests.helpers import tiny_decoder, trained
 
     model, params = tiny_decoder()
-    specs = [LoraSpec(rank=2, alpha=8), LoraSpec(rank=3, target=["o_proj"])]
+    specs = [LoraSpec(rank=2, alpha=8), LoraSpec(rank=3, target_modules=["o_proj"])]
     made = [trained(init_adapters(jax.random.key(i), params, spec), spec, seed=i) for i, spec in enumerate(specs)]
     bank = make_bank(params, list(zip(made, specs, strict=True)))
     prompts, rows = [[1, 2], [3, 4, 5, 6], [7], [8, 9, 10]], [0, -1, 1, 0]

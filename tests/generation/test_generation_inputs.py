@@ -13,7 +13,7 @@ from stablelora_jax import InputError, LoraSpec, generate, init_adapters, load_p
 from stablelora_jax.data import make_batch
 from stablelora_jax.data.encoding import Example
 from stablelora_jax.evaluation.loglikelihood import Request, likelihoods
-from stablelora_jax.evaluation.tasks import Measured, measure, subject, table
+from stablelora_jax.evaluation.tasks import TaskResult, measure, subject, table
 from stablelora_jax.generation.bank import banked
 from stablelora_jax.generation.decode import generate_tokens
 from stablelora_jax.generation.sampling import sampling, warp
@@ -155,7 +155,7 @@ def test_one_long_word_has_no_perplexity_of_words(measured):
     found = measure(subject(model, {"params": params}, batch_size=4), "text", data)
     assert found.summary["word_perplexity"] is None and math.isfinite(found.summary["byte_perplexity"])
     json.dumps(found.summary, allow_nan=False)
-    assert "word_perplexity   -" in table({"text": Measured(found.rows, found.summary)})
+    assert "word_perplexity   -" in table({"text": TaskResult(found.rows, found.summary)})
 
 
 def test_what_is_not_finite_is_not_measured(measured):

@@ -10,7 +10,7 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, init_adapters, load_peft, load_pretrained, save_peft
 from stablelora_jax.interop.base_record import base_record, other_base
-from stablelora_jax.interop.load_adapted import attach
+from stablelora_jax.interop.load_adapted import load_adapted_model
 from stablelora_jax.interop.metadata import load_metadata
 from stablelora_jax.models.pretrained.load import save_pretrained
 from stablelora_jax.quantization import quantize_params
@@ -94,11 +94,11 @@ def test_attach_and_a_rewritten_adapter(params, adapter, tmp_path):
     model, _ = tiny_decoder()
     save_pretrained(tmp_path / "one", model, params)
     save_pretrained(tmp_path / "two", model, changed(params, NORM, 0.25))
-    attach(tmp_path / "one", adapter, strict=True)
+    load_adapted_model(tmp_path / "one", adapter, strict=True)
     with pytest.raises(InputError, match=f"{tmp_path / 'two'} differs from it in model.norm.scale"):
-        attach(tmp_path / "two", adapter, strict=True)
+        load_adapted_model(tmp_path / "two", adapter, strict=True)
     with pytest.warns(UserWarning, match="on this base it is another model"):
-        attach(tmp_path / "two", adapter)
+        load_adapted_model(tmp_path / "two", adapter)
     other = load_pretrained(tmp_path / "two")[1]
     save_peft(adapter, init_adapters(jax.random.key(1), other, SPEC), SPEC, params=other)
     load_peft(adapter, other, strict=True)

@@ -20,7 +20,7 @@ from stablelora_jax.quantization import is_quantized
 from stablelora_jax.runs.directory import create
 from tests.helpers import largest_difference, tiny_decoder, trained
 
-SPEC = LoraSpec(rank=4, scaling="rslora", target=["q_proj", "down_proj"], rank_pattern={"layers.1.*q_proj": 2})
+SPEC = LoraSpec(rank=4, scaling="rslora", target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.*q_proj": 2})
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def adapter(tmp_path):
 def test_what_goes_out_means_the_same(kind, adapter):
     path, params, adapters = adapter
     said = []
-    out = export(path, kind, say=said.append)
+    out = export(path, kind, log_fn=said.append)
     assert out == path / "export" / ("adapter.gguf" if kind == "gguf" else kind) and len(said) == 1
     expected = merge(params, adapters, SPEC)
     if kind == "merged":
@@ -63,7 +63,7 @@ def test_what_goes_out_means_the_same(kind, adapter):
 def test_a_merged_model_is_rounded_once(adapter, dtype):
     path, params, adapters = adapter
     said = []
-    out = export(path, "merged", dtype=dtype, say=said.append)
+    out = export(path, "merged", dtype=dtype, log_fn=said.append)
     written = jnp.dtype(dtype or "float32")
     expected = jax.tree.map(lambda leaf: leaf.astype(written), merge(params, adapters, SPEC))
     chex.assert_trees_all_equal(load_pretrained(out, dtype=written)[1], expected)

@@ -19,13 +19,15 @@ from tests.models.gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, hf_tensors,
 
 ALL = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 SPECS = {
-    "plain": LoraSpec(rank=3, alpha=7, target=ALL),
-    "rslora": LoraSpec(rank=3, alpha=7, target=ALL, scaling="rslora"),
-    "ranks": LoraSpec(rank=6, alpha=7, target=ALL, rank_pattern={"layers.1.self_attn.q_proj": 2, "k_proj": 49}),
-    "rslora_ranks": LoraSpec(rank=3, alpha=7, target=ALL, scaling="rslora", rank_pattern={"k_proj": 2}),
-    "alphas": LoraSpec(rank=3, alpha=7, target=ALL, alpha_pattern={"k_proj": 2, "layers.0.mlp.up_proj": 0.5}),
-    "layers": LoraSpec(rank=2, alpha=7, target=["q_proj", "v_proj"], layers=[1]),
-    "ends": LoraSpec(rank=2, alpha=7, target=["q_proj", "embed_tokens", "lm_head"], alpha_pattern={"lm_head": 3}),
+    "plain": LoraSpec(rank=3, alpha=7, target_modules=ALL),
+    "rslora": LoraSpec(rank=3, alpha=7, target_modules=ALL, scaling="rslora"),
+    "ranks": LoraSpec(rank=6, alpha=7, target_modules=ALL, rank_pattern={"layers.1.self_attn.q_proj": 2, "k_proj": 49}),
+    "rslora_ranks": LoraSpec(rank=3, alpha=7, target_modules=ALL, scaling="rslora", rank_pattern={"k_proj": 2}),
+    "alphas": LoraSpec(rank=3, alpha=7, target_modules=ALL, alpha_pattern={"k_proj": 2, "layers.0.mlp.up_proj": 0.5}),
+    "layers": LoraSpec(rank=2, alpha=7, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
+    "ends": LoraSpec(
+        rank=2, alpha=7, target_modules=["q_proj", "embed_tokens", "lm_head"], alpha_pattern={"lm_head": 3}
+    ),
 }
 BIASES = {"qwen2": tuple(f"self_attn.{n}_proj" for n in "qkv")}
 
@@ -120,15 +122,17 @@ def test_what_llama_cpp_cannot_apply_is_refused_by_name(tmp_path):
         assert "\n" not in str(caught.value) and not path.exists()
 
     plain = SPECS["plain"]
-    refused(r"q_proj\.lora_magnitude_vector.*merged", LoraSpec(rank=2, target=["q_proj"], parametrization="dora"))
+    refused(
+        r"q_proj\.lora_magnitude_vector.*merged", LoraSpec(rank=2, target_modules=["q_proj"], parametrization="dora")
+    )
     refused(r"model\.norm\.full\.scale.*merged", LoraSpec(rank=2, modules_to_save=["norm"]))
     at = ("model", "layers", "self_attn", "k_proj", "lora_b")
     for value in (np.nan, np.inf, 1e39):
         spoil = lambda x, v=value: tree.set_in(x, at, np.full(tree.get_in(x, at).shape, v))
         refused(r"blk\.0\.attn_k\.weight\.lora_b holds NaN", plain, spoil)
     tied = dataclasses.replace(model.config, tie_word_embeddings=True)
-    refused(r"as model\.embed_tokens is.*merged", LoraSpec(rank=2, target=["embed_tokens"]), config=tied)
-    refused(r"as lm_head is.*merged", LoraSpec(rank=2, target=["lm_head"]), config=tied)
+    refused(r"as model\.embed_tokens is.*merged", LoraSpec(rank=2, target_modules=["embed_tokens"]), config=tied)
+    refused(r"as lm_head is.*merged", LoraSpec(rank=2, target_modules=["lm_head"]), config=tied)
     refused("'gpt2'", plain, config=dataclasses.replace(model.config, model_type="gpt2"))
     refused("the spec says 2", dataclasses.replace(plain, rank=2), lambda x: adapters_of(params, plain))
     refused("no positive float32", dataclasses.replace(plain, alpha=1e39))

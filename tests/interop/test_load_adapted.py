@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, base_directory, init_adapters, load_pretrained, save_peft
-from stablelora_jax.interop.load_adapted import attach
+from stablelora_jax.interop.load_adapted import load_adapted_model
 from tests.conftest import ROOT
 from tests.data.tasks.test_arc import OURS
 from tests.data.tasks.test_arc import write as write_rows
@@ -38,7 +38,7 @@ def test_attach(adapter):
         {"adapter": adapter, "merged": True},
         {"adapter": adapter, "apart": True},
     ):
-        model, variables = attach(BASE, **arguments)
+        model, variables = load_adapted_model(BASE, **arguments)
         logits.append(np.asarray(model.apply(variables, tokens)))
         assert ("lora" in variables) == (arguments.get("adapter") is not None and "merged" not in arguments)
     base, beside, merged, apart = logits
@@ -46,14 +46,14 @@ def test_attach(adapter):
     np.testing.assert_allclose(merged, beside, atol=1e-4 * max(1, np.abs(beside).max()))
     np.testing.assert_allclose(apart, beside, atol=1e-4 * max(1, np.abs(beside).max()))
     assert "lm_head" in variables["params"], "untied"
-    model, variables = attach(BASE, adapter, dtype=jnp.bfloat16, merged=True)
+    model, variables = load_adapted_model(BASE, adapter, dtype=jnp.bfloat16, merged=True)
     assert model.dtype == variables["params"]["model"]["embed_tokens"]["embedding"].dtype == jnp.bfloat16
     with pytest.raises(InputError, match="no/where"):
-        attach("no/where", adapter)  # the base that is given, not the one that the adapter names
+        load_adapted_model("no/where", adapter)  # the base that is given, not the one that the adapter names
     with pytest.raises(InputError, match="merged needs an adapter"):
-        attach(BASE, merged=True)
+        load_adapted_model(BASE, merged=True)
     with pytest.raises(InputError, match="neither a run directory"):
-        attach(BASE, adapter.parent)
+        load_adapted_model(BASE, adapter.parent)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from stablelora_jax.interop.merged import save_merged
 from tests.helpers import tiny_decoder, tokens, trained
 
 SPECS = {
-    "lora": LoraSpec(target="all-linear", rank=3),
-    "tied": LoraSpec(target="all-linear", rank=3, scaling="rslora"),
-    "tied_embedding": LoraSpec(target=["embed_tokens", "q_proj"], rank=2),
-    "head_and_embedding": LoraSpec(target=["embed_tokens", "lm_head"], rank=2),
+    "lora": LoraSpec(target_modules="all-linear", rank=3),
+    "tied": LoraSpec(target_modules="all-linear", rank=3, scaling="rslora"),
+    "tied_embedding": LoraSpec(target_modules=["embed_tokens", "q_proj"], rank=2),
+    "head_and_embedding": LoraSpec(target_modules=["embed_tokens", "lm_head"], rank=2),
     "dora_saved_bias": LoraSpec(
         parametrization="dora", rank=2, modules_to_save=["lm_head", "norm", "layers.1.mlp"], bias="all"
     ),
@@ -73,7 +73,7 @@ def test_fifty_greedy_tokens_of_a_real_model(tied, shared, tmp_path):
     model, params = load_pretrained(shared("models/stories260K"))
     if not tied:
         model, params = untie(model, params)
-    spec = LoraSpec(target=["q_proj", "down_proj", "embed_tokens"], rank=4, parametrization="dora")
+    spec = LoraSpec(target_modules=["q_proj", "down_proj", "embed_tokens"], rank=4, parametrization="dora")
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=0.15)
     save_merged(tmp_path, model, params, adapters, spec)
     settings = dict(max_new_tokens=50)

@@ -12,44 +12,52 @@ from safetensors.numpy import load_file, save_file
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, load_peft, save_peft, save_pretrained
 from stablelora_jax.interop.peft import load_metadata
-from stablelora_jax.lora.target_modules import param_sites
+from stablelora_jax.lora.target_modules import find_target_modules
 from tests.helpers import jit, tiny_decoder, tokens, trained
 
 SPECS = {
     "default": LoraSpec(),
-    "rslora": LoraSpec(scaling="rslora", rank=4, alpha=11.5, target=["o_proj", "down_proj"]),
-    "all_linear": LoraSpec(target="all-linear", rank=2, dropout=0.1),
-    "regex": LoraSpec(target=r".*\.(q|up)_proj", rank=3),
+    "rslora": LoraSpec(scaling="rslora", rank=4, alpha=11.5, target_modules=["o_proj", "down_proj"]),
+    "all_linear": LoraSpec(target_modules="all-linear", rank=2, dropout=0.1),
+    "regex": LoraSpec(target_modules=r".*\.(q|up)_proj", rank=3),
     "patterns": LoraSpec(
-        target="all-linear",
+        target_modules="all-linear",
         rank=4,
         rank_pattern={"layers.1.self_attn.q_proj": 1, "q_proj": 2, "down_proj": 3},
         alpha_pattern={"layers.[02].*v_proj": 3, "up_proj": 7.5},
         scaling="rslora",
     ),
-    "exclude": LoraSpec(target=["q_proj", "v_proj"], exclude=["layers.1.self_attn.q_proj"], rank=2),
-    "exclude_regex": LoraSpec(target="all-linear", exclude=r".*(mlp|\.2\.).*", rank=2),
-    "layers": LoraSpec(target=["k_proj", "gate_proj"], layers=(0, 2), rank=2),
-    "layers_regex": LoraSpec(target=r".*proj", layers=(1,), rank=2),
-    "regex_of_containers": LoraSpec(target=r"model\.layers\.[01].*", rank=2),
-    "head": LoraSpec(target=["q_proj", "lm_head"], rank=2),
-    "embedding": LoraSpec(target=["embed_tokens", "o_proj"], rank=2, alpha=3),
-    "tied_embedding": LoraSpec(target=["embed_tokens", "o_proj"], rank=2, alpha=3, scaling="rslora"),
-    "dora": LoraSpec(parametrization="dora", target="all-linear", rank=3, rank_pattern={"layers.1.mlp.up_proj": 1}),
-    "dora_some_layers": LoraSpec(parametrization="dora", scaling="rslora", target=["q_proj"], layers=(0, 2)),
-    "dora_embedding": LoraSpec(parametrization="dora", target=["embed_tokens", "q_proj", "lm_head"], rank=2),
+    "exclude": LoraSpec(target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.q_proj"], rank=2),
+    "exclude_regex": LoraSpec(target_modules="all-linear", exclude_modules=r".*(mlp|\.2\.).*", rank=2),
+    "layers": LoraSpec(target_modules=["k_proj", "gate_proj"], layers_to_transform=(0, 2), rank=2),
+    "layers_regex": LoraSpec(target_modules=r".*proj", layers_to_transform=(1,), rank=2),
+    "regex_of_containers": LoraSpec(target_modules=r"model\.layers\.[01].*", rank=2),
+    "head": LoraSpec(target_modules=["q_proj", "lm_head"], rank=2),
+    "embedding": LoraSpec(target_modules=["embed_tokens", "o_proj"], rank=2, alpha=3),
+    "tied_embedding": LoraSpec(target_modules=["embed_tokens", "o_proj"], rank=2, alpha=3, scaling="rslora"),
+    "dora": LoraSpec(
+        parametrization="dora", target_modules="all-linear", rank=3, rank_pattern={"layers.1.mlp.up_proj": 1}
+    ),
+    "dora_some_layers": LoraSpec(
+        parametrization="dora", scaling="rslora", target_modules=["q_proj"], layers_to_transform=(0, 2)
+    ),
+    "dora_embedding": LoraSpec(parametrization="dora", target_modules=["embed_tokens", "q_proj", "lm_head"], rank=2),
     "saved": LoraSpec(rank=2, modules_to_save=["lm_head", "embed_tokens", "norm", "mlp"]),
     "saved_some_layers": LoraSpec(rank=2, modules_to_save=["layers.1.input_layernorm", "layers.0.self_attn"]),
-    "saved_target": LoraSpec(rank=2, target="all-linear", modules_to_save=["k_proj", "layers.2.mlp.up_proj"]),
+    "saved_target": LoraSpec(rank=2, target_modules="all-linear", modules_to_save=["k_proj", "layers.2.mlp.up_proj"]),
     "tied_saved": LoraSpec(rank=2, modules_to_save=["embed_tokens"]),
     "bias_all": LoraSpec(rank=2, bias="all"),
-    "bias_lora_only": LoraSpec(rank=2, bias="lora_only", target=["q_proj", "down_proj"], layers=(1, 2)),
-    "lora_bias": LoraSpec(rank=2, lora_bias=True, target=["q_proj", "up_proj"], layers=(0, 2), alpha=3),
+    "bias_lora_only": LoraSpec(
+        rank=2, bias="lora_only", target_modules=["q_proj", "down_proj"], layers_to_transform=(1, 2)
+    ),
+    "lora_bias": LoraSpec(
+        rank=2, lora_bias=True, target_modules=["q_proj", "up_proj"], layers_to_transform=(0, 2), alpha=3
+    ),
     "everything": LoraSpec(
         rank=3,
         parametrization="dora",
         scaling="rslora",
-        target=["q_proj", "up_proj", "embed_tokens"],
+        target_modules=["q_proj", "up_proj", "embed_tokens"],
         rank_pattern={"layers.1.*up_proj": 2},
         alpha_pattern={"q_proj": 5},
         modules_to_save=["lm_head", "input_layernorm"],
@@ -70,7 +78,12 @@ def logits(model, params, spec, adapters):
 
 
 def chosen(spec, params):
-    return [n for site in param_sites(params, spec).values() for n, r in zip(site.names, site.ranks, strict=True) if r]
+    return [
+        n
+        for target in find_target_modules(params, spec).values()
+        for n, r in zip(target.names, target.ranks, strict=True)
+        if r
+    ]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -79,7 +92,7 @@ def test_round_trip(name, tmp_path):
     save_peft(tmp_path, adapters, spec, params=params)
     loaded, read = load_peft(tmp_path, params)
     chex.assert_trees_all_equal(loaded, adapters)
-    if isinstance(spec.target, tuple) and name != "saved":
+    if isinstance(spec.target_modules, tuple) and name != "saved":
         assert read == spec
     assert {n: (read.rank_of(n), read.scale_of(n)) for n in chosen(read, params)} == {
         n: (spec.rank_of(n), spec.scale_of(n)) for n in chosen(spec, params)
@@ -268,7 +281,7 @@ def test_rules_of_peft(name, tmp_path):
 
 def test_layers_hold_for_whole_names_too_when_peft_reads_ours(tmp_path):
     _, params = tiny_decoder()
-    spec = LoraSpec(rank=2, target=["q_proj", "lm_head"], layers=(0,))
+    spec = LoraSpec(rank=2, target_modules=["q_proj", "lm_head"], layers_to_transform=(0,))
     save_peft(tmp_path, init_adapters(jax.random.key(0), params, spec), spec)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"] and config["layers_to_transform"] is None
@@ -276,7 +289,7 @@ def test_layers_hold_for_whole_names_too_when_peft_reads_ours(tmp_path):
 
 def test_a_stack_trained_in_full_is_written_layer_by_layer(tmp_path):
     _, params = tiny_decoder()
-    spec = LoraSpec(rank=2, target=["lm_head"], modules_to_save=["layers"])
+    spec = LoraSpec(rank=2, target_modules=["lm_head"], modules_to_save=["layers"])
     save_peft(tmp_path, init_adapters(jax.random.key(0), params, spec), spec, params=params)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"] == [f"model.layers.{i}" for i in range(3)]

@@ -14,16 +14,16 @@ from tests.helpers import largest_difference, tiny_decoder, trained
 
 SPECS = {
     "plain": LoraSpec(rank=4, alpha=7),
-    "rslora": LoraSpec(rank=4, alpha=7, scaling="rslora", target="all-linear"),
+    "rslora": LoraSpec(rank=4, alpha=7, scaling="rslora", target_modules="all-linear"),
     "patterns": LoraSpec(
         rank=4,
         scaling="rslora",
-        target=["q_proj", "k_proj", "down_proj"],
+        target_modules=["q_proj", "k_proj", "down_proj"],
         rank_pattern={"layers.1.self_attn.q_proj": 2, "k_proj": 6},
         alpha_pattern={"down_proj": 3},
     ),
-    "some_layers": LoraSpec(rank=3, target=r".*\.[02]\..*v_proj"),
-    "head_and_embedding": LoraSpec(rank=2, target=["lm_head", "embed_tokens", "q_proj"]),
+    "some_layers": LoraSpec(rank=3, target_modules=r".*\.[02]\..*v_proj"),
+    "head_and_embedding": LoraSpec(rank=2, target_modules=["lm_head", "embed_tokens", "q_proj"]),
 }
 
 
@@ -73,7 +73,7 @@ def test_what_vllm_refuses_is_refused_and_nothing_is_written(change, message, tm
 
 
 def test_a_tied_embedding_is_refused(tmp_path):
-    spec = LoraSpec(rank=2, target=["embed_tokens"])
+    spec = LoraSpec(rank=2, target_modules=["embed_tokens"])
     params, adapters = case(spec, tie_word_embeddings=True)
     with pytest.raises(InputError, match="embed_tokens where the head is tied"):
         save_vllm(tmp_path, adapters, spec, base_model=None, params=params)

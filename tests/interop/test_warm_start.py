@@ -34,14 +34,14 @@ def test_an_adapter_begins_a_run_of_its_own_spec(name, tmp_path):
     chex.assert_trees_all_equal_shapes_and_dtypes(started, fresh)
 
 
-OLD = LoraSpec(rank=4, alpha=8, target=["q_proj", "v_proj"])
+OLD = LoraSpec(rank=4, alpha=8, target_modules=["q_proj", "v_proj"])
 SAME = {  # written otherwise
-    "expression": dict(target=r".*self_attn\.[qv]_proj"),
+    "expression": dict(target_modules=r".*self_attn\.[qv]_proj"),
     "whole_names": dict(
-        target=tuple(f"model.layers.{i}.self_attn.{m}" for i in range(3) for m in ("q_proj", "v_proj"))
+        target_modules=tuple(f"model.layers.{i}.self_attn.{m}" for i in range(3) for m in ("q_proj", "v_proj"))
     ),
-    "exclude": dict(target=["q_proj", "k_proj", "v_proj"], exclude=["k_proj"]),
-    "layers": dict(layers=(0, 1, 2)),
+    "exclude": dict(target_modules=["q_proj", "k_proj", "v_proj"], exclude_modules=["k_proj"]),
+    "layers": dict(layers_to_transform=(0, 1, 2)),
     "patterns": dict(rank=16, alpha=1, rank_pattern={"q_proj": 4, "v_proj": 4}, alpha_pattern={"[qv]_proj": 8}),
     "scaling": dict(scaling="rslora", alpha=4),
     "dropout": dict(dropout=0.5),
@@ -59,22 +59,28 @@ OTHER = {
     ),
     "alpha_pattern": (dict(alpha_pattern={"v_proj": 2}), ["lora.alpha_pattern is {} in THERE and {'v_proj': 2} here"]),
     "more": (
-        dict(target=["q_proj", "v_proj", "o_proj"]),
-        ["lora.target adapts model.layers.0.self_attn.o_proj (3 such) here, not in THERE"],
+        dict(target_modules=["q_proj", "v_proj", "o_proj"]),
+        ["lora.target_modules adapts model.layers.0.self_attn.o_proj (3 such) here, not in THERE"],
     ),
-    "fewer": (dict(target=["q_proj"]), ["lora.target adapts model.layers.0.self_attn.v_proj (3 such) in THERE alone"]),
-    "layers": (dict(layers=(0, 1), exclude=["layers.0.self_attn.q_proj"]), ["q_proj (3 such) in THERE alone"]),
+    "fewer": (
+        dict(target_modules=["q_proj"]),
+        ["lora.target_modules adapts model.layers.0.self_attn.v_proj (3 such) in THERE alone"],
+    ),
+    "layers": (
+        dict(layers_to_transform=(0, 1), exclude_modules=["layers.0.self_attn.q_proj"]),
+        ["q_proj (3 such) in THERE alone"],
+    ),
     "one": (
-        dict(exclude=["layers.1.self_attn.v_proj"]),
-        ["lora.target adapts model.layers.1.self_attn.v_proj in THERE alone"],
+        dict(exclude_modules=["layers.1.self_attn.v_proj"]),
+        ["lora.target_modules adapts model.layers.1.self_attn.v_proj in THERE alone"],
     ),
     "dora": (dict(parametrization="dora"), ["lora.parametrization is lora in THERE and dora here"]),
     "lora_bias": (dict(lora_bias=True), ["lora.lora_bias is False in THERE and True here"]),
     "saved": (dict(modules_to_save=["lm_head"]), ["lora.modules_to_save is [] in THERE and ['lm_head'] here"]),
     "bias": (dict(bias="all"), ["lora.bias is none in THERE and all here"]),
     "several": (
-        dict(rank=2, alpha=7, target=["q_proj"], parametrization="dora", bias="lora_only"),
-        ["lora.target adapts", "lora.rank is 4", "lora.alpha is 8", "lora.parametrization", "lora.bias"],
+        dict(rank=2, alpha=7, target_modules=["q_proj"], parametrization="dora", bias="lora_only"),
+        ["lora.target_modules adapts", "lora.rank is 4", "lora.alpha is 8", "lora.parametrization", "lora.bias"],
     ),
 }
 
@@ -159,7 +165,7 @@ def test_the_first_logits_are_those_of_the_adapter_as_peft_computes_them(tmp_pat
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
     theirs.save_pretrained(tmp_path / "adapter")
-    spec = LoraSpec(rank=4, alpha=9, target=r".*(q|up)_proj", parametrization="dora", dropout=0.1)
+    spec = LoraSpec(rank=4, alpha=9, target_modules=r".*(q|up)_proj", parametrization="dora", dropout=0.1)
     started = start_adapters(tmp_path / "adapter", params, spec)
     ours = jit(lambda a: adapted(model, spec).apply({"params": params, "lora": a}, tokens()))(started)
     with torch.no_grad():
@@ -176,7 +182,7 @@ def test_what_is_no_adapter_of_this_base_is_refused(tmp_path):
     with pytest.raises(InputError, match="has shape"):
         start_adapters(tmp_path, smaller, OLD)
     with pytest.raises(InputError, match="target 'q_prj' matches no module"):
-        start_adapters(tmp_path, params, replace(OLD, target=["q_prj"]))
+        start_adapters(tmp_path, params, replace(OLD, target_modules=["q_prj"]))
     raw = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**raw, "r": 5}))
     with pytest.raises(InputError, match="has shape"):

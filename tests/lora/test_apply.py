@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stablelora_jax import InputError, LoraSpec, adapted, hyper, init_adapters, merge
+from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, lora_hyperparams, merge
 from tests.helpers import (
     FOREIGN,
     ForeignConv,
@@ -29,15 +29,15 @@ from tests.helpers import (
 DECODER = {
     "default": LoraSpec(),
     "layers_differ": LoraSpec(
-        target="all-linear",
+        target_modules="all-linear",
         rank=4,
         rank_pattern={"layers.1.self_attn.q_proj": 1, "down_proj": 3},
         alpha_pattern={"layers.[02].*v_proj": 3},
-        exclude=["layers.2.mlp.up_proj"],
+        exclude_modules=["layers.2.mlp.up_proj"],
         scaling="rslora",
     ),
-    "some_layers_and_head": LoraSpec(target=["o_proj", "lm_head"], layers=None, rank=2),
-    "one_layer": LoraSpec(target=["k_proj"], layers=(1,), rank=2),
+    "some_layers_and_head": LoraSpec(target_modules=["o_proj", "lm_head"], layers_to_transform=None, rank=2),
+    "one_layer": LoraSpec(target_modules=["k_proj"], layers_to_transform=(1,), rank=2),
 }
 
 
@@ -63,22 +63,24 @@ def foreign_tied(parametrization):
         ForeignTied(),
         random_params(ForeignTied(), x),
         x,
-        LoraSpec(target=["embed", "fc"], rank=2, parametrization=parametrization),
+        LoraSpec(target_modules=["embed", "fc"], rank=2, parametrization=parametrization),
     )
 
 
 DECODER |= {
     "dora": replace(DECODER["layers_differ"], parametrization="dora"),
-    "embedding": LoraSpec(target=["embed_tokens", "lm_head", "v_proj"], rank=2),
-    "dora_embedding": LoraSpec(target=["embed_tokens", "q_proj"], rank=2, parametrization="dora"),
+    "embedding": LoraSpec(target_modules=["embed_tokens", "lm_head", "v_proj"], rank=2),
+    "dora_embedding": LoraSpec(target_modules=["embed_tokens", "q_proj"], rank=2, parametrization="dora"),
     "full": LoraSpec(
         rank=2,
-        target=["q_proj", "k_proj"],
+        target_modules=["q_proj", "k_proj"],
         modules_to_save=["lm_head", "embed_tokens", "layers.1.mlp", "norm", "input_layernorm", "k_proj"],
         bias="lora_only",
     ),
     "bias": LoraSpec(rank=2, bias="all"),
-    "lora_bias": LoraSpec(rank=2, lora_bias=True, target=["q_proj", "gate_proj"], layers=(0, 2), bias="lora_only"),
+    "lora_bias": LoraSpec(
+        rank=2, lora_bias=True, target_modules=["q_proj", "gate_proj"], layers_to_transform=(0, 2), bias="lora_only"
+    ),
 }
 CASES = {f"decoder-{name}": partial(decoder_case, name) for name in DECODER}
 CASES |= {name: partial(foreign_case, name) for name in FOREIGN}
@@ -149,7 +151,7 @@ def test_float64_throughout(x64):
 
 def test_bfloat16_base_keeps_its_dtypes_and_adds_in_float32():
     model, params = tiny_decoder(dtype=jnp.bfloat16)
-    spec = LoraSpec(target="all-linear")
+    spec = LoraSpec(target_modules="all-linear")
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     y, grads = jax.value_and_grad(lambda a: adapted(model, spec).apply({"params": params, "lora": a}, tokens()).sum())(
         adapters
@@ -192,7 +194,7 @@ class Hand(nn.Module):
 def test_an_adapter_that_no_module_reads_is_an_error():
     x = jnp.ones((2, 4))
     params = random_params(Hand(), x)
-    spec = LoraSpec(target=["own"])
+    spec = LoraSpec(target_modules=["own"])
     adapters = init_adapters(jax.random.key(0), params, spec)
     with pytest.raises(InputError, match="read the adapters at own"):
         adapted(Hand(), spec).apply({"params": params, "lora": adapters}, x)
@@ -201,7 +203,7 @@ def test_an_adapter_that_no_module_reads_is_an_error():
 def test_a_wrong_guess_of_contracted_axes_is_an_error_with_the_way_out():
     x = jnp.ones((2, 8, 5))
     params = random_params(ForeignConv(), x)
-    spec = LoraSpec(target=["mix"], in_axes={"mix": (0, 1)}, rank=2)
+    spec = LoraSpec(target_modules=["mix"], in_axes={"mix": (0, 1)}, rank=2)
     adapters = init_adapters(jax.random.key(0), params, spec)
     with pytest.raises(InputError, match=r"in_axes=\{'mix': \(0,\)\}"):
         adapted(ForeignConv(), spec).apply({"params": params, "lora": adapters}, x)
@@ -250,7 +252,7 @@ def test_dropout_off_leaves_no_random_bits_in_the_program():
 def test_dropout_is_inverted_dropout_of_the_input_even_in_a_foreign_scan(case):
     """The mean over many masks is the output without dropout, for a model that is linear in one adapted module."""
     model, params, x, spec = CASES[case]()
-    spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.4, "target": ["out" if "scan" in case else "head"]})
+    spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.4, "target_modules": ["out" if "scan" in case else "head"]})
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     apply = lambda rngs: adapted(model, spec).apply({"params": params, "lora": adapters}, x, rngs=rngs)
     many = jax.jit(jax.vmap(lambda k: apply({"dropout": k})))(jax.random.split(jax.random.key(0), 4000))
@@ -260,13 +262,13 @@ def test_dropout_is_inverted_dropout_of_the_input_even_in_a_foreign_scan(case):
 
 def test_layers_of_a_foreign_scan_drop_differently():
     model, params, x, spec = CASES["scan"]()
-    spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.5, "target": ["fc"]})
+    spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.5, "target_modules": ["fc"]})
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
-    from stablelora_jax.lora.apply import _site_keys
-    from stablelora_jax.lora.pairs import adapter_sites
+    from stablelora_jax.lora.apply import _target_keys
+    from stablelora_jax.lora.pairs import adapter_target_modules
 
-    (site,) = adapter_sites(adapters, spec).values()
-    assert len({tuple(row) for row in np.asarray(_site_keys(jax.random.key(0), site)).tolist()}) == 4
+    (target,) = adapter_target_modules(adapters, spec).values()
+    assert len({tuple(row) for row in np.asarray(_target_keys(jax.random.key(0), target)).tolist()}) == 4
     y = adapted(ForeignScan(), spec).apply({"params": params, "lora": adapters}, x, rngs={"dropout": jax.random.key(0)})
     assert np.isfinite(y).all()
 
@@ -296,8 +298,8 @@ def test_scale_and_rate_are_traced():
             n=1,
         )
     )
-    key, numbers = jax.random.key(0), hyper(spec, adapters)
-    doubled = hyper(LoraSpec(alpha=32, dropout=0.0), adapters)
+    key, numbers = jax.random.key(0), lora_hyperparams(spec, adapters)
+    doubled = lora_hyperparams(LoraSpec(alpha=32, dropout=0.0), adapters)
     expected = adapted(model, LoraSpec(alpha=32)).apply({"params": params, "lora": adapters}, x)
     assert largest_difference(apply(doubled, key), expected) < 1e-5
     assert largest_difference(apply(numbers, key), expected) > 1e-3
@@ -335,7 +337,7 @@ class Holder(nn.Module):
 )
 def test_modules_that_need_care(make):
     x, model = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 6)), jnp.float32), Holder(make)
-    spec = LoraSpec(target=["inner"], rank=2)
+    spec = LoraSpec(target_modules=["inner"], rank=2)
     params = random_params(model, x)
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     merged = model.apply({"params": merge(params, adapters, spec)}, x)
@@ -343,7 +345,7 @@ def test_modules_that_need_care(make):
 
 
 def test_a_module_at_the_root():
-    x, model, spec = jnp.ones((2, 4)), nn.Dense(3), LoraSpec(target="all-linear", rank=2)
+    x, model, spec = jnp.ones((2, 4)), nn.Dense(3), LoraSpec(target_modules="all-linear", rank=2)
     params = random_params(model, x)
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     merged = model.apply({"params": merge(params, adapters, spec)}, x)
@@ -359,7 +361,7 @@ def test_dora_scales_the_product_of_the_dropped_input():
             return nn.Dense(4, name="fc")(x)
 
     params = {"fc": {"kernel": jnp.eye(4), "bias": jnp.arange(4.0)}}
-    spec = LoraSpec(target=["fc"], rank=2, parametrization="dora", dropout=0.25)
+    spec = LoraSpec(target_modules=["fc"], rank=2, parametrization="dora", dropout=0.25)
     adapters = init_adapters(jax.random.key(0), params, spec)
     adapters["fc"]["lora_magnitude_vector"] *= 2
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)

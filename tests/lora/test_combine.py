@@ -10,30 +10,33 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, init_adapters, merge, save_peft, save_pretrained
 from stablelora_jax.lora.combine import METHODS, combine
-from stablelora_jax.lora.pairs import adapter_sites
+from stablelora_jax.lora.pairs import adapter_target_modules
 from stablelora_jax.utils import tree
 from tests.helpers import FOREIGN, random_params, tiny_decoder, trained
 
 MODEL, PARAMS = tiny_decoder()
-PAIR = dict(rank=4, target=["q_proj", "o_proj"])  # two modules of one shape: few compilations
+PAIR = dict(rank=4, target_modules=["q_proj", "o_proj"])  # two modules of one shape: few compilations
 PATTERN = {"layers.1.self_attn.o_proj": 2, "q_proj": 3}
 INPUTS = {
     "alike": ([LoraSpec(**PAIR), LoraSpec(**PAIR)], [0.7, 0.4]),
     "three": ([LoraSpec(**PAIR), LoraSpec(**PAIR, alpha=2), LoraSpec(**PAIR, scaling="rslora")], [0.5, 0, -0.25]),
     "negative": ([LoraSpec(**PAIR, alpha=3), LoraSpec(**PAIR, scaling="rslora")], [0.7, -0.4]),
     "targets": (
-        [LoraSpec(**PAIR), LoraSpec(rank=4, target=["o_proj", "down_proj"], alpha_pattern={"down_proj": 3})],
+        [LoraSpec(**PAIR), LoraSpec(rank=4, target_modules=["o_proj", "down_proj"], alpha_pattern={"down_proj": 3})],
         [-0.5, 1.5],
     ),
-    "expressions": ([LoraSpec(rank=4, target=r".*q_proj"), LoraSpec(rank=4, target=r".*\.[02]\..*o_proj")], [1, 2]),
+    "expressions": (
+        [LoraSpec(rank=4, target_modules=r".*q_proj"), LoraSpec(rank=4, target_modules=r".*\.[02]\..*o_proj")],
+        [1, 2],
+    ),
     "patterns": ([LoraSpec(**PAIR, rank_pattern=PATTERN), LoraSpec(**PAIR, rank_pattern=PATTERN, alpha=5)], [1, 0.3]),
     "rslora_first": ([LoraSpec(**PAIR, scaling="rslora"), LoraSpec(**PAIR)], [0.5, 0.5]),
     "one": ([LoraSpec(**PAIR)], [-0.3]),
-    "ranks": ([LoraSpec(rank=2), LoraSpec(rank=3, scaling="rslora", target=["o_proj", "q_proj"])], [0.8, -1.1]),
+    "ranks": ([LoraSpec(rank=2), LoraSpec(rank=3, scaling="rslora", target_modules=["o_proj", "q_proj"])], [0.8, -1.1]),
     "rank_patterns": (
         [
             LoraSpec(**PAIR, rank_pattern=PATTERN),
-            LoraSpec(rank=2, target=PAIR["target"], rank_pattern={"layers.0.*q_proj": 5}),
+            LoraSpec(rank=2, target_modules=PAIR["target_modules"], rank_pattern={"layers.0.*q_proj": 5}),
         ],
         [0.8, 1.1],
     ),
@@ -51,16 +54,25 @@ COMPARED = {
 }
 SUMS = {
     **{name: INPUTS[name] for name in ("negative", "targets", "three", "ranks", "rank_patterns")},
-    "layers": ([LoraSpec(rank=2, layers=(0, 1)), LoraSpec(rank=3, layers=(1, 2))], [2, -1]),
+    "layers": ([LoraSpec(rank=2, layers_to_transform=(0, 1)), LoraSpec(rank=3, layers_to_transform=(1, 2))], [2, -1]),
     "exclude": (
-        [LoraSpec(rank=2, exclude=["layers.1.self_attn.q_proj"], alpha_pattern={"q_proj": 1}), LoraSpec(rank=1)],
+        [
+            LoraSpec(rank=2, exclude_modules=["layers.1.self_attn.q_proj"], alpha_pattern={"q_proj": 1}),
+            LoraSpec(rank=1),
+        ],
         [1, 1],
     ),
     "embedding": (
-        [LoraSpec(rank=2, target=["embed_tokens"]), LoraSpec(rank=1, target=["embed_tokens", "q_proj"])],
+        [
+            LoraSpec(rank=2, target_modules=["embed_tokens"]),
+            LoraSpec(rank=1, target_modules=["embed_tokens", "q_proj"]),
+        ],
         [2, 1],
     ),
-    "kinds": ([LoraSpec(rank=2, target="all-linear"), LoraSpec(rank=1, target=["lm_head", "v_proj"])], [1, 1]),
+    "kinds": (
+        [LoraSpec(rank=2, target_modules="all-linear"), LoraSpec(rank=1, target_modules=["lm_head", "v_proj"])],
+        [1, 1],
+    ),
 }
 STACKED = ("layers", "blocks")
 EXTRA = {"density": 0.6, "key": jax.random.key(3)}
@@ -84,10 +96,10 @@ def needed(method, name):
 def by_name(adapters, spec):
     """A (in, r) and B (r, out) of every module, without padding."""
     found = {}
-    for path, site in adapter_sites(adapters, spec).items():
+    for path, target in adapter_target_modules(adapters, spec).items():
         pair = tree.get_in(adapters, path)
         a, b = (np.asarray(pair[leaf]).reshape(-1, *pair[leaf].shape[-2:]) for leaf in ("lora_a", "lora_b"))
-        for i, (name, rank) in enumerate(zip(site.names, site.ranks, strict=True)):
+        for i, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
             assert not a[i, :, rank:].any() and not b[i, rank:].any(), "padding is zero in both factors"
             if rank:
                 found[name] = a[i, :, :rank], b[i, :rank]
@@ -229,7 +241,9 @@ def test_merging_gives_the_weighted_sum(name, method):
 
 
 def by_module(adapters, spec):
-    return [n for s in adapter_sites(adapters, spec).values() for n, r in zip(s.names, s.ranks, strict=True) if r]
+    return [
+        n for s in adapter_target_modules(adapters, spec).values() for n, r in zip(s.names, s.ranks, strict=True) if r
+    ]
 
 
 @pytest.mark.parametrize("model", ["scan_layers", "conv_einsum", "experts"])
@@ -249,8 +263,8 @@ def test_modules_at_the_root_whose_names_end_others(method):
     """``fc`` is the ending of ``block.fc``, which has another rank and is not adapted by the second."""
     w = jnp.ones((6, 6))
     params = {"fc": {"kernel": w}, "block": {"fc": {"kernel": w}}, "other": {"fc": {"kernel": w}}}
-    first = LoraSpec(rank=2, target=r"fc|block\.fc", rank_pattern={"block.fc": 4})
-    second = LoraSpec(rank=2, target="fc", exclude=["block.fc", "other.fc"])
+    first = LoraSpec(rank=2, target_modules=r"fc|block\.fc", rank_pattern={"block.fc": 4})
+    second = LoraSpec(rank=2, target_modules="fc", exclude_modules=["block.fc", "other.fc"])
     adapters, spec = combine(made([first, second], params), [1, 1], method, **arguments(method))
     assert set(by_name(adapters, spec)) == {"fc", "block.fc"}
     merge(params, adapters, spec)
@@ -271,7 +285,11 @@ def test_double_precision(x64):
 
 def by_part(adapters, spec):
     """The change of each module's kernel."""
-    pair = {name: tree.get_in(adapters, path) for path, s in adapter_sites(adapters, spec).items() for name in [path]}
+    pair = {
+        name: tree.get_in(adapters, path)
+        for path, s in adapter_target_modules(adapters, spec).items()
+        for name in [path]
+    }
     found = {}
     for path, p in pair.items():
         for i, name in enumerate(tree.names(path, p["lora_a"].shape[:-2], spec.stacked)):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from stablelora_jax import InputError, LoraSpec
-from stablelora_jax.lora.pairs import adapter_sites, is_pair, make_site
+from stablelora_jax.lora.pairs import adapter_target_modules, is_pair, make_target_module
 
 Q1 = "model.layers.1.self_attn.q_proj"
 
@@ -15,17 +15,17 @@ Q1 = "model.layers.1.self_attn.q_proj"
 @pytest.mark.parametrize(
     "a,b",
     [
-        (dict(target=["v", "q"]), dict(target=("q", "v"))),
-        (dict(target=["q", "q"]), dict(target=["q"])),
+        (dict(target_modules=["v", "q"]), dict(target_modules=("q", "v"))),
+        (dict(target_modules=["q", "q"]), dict(target_modules=["q"])),
         (dict(rank_pattern={"q_proj": 2, "up": 3}), dict(rank_pattern=(("up", 3), ("q_proj", 2)))),
         (dict(alpha=16), dict(alpha=16.0)),
-        (dict(layers=[2, 1]), dict(layers=(1, 2))),
-        (dict(layers=3), dict(layers=(3,))),
+        (dict(layers_to_transform=[2, 1]), dict(layers_to_transform=(1, 2))),
+        (dict(layers_to_transform=3), dict(layers_to_transform=(3,))),
         (dict(stacked="blocks"), dict(stacked=["blocks"])),
-        (dict(target="All-Linear"), dict(target="all-linear")),
-        (dict(exclude=None, rank_pattern=None), dict()),
+        (dict(target_modules="All-Linear"), dict(target_modules="all-linear")),
+        (dict(exclude_modules=None, rank_pattern=None), dict()),
         (dict(in_axes={"o": [0, 1]}), dict(in_axes={"o": (0, 1)})),
-        (dict(exclude=["b", "a"]), dict(exclude=("a", "b"))),
+        (dict(exclude_modules=["b", "a"]), dict(exclude_modules=("a", "b"))),
     ],
 )
 def test_equal_specs_compare_and_hash_equal(a, b):
@@ -40,7 +40,13 @@ def test_specs_that_differ_in_meaning_differ():
 
 
 def test_round_trip_through_plain_data():
-    spec = LoraSpec(rank=4, target="all-linear", rank_pattern={".*q": 2, "q": 3}, in_axes={"o": (0, 1)}, layers=[1])
+    spec = LoraSpec(
+        rank=4,
+        target_modules="all-linear",
+        rank_pattern={".*q": 2, "q": 3},
+        in_axes={"o": (0, 1)},
+        layers_to_transform=[1],
+    )
     assert LoraSpec(**spec.to_dict()) == spec
     assert replace(spec, rank=5).rank == 5
 
@@ -58,15 +64,15 @@ def test_scale(scaling, expected):
         (LoraSpec(), Q1, True),
         (LoraSpec(), "model.layers.1.self_attn.k_proj", False),
         (LoraSpec(), "model.layers.1.xq_proj", False),
-        (LoraSpec(target=r".*layers\.1\..*"), Q1, True),
-        (LoraSpec(target="q_proj"), Q1, False),
-        (LoraSpec(target="all-linear"), "lm_head", False),
-        (LoraSpec(target="all-linear"), Q1, True),
-        (LoraSpec(target=["lm_head"]), "lm_head", True),
-        (LoraSpec(exclude=["layers.1.self_attn.q_proj"]), Q1, False),
-        (LoraSpec(exclude=r".*\.1\..*"), Q1, False),
-        (LoraSpec(layers=[0]), Q1, False),
-        (LoraSpec(layers=[1]), Q1, True),
+        (LoraSpec(target_modules=r".*layers\.1\..*"), Q1, True),
+        (LoraSpec(target_modules="q_proj"), Q1, False),
+        (LoraSpec(target_modules="all-linear"), "lm_head", False),
+        (LoraSpec(target_modules="all-linear"), Q1, True),
+        (LoraSpec(target_modules=["lm_head"]), "lm_head", True),
+        (LoraSpec(exclude_modules=["layers.1.self_attn.q_proj"]), Q1, False),
+        (LoraSpec(exclude_modules=r".*\.1\..*"), Q1, False),
+        (LoraSpec(layers_to_transform=[0]), Q1, False),
+        (LoraSpec(layers_to_transform=[1]), Q1, True),
     ],
 )
 def test_selects(spec, name, expected):
@@ -85,16 +91,16 @@ def test_selects(spec, name, expected):
         (dict(alpha_pattern={"q": -1}), r"alpha_pattern\['q'\]"),
         (dict(dropout=1.0), "dropout"),
         (dict(dropout=-0.1), "dropout"),
-        (dict(target=()), "target is empty"),
-        (dict(target=""), "target is empty"),
+        (dict(target_modules=()), "target_modules is empty"),
+        (dict(target_modules=""), "target_modules is empty"),
         (dict(scaling="rs"), "scaling must be one of lora, rslora"),
         (dict(parametrization="loha"), "parametrization"),
         (dict(parametrization="dora", lora_bias=True), "true only with lora"),
         (dict(init="pissa"), "init"),
         (dict(dropout="x"), "dropout"),
-        (dict(target=[1]), "target"),
-        (dict(target=None), "target is empty"),
-        (dict(layers=["1"]), "layers"),
+        (dict(target_modules=[1]), "target"),
+        (dict(target_modules=None), "target_modules is empty"),
+        (dict(layers_to_transform=["1"]), "layers"),
         (dict(rank_pattern=["q_proj"]), "rank_pattern"),
         (dict(in_axes={"a": 0}), "in_axes"),
     ],
@@ -106,11 +112,11 @@ def test_refusals(bad, message):
 
 
 def test_sites_of_a_stack_with_holes():
-    spec = LoraSpec(target=["q"], rank=4, rank_pattern={"layers.2.q": 1}, layers=(0, 2))
-    site = make_site(("layers", "q"), (3,), (5, 6), spec)
-    assert site.ranks == (4, 0, 1) and site.rank == 4 and site.parameters == 5 * 11
-    assert site.mask().tolist() == [[True] * 4, [False] * 4, [True, False, False, False]]
-    assert site.scale().tolist() == [4.0, 0.0, 16.0]
+    spec = LoraSpec(target_modules=["q"], rank=4, rank_pattern={"layers.2.q": 1}, layers_to_transform=(0, 2))
+    target = make_target_module(("layers", "q"), (3,), (5, 6), spec)
+    assert target.ranks == (4, 0, 1) and target.rank == 4 and target.parameters == 5 * 11
+    assert target.mask().tolist() == [[True] * 4, [False] * 4, [True, False, False, False]]
+    assert target.scale().tolist() == [4.0, 0.0, 16.0]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +129,10 @@ def test_sites_of_a_stack_with_holes():
 )
 def test_adapters_that_do_not_fit_the_spec(pair, message):
     with pytest.raises(InputError, match=f"q_proj.*{message}"):
-        adapter_sites({"q_proj": pair}, LoraSpec())
+        adapter_target_modules({"q_proj": pair}, LoraSpec())
 
 
 def test_an_adapter_tree_without_pairs_is_refused():
     with pytest.raises(InputError, match="holds no pair"):
-        adapter_sites({"q_proj": {"lora_a": jnp.ones((3, 2))}}, LoraSpec())
+        adapter_target_modules({"q_proj": {"lora_a": jnp.ones((3, 2))}}, LoraSpec())
     assert not is_pair({"lora_a": 1}) and is_pair({"lora_a": 1, "lora_b": 2, "magnitude": 3})

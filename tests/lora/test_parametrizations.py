@@ -67,10 +67,10 @@ def test_a_stack_equals_its_layers(name):
 def test_the_start_is_the_base_and_the_count_is_the_formula(name):
     _, params = tiny_decoder()
     spec = LoraSpec(
-        target=["q_proj", "down_proj", "embed_tokens"],
+        target_modules=["q_proj", "down_proj", "embed_tokens"],
         rank=R,
         rank_pattern={"layers.1.mlp.down_proj": 1},
-        exclude=["layers.2.self_attn.q_proj"],
+        exclude_modules=["layers.2.self_attn.q_proj"],
         parametrization=name,
     )
     adapters = init_adapters(jax.random.key(0), params, spec)

@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 from flax.core import freeze
 
-from stablelora_jax import InputError, LoraSpec, describe, hyper, init_adapters, merge, unmerge
+from stablelora_jax import InputError, LoraSpec, describe, init_adapters, lora_hyperparams, merge, unmerge
 from stablelora_jax.lora.pairs import pairs
 from tests.helpers import FOREIGN, largest_difference, random_params, tiny_decoder, trained
 
 SPEC = LoraSpec(
-    target="all-linear",
+    target_modules="all-linear",
     rank=4,
     rank_pattern={"layers.1.self_attn.q_proj": 2, "up_proj": 6},
     alpha_pattern={"v_proj": 5},
-    exclude=["layers.2.mlp.gate_proj"],
+    exclude_modules=["layers.2.mlp.gate_proj"],
 )
 
 
 def test_start_is_pefts():
     _, params = tiny_decoder(hidden_size=64, num_hidden_layers=8)
-    adapters = init_adapters(jax.random.key(0), params, LoraSpec(rank=32, target=["q_proj", "down_proj"]))
+    adapters = init_adapters(jax.random.key(0), params, LoraSpec(rank=32, target_modules=["q_proj", "down_proj"]))
     for path, rows in ((("model", "layers", "self_attn", "q_proj"), 64), (("model", "layers", "mlp", "down_proj"), 24)):
         pair = pairs(adapters)[path]
         bound = rows**-0.5
@@ -43,8 +43,8 @@ def test_start_is_that_of_torch_kaiming_uniform():
 
 def test_a_pairs_draw_depends_on_its_name_alone():
     _, params = tiny_decoder()
-    few = init_adapters(jax.random.key(0), params, LoraSpec(target=["q_proj"]))
-    many = init_adapters(jax.random.key(0), params, LoraSpec(target="all-linear"))
+    few = init_adapters(jax.random.key(0), params, LoraSpec(target_modules=["q_proj"]))
+    many = init_adapters(jax.random.key(0), params, LoraSpec(target_modules="all-linear"))
     q = ("model", "layers", "self_attn", "q_proj")
     chex.assert_trees_all_equal(pairs(few)[q], pairs(many)[q])
     a = pairs(many)[q]["lora_a"]
@@ -58,7 +58,7 @@ def test_a_pairs_draw_depends_on_its_name_alone():
             }
         }
     }
-    alone = init_adapters(jax.random.key(0), apart, LoraSpec(target=["q_proj"]))
+    alone = init_adapters(jax.random.key(0), apart, LoraSpec(target_modules=["q_proj"]))
     chex.assert_trees_all_equal(pairs(alone)[("model", "layers", "1", "self_attn", "q_proj")]["lora_a"], a[1])
 
 
@@ -148,21 +148,24 @@ def test_safe_merge_names_the_layer_that_is_not_finite():
 @pytest.mark.parametrize(
     "bad,message",
     [
-        (dict(target=["q_prj"]), "target 'q_prj' matches no module; did you mean q_proj"),
-        (dict(target=["q_proj", "w1"]), "target 'w1'"),
-        (dict(target="model.*q_pro"), "matches no module"),
-        (dict(target=["norm"]), "target 'norm'"),
+        (dict(target_modules=["q_prj"]), "target_modules 'q_prj' matches no module; did you mean q_proj"),
+        (dict(target_modules=["q_proj", "w1"]), "target_modules 'w1'"),
+        (dict(target_modules="model.*q_pro"), "matches no module"),
+        (dict(target_modules=["norm"]), "target_modules 'norm'"),
         (dict(modules_to_save=["nrom"]), "modules_to_save 'nrom' matches no module; did you mean norm"),
         (dict(bias="all"), "bias='all': the model has none"),
-        (dict(target=["embed_tokens"], lora_bias=True), "embed_tokens is an embedding, which takes no lora_bias"),
-        (dict(target=["q_proj"], modules_to_save=["self_attn"]), "selects no module"),
-        (dict(target=["q_proj"], exclude=["qq"]), "exclude 'qq'"),
-        (dict(target=["q_proj"], exclude=["q_proj"]), "selects no module"),
-        (dict(layers=[9]), "no layer 9"),
+        (
+            dict(target_modules=["embed_tokens"], lora_bias=True),
+            "embed_tokens is an embedding, which takes no lora_bias",
+        ),
+        (dict(target_modules=["q_proj"], modules_to_save=["self_attn"]), "selects no module"),
+        (dict(target_modules=["q_proj"], exclude_modules=["qq"]), "exclude_modules 'qq'"),
+        (dict(target_modules=["q_proj"], exclude_modules=["q_proj"]), "selects no module"),
+        (dict(layers_to_transform=[9]), "no layer 9"),
         (dict(rank_pattern={"k_proj": 3}), "rank_pattern 'k_proj' matches no module"),
         (dict(alpha_pattern={"_proj": 3}), "alpha_pattern '_proj'"),
         (dict(in_axes={"nothing": (0,)}), "in_axes 'nothing'"),
-        (dict(stacked=("blocks",), target="all-linear"), "no module of the model is called 'blocks'"),
+        (dict(stacked=("blocks",), target_modules="all-linear"), "no module of the model is called 'blocks'"),
     ],
 )
 def test_each_pattern_must_match(bad, message):
@@ -175,9 +178,9 @@ def test_each_pattern_must_match(bad, message):
 def test_all_linear_is_never_the_head():
     _, params = tiny_decoder()
     assert "lm_head" in params and "lm_head" not in init_adapters(
-        jax.random.key(0), params, LoraSpec(target="all-linear")
+        jax.random.key(0), params, LoraSpec(target_modules="all-linear")
     )
-    assert "lm_head" in init_adapters(jax.random.key(0), params, LoraSpec(target=["lm_head"]))
+    assert "lm_head" in init_adapters(jax.random.key(0), params, LoraSpec(target_modules=["lm_head"]))
 
 
 def test_adapters_that_do_not_fit_the_model():
@@ -189,9 +192,9 @@ def test_adapters_that_do_not_fit_the_model():
         with pytest.raises(InputError, match="q_proj: the kernel is"):
             merge(wrong, adapters, LoraSpec())
     with pytest.raises(InputError, match="k_proj is selected by the spec but has no adapters"):
-        merge(params, adapters, LoraSpec(target=["q_proj", "v_proj", "k_proj"]))
+        merge(params, adapters, LoraSpec(target_modules=["q_proj", "v_proj", "k_proj"]))
     with pytest.raises(InputError, match="v_proj, which the spec does not select"):
-        merge(params, adapters, LoraSpec(target=["q_proj"]))
+        merge(params, adapters, LoraSpec(target_modules=["q_proj"]))
     adapters["elsewhere"] = {"q_proj": {"lora_a": jnp.ones((3, 8)), "lora_b": jnp.ones((8, 3))}}
     with pytest.raises(InputError, match="elsewhere.q_proj, but the model has no kernel there"):
         merge(params, adapters, LoraSpec())
@@ -200,7 +203,7 @@ def test_adapters_that_do_not_fit_the_model():
 def test_hyper_has_the_shape_of_the_stack():
     _, params = tiny_decoder()
     adapters = init_adapters(jax.random.key(0), params, SPEC)
-    numbers = hyper(SPEC, adapters)["model"]["layers"]
+    numbers = lora_hyperparams(SPEC, adapters)["model"]["layers"]
     assert numbers["self_attn"]["q_proj"]["lora_scale"].tolist() == [4.0, 8.0, 4.0]
     assert numbers["mlp"]["gate_proj"]["lora_scale"].tolist() == [4.0, 4.0, 0.0]
     assert numbers["self_attn"]["v_proj"]["lora_scale"].tolist() == [1.25] * 3
@@ -233,7 +236,7 @@ def test_describe_counts_as_peft_does(tmp_path, capsys):
         r=4,
         target_modules="all-linear",
         rank_pattern=dict(SPEC.rank_pattern),
-        exclude_modules=list(SPEC.exclude),
+        exclude_modules=list(SPEC.exclude_modules),
         task_type="CAUSAL_LM",
     )
     peft.get_peft_model(theirs, config).print_trainable_parameters()

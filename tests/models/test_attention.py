@@ -73,7 +73,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["xla", "blocks"])
+@pytest.mark.parametrize("kind", ["xla", "blockwise"])
 @pytest.mark.parametrize(
     "case, traced", [(case, traced) for case in CASES for traced in (False, True) if not traced or "window" in case]
 )
@@ -92,7 +92,7 @@ def test_float64_equals_a_transcription(kind, case, traced, x64):
 
 
 @pytest.mark.parametrize(
-    "kind, case", [("splash", "packed"), ("splash", "window"), ("xla", "packed"), ("blocks", "packed")]
+    "kind, case", [("splash", "packed"), ("splash", "window"), ("xla", "packed"), ("blockwise", "packed")]
 )
 def test_float32_and_bfloat16_equal_a_transcription(kind, case):
     segments, window = CASES[case].get("segments"), CASES[case].get("window")
@@ -106,8 +106,8 @@ def test_float32_and_bfloat16_equal_a_transcription(kind, case):
     half = [y.astype(jnp.bfloat16) for y in x]
     found = run(*half)
     assert {y.dtype for y in found} == {jnp.dtype(jnp.bfloat16)}
-    wide = with_gradients(lambda *x: reference(*x, segments, window), *[y.astype(jnp.float32) for y in half])
-    assert largest_difference([y.astype(jnp.float32) for y in found], wide) < 0.1
+    accum_dtype = with_gradients(lambda *x: reference(*x, segments, window), *[y.astype(jnp.float32) for y in half])
+    assert largest_difference([y.astype(jnp.float32) for y in found], accum_dtype) < 0.1
 
 
 def test_dense_equals_attention_by_a_mask():
@@ -124,7 +124,7 @@ def pack(x, order):
     return [jnp.concatenate([y[:, slice(*DOCUMENTS[i])] for i in order], axis=1) for y in x]
 
 
-@pytest.mark.parametrize("kind", ["xla", "blocks", "splash"])
+@pytest.mark.parametrize("kind", ["xla", "blockwise", "splash"])
 def test_documents_in_a_row_know_nothing_of_each_other(kind):
     """Packed equals separate; in another order, the same; another first document leaves each bit of the others."""
     x, sizes = inputs(width=64), [b - a for a, b in DOCUMENTS]
@@ -147,7 +147,7 @@ def test_documents_in_a_row_know_nothing_of_each_other(kind):
     assert all(np.array_equal(a, b) for i in (1, 2) for a, b in zip(first[i], other[i], strict=True))
 
 
-@pytest.mark.parametrize("kind", ["xla", "blocks"])
+@pytest.mark.parametrize("kind", ["xla", "blockwise"])
 def test_ids_in_any_order_hide_what_they_should(kind):
     """Tiles are skipped by the ranges of their ids: also right where these do not grow."""
     ids = np.random.default_rng(3).integers(0, 4, (2, T)).astype(np.int32)
@@ -180,11 +180,11 @@ def test_tiles_never_hold_two_axes_of_tokens():
         text = run.lower(*x, jnp.int32(70)).compile().as_text()
         return [shape for shape in sizes(text) if sum(n >= T // 2 for n in shape) > 1]
 
-    assert large("xla") and not large("blocks")
+    assert large("xla") and not large("blockwise")
 
 
 def test_tiles_do_not_lengthen_the_program():
-    run = jax.jit(jax.grad(lambda q, k, v: self_attention(q, k, v, kind="blocks").sum(), (0, 1, 2)))
+    run = jax.jit(jax.grad(lambda q, k, v: self_attention(q, k, v, kind="blockwise").sum(), (0, 1, 2)))
     lines = [len(run.lower(*inputs(length=length, heads=1, groups=1)).as_text().splitlines()) for length in (512, 8192)]
     assert lines[0] == lines[1]
 
@@ -193,7 +193,7 @@ def test_tiles_do_not_lengthen_the_program():
 def test_tiles_multiply_half_of_all_pairs_and_little_more(length):
     """Two products forwards and five backwards, each of T (T + t / 2) / 2 pairs of tokens; ``do * out`` is one of T."""
     q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length=length, groups=1))
-    run = jax.value_and_grad(lambda q, k, v: jnp.sin(self_attention(q, k, v, kind="blocks")).sum(), (0, 1, 2))
+    run = jax.value_and_grad(lambda q, k, v: jnp.sin(self_attention(q, k, v, kind="blockwise")).sum(), (0, 1, 2))
     seen = length * (length + tile(length) / 2) / 2
     assert dots(jax.make_jaxpr(run)(q, k, v)) == (7 * seen + length) * 2 * math.prod([2, 4, 16])
 
@@ -217,7 +217,7 @@ def fake_cudnn(monkeypatch):
 
 @pytest.mark.parametrize(
     "kind, heavy, once",
-    [("xla", "exp", 1), ("blocks", "scan", 2), ("cudnn", "dot_product_attention", 2), ("splash", "pallas_call", 3)],
+    [("xla", "exp", 1), ("blockwise", "scan", 2), ("cudnn", "dot_product_attention", 2), ("splash", "pallas_call", 3)],
 )
 def test_what_is_named_is_not_computed_twice(kind, heavy, once, fake_cudnn):
     """Under a policy that saves the names, the backward finds all it needs; without them, the forward runs again."""
@@ -386,28 +386,28 @@ BEST = [
     ("cudnn", "gpu", HALF, 64, 2048, dict(capability=9.0)),
     ("cudnn", "gpu", HALF, 64, 64, dict(capability=9.0)),
     ("cudnn", "gpu", HALF, 64, 2048, dict(capability=9.0, segments=SEGMENTS)),
-    ("blocks", "gpu", HALF, 64, 2048, dict(capability=9.0, segments=SEGMENTS + 1)),
-    ("blocks", "gpu", HALF, 64, 2048, dict(capability=8.0, segments=3)),
+    ("blockwise", "gpu", HALF, 64, 2048, dict(capability=9.0, segments=SEGMENTS + 1)),
+    ("blockwise", "gpu", HALF, 64, 2048, dict(capability=8.0, segments=3)),
     ("cudnn", "gpu", HALF, 64, 2048, dict(capability=8.0)),
-    ("blocks", "gpu", HALF, 64, 2048, dict(capability=7.5)),
-    ("blocks", "gpu", jnp.float32, 64, 2048, dict(capability=9.0)),
+    ("blockwise", "gpu", HALF, 64, 2048, dict(capability=7.5)),
+    ("blockwise", "gpu", jnp.float32, 64, 2048, dict(capability=9.0)),
     ("xla", "gpu", jnp.float32, 64, 100, dict(capability=9.0)),
     ("cudnn", "gpu", HALF, 256, 2048, dict(capability=9.0)),
-    ("blocks", "gpu", HALF, 256, 2048, dict(capability=8.6)),
-    ("blocks", "gpu", HALF, 60, 2048, dict(capability=9.0)),
+    ("blockwise", "gpu", HALF, 256, 2048, dict(capability=8.6)),
+    ("blockwise", "gpu", HALF, 60, 2048, dict(capability=9.0)),
     ("cudnn", "gpu", HALF, 64, 2048, dict(capability=9.0, windows=(512, 512))),
-    ("blocks", "gpu", HALF, 64, 2048, dict(capability=9.0, windows=(0, 512))),
-    ("blocks", "gpu", HALF, 64, 2048, dict(capability=9.0, windows=(512, 512), segments=3)),
+    ("blockwise", "gpu", HALF, 64, 2048, dict(capability=9.0, windows=(0, 512))),
+    ("blockwise", "gpu", HALF, 64, 2048, dict(capability=9.0, windows=(512, 512), segments=3)),
     ("cudnn", "gpu", HALF, 64, 2048, dict(capability=9.0, partitioned=True)),
-    ("blocks", "gpu", HALF, 64, 2048, dict(capability=9.0, partitioned=True, segments=3)),
-    ("blocks", "rocm", HALF, 64, 2048, {}),
+    ("blockwise", "gpu", HALF, 64, 2048, dict(capability=9.0, partitioned=True, segments=3)),
+    ("blockwise", "rocm", HALF, 64, 2048, {}),
     ("splash", "tpu", HALF, 64, 2048, {}),
     ("splash", "tpu", jnp.float32, 128, 2048, dict(windows=(512,), segments=100)),
-    ("blocks", "tpu", HALF, 64, 2048, dict(partitioned=True)),
-    ("blocks", "tpu", HALF, 64, 2048, dict(windows=(0, 512))),
+    ("blockwise", "tpu", HALF, 64, 2048, dict(partitioned=True)),
+    ("blockwise", "tpu", HALF, 64, 2048, dict(windows=(0, 512))),
     ("xla", "tpu", HALF, 64, 128, {}),
-    ("blocks", "cpu", jnp.float32, 64, 256, {}),
-    ("blocks", "cpu", jnp.float64, 64, 8192, dict(windows=(0, 512), segments=1000)),
+    ("blockwise", "cpu", jnp.float32, 64, 256, {}),
+    ("blockwise", "cpu", jnp.float64, 64, 8192, dict(windows=(0, 512), segments=1000)),
     ("xla", "cpu", jnp.float32, 64, 128, {}),
 ]
 
@@ -418,7 +418,7 @@ def test_the_best_kind(kind, platform, dtype, head_dim, length, more):
 
 
 @pytest.mark.parametrize(
-    "capability, kind", [("9.0", "cudnn"), ("7.5", "blocks"), ("gfx942", "blocks"), (None, "blocks")]
+    "capability, kind", [("9.0", "cudnn"), ("7.5", "blockwise"), ("gfx942", "blockwise"), (None, "blockwise")]
 )
 def test_a_gpu_is_asked_what_it_is(capability, kind, monkeypatch):
     """AMD's have names for what NVIDIA numbers."""

@@ -47,10 +47,10 @@ def test_pads_at_the_end_change_nothing():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_dtypes(tied, x64):
-    for dtype, wide in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.float64, jnp.float64)):
+    for dtype, accum_dtype in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.float64, jnp.float64)):
         model, params = tiny_decoder(dtype=dtype, tie_word_embeddings=tied)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
-        assert logits(model, params, tokens()).dtype == wide
+        assert logits(model, params, tokens()).dtype == accum_dtype
 
 
 def test_float64_is_float64_inside(x64):

@@ -140,7 +140,7 @@ def assert_same_gradients(theirs, path, tokens, tmp_path, size):
     """Our adapters of the base at ``path``, saved for ``peft``, give its logits and its gradients of one scalar."""
     peft = pytest.importorskip("peft")
     base, params = load_pretrained(path)
-    spec = LoraSpec(target="all-linear", rank=3, alpha=5)
+    spec = LoraSpec(target_modules="all-linear", rank=3, alpha=5)
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, size=size)
     save_peft(tmp_path / "adapter", adapters, spec, base_model=str(path), params=params)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()

@@ -15,16 +15,16 @@ from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.models.remat import KEPT
 from stablelora_jax.training.flops import dots
 from stablelora_jax.training.loss import summed_loss
-from stablelora_jax.training.remat_policy import kept_bytes
+from stablelora_jax.training.remat_policy import saved_activation_bytes
 from tests.helpers import TINY, jit, largest_difference, random_params, tokens, trained
 
 B, T, L, R = 3, 37, 5, 2  # no other size of the model but the rank
-POLICIES = ("everything", "useful", "no_mlp", "attention", "nothing")
+POLICIES = ("everything", "save_dots", "no_mlp", "attention", "nothing")
 
 
 def problem(policy, dtype=jnp.float32, attention="xla", dropout=0.0, **changes):
     """``(model, spec, loss of adapters and params)``."""
-    spec = LoraSpec(target="all-linear", rank=R, dropout=dropout)
+    spec = LoraSpec(target_modules="all-linear", rank=R, dropout=dropout)
     config = DecoderConfig(**{**TINY, "num_hidden_layers": L, "vocab_size": 61, **changes})
     model = Decoder(config, dtype=dtype, remat=policy, attention=attention)
     ones = np.ones((B, T), np.int32)
@@ -50,7 +50,7 @@ def abstract(policy, part=lambda adapters: adapters, **changes):
     "policies,changes",
     [
         (POLICIES, {"dropout": 0.3, "tie_word_embeddings": True}),
-        (("everything", "useful", "attention"), {"qk_norm": True, "attention": "blocks"}),
+        (("everything", "save_dots", "attention"), {"qk_norm": True, "attention": "blockwise"}),
     ],
     ids=["dropout_tied", "norms_blocks"],
 )
@@ -74,14 +74,14 @@ def work(policy, **changes):
     return dots(jax.make_jaxpr(jax.grad(loss))(adapters, params))
 
 
-@pytest.mark.parametrize("attention", ["xla", "blocks"])
+@pytest.mark.parametrize("attention", ["xla", "blockwise"])
 def test_policies_are_steps_of_work(attention):
     """Useful multiplies nothing twice; each of the others does what its place in the table says."""
-    none, useful, no_mlp, some, all_of_it = (work(policy, attention=attention) for policy in POLICIES)
-    assert none == useful
+    none, save_dots, no_mlp, some, all_of_it = (work(policy, attention=attention) for policy in POLICIES)
+    assert none == save_dots
     D, F, hd, each = 16, 24, 4, 2 * B * T * L
     mlp = each * (2 * D * F + 2 * R * F)  # gate and up, and the second product of their pairs
-    assert no_mlp - useful == mlp
+    assert no_mlp - save_dots == mlp
     projections = each * ((4 + 2 * 2) * hd * (D + R) + 4 * hd * D + R * D)  # q, k, v and o
     assert some - no_mlp - projections == (each * T * 4 * hd if attention == "xla" else 0)  # scores
     assert all_of_it > some
@@ -99,14 +99,14 @@ def said(policy, **changes):
     """The same by ``memory.py``, with the ranks of seven pairs."""
     dtype, dense = changes.get("dtype", jnp.float32), changes.get("attention", "xla") == "xla"
     how = {"rows": B, "length": T, "dtype": dtype, "ranks": 7 * R, "dense": dense}
-    return kept_bytes(abstract(policy, **changes)[0], policy, **how)
+    return saved_activation_bytes(abstract(policy, **changes)[0], policy, **how)
 
 
-HALF = {"attention": "blocks", "dtype": jnp.bfloat16}
+HALF = {"attention": "blockwise", "dtype": jnp.bfloat16}
 MEMORY = {
     "float32": {},
     "bfloat16": {"dtype": jnp.bfloat16},
-    "blocks": {"attention": "blocks"},
+    "blockwise": {"attention": "blockwise"},
     "bfloat16_blocks": HALF,
     "dropout": {"dropout": 0.1, **HALF},
 }
@@ -122,10 +122,10 @@ def test_memory_says_what_is_kept(case):
 
 
 def test_all_that_autodiff_asks_for_is_more_than_twice_as_much():
-    assert kept("everything", **HALF) > 2 * kept("useful", **HALF)
+    assert kept("everything", **HALF) > 2 * kept("save_dots", **HALF)
 
 
-@pytest.mark.parametrize("policy", ["everything", "useful"])
+@pytest.mark.parametrize("policy", ["everything", "save_dots"])
 def test_a_constant_a_costs_neither_products_nor_memory(policy):
     """LoRA-FA: no gradient of A is multiplied, and what it alone would need is not kept."""
     inputs = 3 * 16 + 16 + 2 * 16 + 24  # q, k, v; o; gate, up; down
@@ -139,5 +139,5 @@ def test_names_of_the_policies_grow():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(InputError, match="remat 'half' is none of everything, useful, no_mlp, attention, nothing"):
+    with pytest.raises(InputError, match="remat 'half' is none of everything, save_dots, no_mlp, attention, nothing"):
         abstract_params(problem("half")[0])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from stablelora_jax import optimizers as optimize
+from stablelora_jax import optimizers
 
 # which changes of factorisation (A, B) -> (A R, B R^-T) leave the trajectory of A B^T as it is
 NONE, SIGN, PERMUTATION, ORTHOGONAL, GENERAL = range(5)
@@ -53,22 +53,22 @@ def nothing(n: int, m: int, r: int) -> int:
 
 MEMBERS = {
     "stable_lora": Member(
-        optimize.stable_lora, "stable_lora", PERMUTATION, adam, {"shrink_ratio": 5e-3}, {"ratio": 5e-3}
+        optimizers.stable_lora, "stable_lora", PERMUTATION, adam, {"shrink_ratio": 5e-3}, {"ratio": 5e-3}
     ),
-    "lora_plus": Member(optimize.lora_plus, "lora_plus", PERMUTATION, adam, {"ratio": 4.0}),
-    "scaled_gd": Member(optimize.scaled_gd, "scaled_gd", GENERAL, nothing, {"delta": 0.0}),
-    "scaled_gd_damped": Member(optimize.scaled_gd, "scaled_gd", ORTHOGONAL, nothing, {"delta": 1e-2}, rate=0.1),
-    "scaled_adamw": Member(optimize.scaled_adamw, "scaled_adamw", PERMUTATION, adam, {"b2": 0.9}),
+    "lora_plus": Member(optimizers.lora_plus, "lora_plus", PERMUTATION, adam, {"ratio": 4.0}),
+    "scaled_gd": Member(optimizers.scaled_gd, "scaled_gd", GENERAL, nothing, {"delta": 0.0}),
+    "scaled_gd_damped": Member(optimizers.scaled_gd, "scaled_gd", ORTHOGONAL, nothing, {"delta": 1e-2}, rate=0.1),
+    "scaled_adamw": Member(optimizers.scaled_adamw, "scaled_adamw", PERMUTATION, adam, {"b2": 0.9}),
     "scaled_adamw_gpt2": Member(
-        optimize.scaled_adamw, "scaled_adamw", PERMUTATION, adam, {"variant": "gpt2", "delta": 1e-2}
+        optimizers.scaled_adamw, "scaled_adamw", PERMUTATION, adam, {"variant": "gpt2", "delta": 1e-2}
     ),
     "scaled_adamw_mistral": Member(
-        optimize.scaled_adamw, "scaled_adamw", PERMUTATION, adam, {"variant": "mistral", "delta": 1e-2}
+        optimizers.scaled_adamw, "scaled_adamw", PERMUTATION, adam, {"variant": "mistral", "delta": 1e-2}
     ),
-    "lora_rite": Member(optimize.lora_rite, "lora_rite", GENERAL, rite, {}, {"escape": True}),
-    "lora_rite_no_escape": Member(optimize.lora_rite, "lora_rite", GENERAL, rite, {"escape": 0}, {"escape": False}),
+    "lora_rite": Member(optimizers.lora_rite, "lora_rite", GENERAL, rite, {}, {"escape": True}),
+    "lora_rite_no_escape": Member(optimizers.lora_rite, "lora_rite", GENERAL, rite, {"escape": 0}, {"escape": False}),
     "lora_rite_code": Member(
-        optimize.lora_rite,
+        optimizers.lora_rite,
         "lora_rite",
         GENERAL,
         rite,
@@ -76,7 +76,7 @@ MEMBERS = {
         {"escape": False, "second_moment": "mean", "clip": 1.0, "skip": 1.0, "variant": None},
     ),
     "lora_rite_all": Member(
-        optimize.lora_rite,
+        optimizers.lora_rite,
         "lora_rite",
         GENERAL,
         rite,
@@ -99,27 +99,27 @@ MEMBERS = {
             "update_capping": None,
         },
     ),
-    "lora_pro": Member(optimize.lora_pro, "lora_pro", PERMUTATION, adam, scaled=True),
-    "lora_pro_zero": Member(optimize.lora_pro, "lora_pro", PERMUTATION, adam, {"projection": "zero"}, scaled=True),
+    "lora_pro": Member(optimizers.lora_pro, "lora_pro", PERMUTATION, adam, scaled=True),
+    "lora_pro_zero": Member(optimizers.lora_pro, "lora_pro", PERMUTATION, adam, {"projection": "zero"}, scaled=True),
     "lora_pro_symmetric": Member(
-        optimize.lora_pro, "lora_pro", PERMUTATION, adam, {"projection": "symmetric"}, scaled=True
+        optimizers.lora_pro, "lora_pro", PERMUTATION, adam, {"projection": "symmetric"}, scaled=True
     ),
     "lora_pro_full": Member(
-        optimize.lora_pro, "lora_pro", ORTHOGONAL, lambda n, m, r: 2 * n * m, {"form": "full"}, scaled=True
+        optimizers.lora_pro, "lora_pro", ORTHOGONAL, lambda n, m, r: 2 * n * m, {"form": "full"}, scaled=True
     ),
     "lora_pro_full_zero": Member(
-        optimize.lora_pro,
+        optimizers.lora_pro,
         "lora_pro",
         GENERAL,
         lambda n, m, r: 2 * n * m,
         {"form": "full", "projection": "zero", "damping": 0.0, "variant": "code"},
         scaled=True,
     ),
-    "altlora": Member(optimize.altlora, "altlora", GENERAL, adam, {"lam": 0.0, "first": "b"}, scaled=True, rate=0.1),
-    "altlora_a_first": Member(optimize.altlora, "altlora", ORTHOGONAL, adam, {"lam": 1e-1}, scaled=True),
-    "altlora_code": Member(optimize.altlora, "altlora", GENERAL, adam, {"variant": "code", "lam": 0.0}),
+    "altlora": Member(optimizers.altlora, "altlora", GENERAL, adam, {"lam": 0.0, "first": "b"}, scaled=True, rate=0.1),
+    "altlora_a_first": Member(optimizers.altlora, "altlora", ORTHOGONAL, adam, {"lam": 1e-1}, scaled=True),
+    "altlora_code": Member(optimizers.altlora, "altlora", GENERAL, adam, {"variant": "code", "lam": 0.0}),
     "altlora_plus": Member(
-        optimize.altlora_plus,
+        optimizers.altlora_plus,
         "altlora",
         PERMUTATION,
         lambda n, m, r: 3 * r * (n + m),
@@ -129,16 +129,16 @@ MEMBERS = {
         rate=3e-3,
     ),
     "altlora_plus_code": Member(
-        optimize.altlora_plus,
+        optimizers.altlora_plus,
         "altlora",
         PERMUTATION,
         lambda n, m, r: 3 * r * (n + m),
         {"variant": "code", "eps": 1e-3},
         {"plus": True},
     ),
-    "allora": Member(optimize.allora, "allora", PERMUTATION, adam),
+    "allora": Member(optimizers.allora, "allora", PERMUTATION, adam),
     "allora_update": Member(
-        optimize.allora,
+        optimizers.allora,
         "allora",
         PERMUTATION,
         adam,
@@ -146,7 +146,7 @@ MEMBERS = {
         {"on": "update", "applies_to": None},
     ),
     "oplora": Member(
-        optimize.oplora,
+        optimizers.oplora,
         "oplora",
         ORTHOGONAL,
         lambda n, m, r: r * (n + m),
@@ -157,7 +157,7 @@ MEMBERS = {
         rate=0.1,
     ),
     "oplora_exact": Member(
-        optimize.oplora,
+        optimizers.oplora,
         "oplora",
         GENERAL,
         lambda n, m, r: r * (n + m),
@@ -167,7 +167,7 @@ MEMBERS = {
         static=("rounds",),
     ),
     "oplora_plain": Member(
-        optimize.oplora,
+        optimizers.oplora,
         "oplora",
         GENERAL,
         nothing,
@@ -176,7 +176,7 @@ MEMBERS = {
         static=("rounds",),
     ),
     "oplora_ridge": Member(
-        optimize.oplora,
+        optimizers.oplora,
         "oplora",
         ORTHOGONAL,
         nothing,
@@ -187,7 +187,7 @@ MEMBERS = {
         ridge=True,
     ),
     "lora_pre": Member(
-        optimize.lora_pre,
+        optimizers.lora_pre,
         "lora_pre",
         PERMUTATION,
         lambda n, m, r: 2 * 2 * (n + m + 2 * r),
@@ -196,11 +196,11 @@ MEMBERS = {
         tolerance=1e-7,  # Newton steps on |g| invert Gram matrices of condition 1e6 and more, in the oracle too
     ),
     "stiefel_lora": Member(
-        optimize.stiefel_lora, "stiefel_lora", SIGN, lambda n, m, r: r * (2 * n + m), {}, {}, first_move=True
+        optimizers.stiefel_lora, "stiefel_lora", SIGN, lambda n, m, r: r * (2 * n + m), {}, {}, first_move=True
     ),
-    "lora_fa": Member(optimize.lora_fa, "lora_fa", PERMUTATION, lambda n, m, r: 2 * r * m),
+    "lora_fa": Member(optimizers.lora_fa, "lora_fa", PERMUTATION, lambda n, m, r: 2 * r * m),
     "lora_fa_peft": Member(
-        optimize.lora_fa, "lora_fa", PERMUTATION, lambda n, m, r: 2 * r * m, {"variant": "peft"}, scaled=True
+        optimizers.lora_fa, "lora_fa", PERMUTATION, lambda n, m, r: 2 * r * m, {"variant": "peft"}, scaled=True
     ),
 }
 

@@ -6,12 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
-from stablelora_jax import optimizers as optimize
+from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, optimizers
 from stablelora_jax.interop.peft_layout import layout
-from stablelora_jax.lora.target_modules import param_sites
+from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.optimizers import still_shrinking
-from stablelora_jax.optimizers.freeze import freeze, frozen, hold
+from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
 from stablelora_jax.utils import tree
 from tests.helpers import jit, tiny_decoder, tokens, trained
 from tests.optimizers.members import CORE, MEMBERS
@@ -19,13 +18,13 @@ from tests.optimizers.members import CORE, MEMBERS
 FULL = LoraSpec(
     rank=3,
     parametrization="dora",
-    target=["q_proj", "up_proj", "embed_tokens"],
-    layers=None,
+    target_modules=["q_proj", "up_proj", "embed_tokens"],
+    layers_to_transform=None,
     rank_pattern={"layers.1.*up_proj": 2},
     modules_to_save=["lm_head", "layers.1.input_layernorm", "layers.2.input_layernorm"],
     bias="lora_only",
 )
-PAIRS = LoraSpec(rank=2, target=["q_proj", "down_proj"], layers=(0, 2), lora_bias=True)
+PAIRS = LoraSpec(rank=2, target_modules=["q_proj", "down_proj"], layers_to_transform=(0, 2), lora_bias=True)
 
 
 def base(spec):
@@ -36,7 +35,7 @@ def base(spec):
 def by_name(mask, adapters, params, spec):
     """Whether each tensor is frozen, by our name for it, along the table that writes PEFT's files."""
     found = {}
-    for entry in layout(param_sites(params, spec), params, spec):
+    for entry in layout(find_target_modules(params, spec), params, spec):
         leaf, one = (tree.get_in(t, entry.place) for t in (adapters, mask))
         assert one.dtype == bool and one.ndim == leaf.ndim
         part = entry.take(np.broadcast_to(one, leaf.shape))
@@ -79,7 +78,7 @@ def by_name(mask, adapters, params, spec):
 )
 def test_a_pattern_is_the_end_of_a_name_or_of_a_module_that_holds_it(spec, patterns, chosen):
     params, adapters = base(spec)
-    mask = frozen(params, adapters, spec, patterns)
+    mask = freeze_mask(params, adapters, spec, patterns)
     assert jax.tree.structure(mask) == jax.tree.structure(adapters)
     found = by_name(mask, adapters, params, spec)
     expected = {name: name.endswith("lora_bias") if patterns == ["lora_bias"] else chosen(name) for name in found}
@@ -89,21 +88,21 @@ def test_a_pattern_is_the_end_of_a_name_or_of_a_module_that_holds_it(spec, patte
 def test_shapes_are_all_that_is_read():
     params, adapters = base(FULL)
     patterns = ["layers.0", "lora_magnitude_vector"]
-    mask = frozen(params, adapters, FULL, patterns)
+    mask = freeze_mask(params, adapters, FULL, patterns)
     shapes = [jax.eval_shape(lambda x: x, t) for t in (params, adapters)]
-    seen = [frozen(*shapes, FULL, patterns)]
-    tx = lambda a: freeze(optimize.stable_lora(1e-3), frozen(params, a, FULL, patterns))
-    state = jit(lambda a: (seen.append(frozen(params, a, FULL, patterns)), tx(a).init(a))[1])(adapters)
+    seen = [freeze_mask(*shapes, FULL, patterns)]
+    tx = lambda a: freeze(optimizers.stable_lora(1e-3), freeze_mask(params, a, FULL, patterns))
+    state = jit(lambda a: (seen.append(freeze_mask(params, a, FULL, patterns)), tx(a).init(a))[1])(adapters)
     for other in seen:
         jax.tree.map(np.testing.assert_array_equal, other, mask)
-    plain = jax.eval_shape(optimize.stable_lora(1e-3).init, shapes[1])
+    plain = jax.eval_shape(optimizers.stable_lora(1e-3).init, shapes[1])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), plain) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert jax.tree.structure(jax.eval_shape(tx(shapes[1]).init, shapes[1])) == jax.tree.structure(state)
 
 
 def test_layers_without_an_adapter_go_with_the_others():
     params, adapters = base(PAIRS)
-    mask = frozen(params, adapters, PAIRS, ["layers.0", "layers.2.self_attn"])["model"]["layers"]
+    mask = freeze_mask(params, adapters, PAIRS, ["layers.0", "layers.2.self_attn"])["model"]["layers"]
     assert mask["self_attn"]["q_proj"]["lora_a"].all()  # layer 1 is padding
     assert mask["mlp"]["down_proj"]["lora_b"].ravel().tolist() == [True, False, False]
     assert mask["mlp"]["down_proj"]["lora_bias"].shape == (3, 1)
@@ -124,7 +123,7 @@ def test_layers_without_an_adapter_go_with_the_others():
 def test_patterns_that_freeze_nothing_or_everything_are_refused(patterns, message):
     params, adapters = base(PAIRS)
     with pytest.raises(InputError) as caught:
-        frozen(params, adapters, PAIRS, patterns)
+        freeze_mask(params, adapters, PAIRS, patterns)
     assert message in str(caught.value)
 
 
@@ -137,22 +136,22 @@ def dots(jaxpr):
 
 def test_no_gradient_flows_and_a_leaf_that_is_frozen_whole_costs_none():
     model, params = tiny_decoder()
-    spec = LoraSpec(rank=2, target=["q_proj", "o_proj"])
+    spec = LoraSpec(rank=2, target_modules=["q_proj", "o_proj"])
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     loss = lambda a: jnp.square(adapted(model, spec).apply({"params": params, "lora": a}, tokens())).mean()
     products, gradients = {}, {}
     for patterns in ((), ("lora_a",), ("q_proj",), ("layers.0",), ("layers.[12]", "o_proj.lora_b")):
-        mask = frozen(params, adapters, spec, patterns)
-        grad = jax.grad(lambda a, mask=mask: loss(hold(a, mask)))
+        mask = freeze_mask(params, adapters, spec, patterns)
+        grad = jax.grad(lambda a, mask=mask: loss(stop_frozen_gradients(a, mask)))
         products[patterns] = dots(jax.make_jaxpr(grad)(adapters).jaxpr)
         gradients[patterns] = jit(grad)(adapters)
-        assert bool(jnp.allclose(loss(hold(adapters, mask)), loss(adapters), rtol=1e-6))
+        assert bool(jnp.allclose(loss(stop_frozen_gradients(adapters, mask)), loss(adapters), rtol=1e-6))
         if patterns:
             expected = jax.tree.map(lambda one, g: np.where(one, 0, g), mask, gradients[()])
             jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-6), gradients[patterns], expected)
     assert products[("lora_a",)] < products[()] and products[("q_proj",)] < products[()]
     assert products[("layers.0",)] == products[()]  # a part of a stack is not saved
-    held = jax.make_jaxpr(jax.grad(lambda a: loss(optimize.freeze_a(a))))(adapters)
+    held = jax.make_jaxpr(jax.grad(lambda a: loss(optimizers.freeze_a(a))))(adapters)
     assert products[("lora_a",)] == dots(held.jaxpr)
 
 
@@ -222,7 +221,7 @@ def test_frozen_numbers_stay_to_the_bit_and_nothing_is_nan(name):
     """Decay, clipping and shrink around everything; pairs frozen whole, A alone, B alone, one layer of a stack."""
     half = name != "stiefel_lora"
     adapters, mask = problem(half)
-    around = (lambda tx: tx) if name == "stable_lora" else lambda tx: optimize.shrink_until_stable(tx, 0.01)
+    around = (lambda tx: tx) if name == "stable_lora" else lambda tx: optimizers.shrink_until_stable(tx, 0.01)
     tx = freeze(optax.chain(optax.clip_by_global_norm(0.5), around(make(name))), mask)
     after, updates = run(tx, adapters, lambda step: gradients(adapters, step))
     idle = {"lora_a", "bias", "scale"} if name.startswith("lora_fa") else {"bias", "scale"}
@@ -279,12 +278,12 @@ def make_plain(name):
 def test_stiefel_lora_does_not_take_half_a_pair():
     adapters, mask = problem()
     with pytest.raises(InputError, match="stiefel_lora moves both factors of only_a at once: freeze both or neither"):
-        freeze(optimize.shrink_until_stable(make("stiefel_lora"), 0.01), mask).init(adapters)
+        freeze(optimizers.shrink_until_stable(make("stiefel_lora"), 0.01), mask).init(adapters)
 
 
 def test_latches_are_off_where_a_is_frozen():
     adapters, mask = problem()
-    tx = freeze(optax.chain(optax.clip_by_global_norm(1.0), optimize.stable_lora(1e-3, 0.01)), mask)
+    tx = freeze(optax.chain(optax.clip_by_global_norm(1.0), optimizers.stable_lora(1e-3, 0.01)), mask)
     expected = {"whole": False, "only_a": False, "only_b": True, "free": True, "layers.1": True, "layers.2": True}
     state = tx.init(adapters)
     assert still_shrinking(state) == expected | {"layers.0": False}
@@ -297,7 +296,7 @@ def test_a_frozen_a_is_not_shown_shrunk():
     adapters, mask = problem()
     grads = lambda step: gradients(adapters, step)
     plain, _ = run(freeze(make("scaled_gd_damped"), mask), adapters, grads)
-    around, _ = run(freeze(optimize.shrink_until_stable(make("scaled_gd_damped"), 0.3), mask), adapters, grads)
+    around, _ = run(freeze(optimizers.shrink_until_stable(make("scaled_gd_damped"), 0.3), mask), adapters, grads)
     assert np.array_equal(plain["only_a"]["lora_b"], around["only_a"]["lora_b"])
     assert not np.array_equal(plain["free"]["lora_b"], around["free"]["lora_b"])
 
@@ -311,6 +310,8 @@ def test_frozen_gradients_do_not_count_for_clipping():
 
 def test_nothing_frozen_is_the_optimizer_itself():
     params, adapters = base(PAIRS)
-    mask, tx = frozen(params, adapters, PAIRS, ()), optimize.lora_rite(1e-3)
+    mask, tx = freeze_mask(params, adapters, PAIRS, ()), optimizers.lora_rite(1e-3)
     assert freeze(tx, mask) is tx
-    assert [id(x) for x in jax.tree.leaves(hold(adapters, mask))] == [id(x) for x in jax.tree.leaves(adapters)]
+    assert [id(x) for x in jax.tree.leaves(stop_frozen_gradients(adapters, mask))] == [
+        id(x) for x in jax.tree.leaves(adapters)
+    ]

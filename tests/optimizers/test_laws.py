@@ -12,8 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from stablelora_jax import InputError, LoraSpec
-from stablelora_jax import optimizers as optimize
+from stablelora_jax import InputError, LoraSpec, optimizers
 from stablelora_jax.lora.pairs import is_pair
 from tests.helpers import jit, largest_difference
 from tests.optimizers.members import CORE, MEMBERS
@@ -151,7 +150,7 @@ def test_all_wrappers_at_once_with_one_compilation(x64, name):
     decay = optax.linear_schedule(0.1, 0.0, 4)
     more = {"ratio": optax.linear_schedule(2.0, 4.0, 4)} if name == "lora_plus" else {}
     member = member._replace(options={**member.options, **more})
-    inner = optimize.shrink_until_stable(
+    inner = optimizers.shrink_until_stable(
         member.make(optax.cosine_decay_schedule(1e-2, 50), weight_decay=decay), optax.linear_schedule(1e-2, 0.0, 3)
     )
     tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), inner), 2).gradient_transformation()
@@ -237,11 +236,11 @@ def test_leaves_outside_pairs_follow_the_stated_rule(name):
     member, others = MEMBERS[name], {"head": {"bias": jnp.full(3, 0.5)}, "norm": {"scale": jnp.ones(4)}}
     whole = {**others, "p": pair(0, 4, 3, 2)}
     options = {k: member.options[k] for k in ("b1", "b2", "eps") if k in member.options}
-    if member.factory is optimize.lora_rite:
+    if member.factory is optimizers.lora_rite:
         options["eps"] = 1e-6
     adamw = optax.adamw(1e-2, weight_decay=0.1, **options)
     descent = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1e-2))
-    rule, tx = descent if member.factory is optimize.scaled_gd else adamw, member.make(1e-2, weight_decay=0.1)
+    rule, tx = descent if member.factory is optimizers.scaled_gd else adamw, member.make(1e-2, weight_decay=0.1)
     expected, _ = rule.update(others, rule.init(others), others)
     updates, _ = tx.update(whole, tx.init(whole), whole)
     chex.assert_trees_all_close({key: updates[key] for key in others}, expected, rtol=1e-6)
@@ -315,9 +314,9 @@ def test_a_scale_tree_that_lacks_a_pair_is_an_error(name):
 
 
 def test_scales_are_those_of_the_spec():
-    spec = LoraSpec(rank=4, alpha=8, target=["q"], rank_pattern={"layers.1.q": 2}, layers=(0, 1))
+    spec = LoraSpec(rank=4, alpha=8, target_modules=["q"], rank_pattern={"layers.1.q": 2}, layers_to_transform=(0, 1))
     params = {"layers": {"q": {"lora_a": jnp.ones((3, 5, 4)), "lora_b": jnp.ones((3, 4, 5))}}}
-    assert optimize.scales(params, spec)["layers"]["q"].tolist() == [2.0, 4.0, 0.0]
+    assert optimizers.scales(params, spec)["layers"]["q"].tolist() == [2.0, 4.0, 0.0]
 
 
 def test_the_compiled_updates_never_hang():
@@ -325,8 +324,8 @@ def test_the_compiled_updates_never_hang():
     code = """if True:
         import jax
         from tests.helpers import jit
-        from tests.optimize.members import MEMBERS
-        from tests.optimize.test_laws import gradients, pair
+        from tests.optimizers.members import MEMBERS
+        from tests.optimizers.test_laws import gradients, pair
         params = {"layers": {"q": pair(0, 16, 16, 16, (168,), False), "v": pair(1, 20, 16, 16, (24,), False)}}
         grads = gradients(params, 0)
         for name, steps in {"lora_rite": 200, "oplora": 100, "lora_pro": 50, "scaled_gd": 50}.items():

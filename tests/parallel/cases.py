@@ -50,7 +50,7 @@ def batches(count=20, rows=16):
 def problem(dtype, dropout, tx=TX, **shape):
     """``(model, params, the start as host arrays)``."""
     model, params = tiny_decoder(dtype, **{**SHAPE, **shape})
-    spec = LoraSpec(target="all-linear", rank=2, dropout=dropout)
+    spec = LoraSpec(target_modules="all-linear", rank=2, dropout=dropout)
     adapters = init_adapters(jax.random.key(0), params, spec, dtype=dtype)
     start = jax.tree.map(np.asarray, init_state(adapters, tx, jax.random.key(1)))
     return adapted(model, spec), params, start

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from stablelora_jax.parallel import mesh_layout, pmap_layout
-from stablelora_jax.training.cross_entropy import tile_length
+from stablelora_jax.training.cross_entropy import chunk_length
 from stablelora_jax.training.step import make_train_step
 from tests.parallel.cases import HEADS, SHAPE, TX, batches, problem
 
@@ -86,11 +86,11 @@ def test_tensor_parallel():
     assert set(found) == {("all-reduce", True), ("all-reduce", False), ("all-gather", False)}
     stream = Counter({shape: n for shape, n in found["all-reduce", True].items() if shape[-1] == D})
     B, T = 16, 32
-    tile = tile_length(B, T, V)
+    chunk = chunk_length(B, T, V)
     layers = "after o and down forwards; into q, k, v, gate and up backwards; into the head, tile by tile"
-    assert stream == {(B, T, D): 2 + 5, (B, tile, D): 1}, layers
+    assert stream == {(B, T, D): 2 + 5, (B, chunk, D): 1}, layers
     assert messages["all-reduce", True] == 4 + 3, "of a layer; of a tile its maximum, its sums and its gradient"
-    assert set(found["all-reduce", True]) == {(B, T, D), (B, T, R), (B, tile, D), (B, tile, 1), (B, tile)}
+    assert set(found["all-reduce", True]) == {(B, T, D), (B, T, R), (B, chunk, D), (B, chunk, 1), (B, chunk)}
     gathered = Counter([(L, R, D)] * 3 + [(L, R, F)] * 2 + [(L, D, R), (L, F, R)])
     assert turned(found["all-gather", False]) == turned(gathered), (
         "gradients of the factors that lie on a split side, once a step"

@@ -89,14 +89,14 @@ def test_a_signal_to_one_process_ends_both_at_the_same_step(tmp_path):
 def test_an_adapted_embedding_that_is_split_over_processes_is_written_whole(tmp_path):
     port, out = free_port(), tmp_path / "r"
     words = ["experiments/train.py", "steps=1", "batch_size=8", "task.train_limit=64", "evaluate=false"]
-    words += ["lora.rank=2", "lora.target=[q_proj, embed_tokens]", "parallel={name: mesh, tensor: 2, fsdp: 4}"]
+    words += ["lora.rank=2", "lora.target_modules=[q_proj, embed_tokens]", "parallel={name: mesh, tensor: 2, fsdp: 4}"]
     words += [f"output={out}", "distributed.processes=2", "schedule.warmup_steps=0"]
     pair = [start(*words, f"distributed.coordinator=localhost:{port}", f"distributed.process={i}") for i in range(2)]
     said = [process.communicate(timeout=300)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     _, params = load_pretrained(base_directory())
     _, spec = load_peft(out / "adapter", params)
-    assert set(spec.target) == {"embed_tokens", "q_proj"}
+    assert set(spec.target_modules) == {"embed_tokens", "q_proj"}
     stored = load_file(out / "adapter" / "adapter_model.safetensors")
     own = next(value for name, value in stored.items() if name.endswith("embed_tokens.base_layer.weight"))
     np.testing.assert_array_equal(own, params["model"]["embed_tokens"]["embedding"])

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from stablelora_jax import InputError, load_pretrained, save_pretrained
 from stablelora_jax.models.pretrained import safetensors as weights
 from stablelora_jax.parallel import mesh_layout, pmap_layout
-from stablelora_jax.quantization import dense, is_quantized, nf4, quantize_params
+from stablelora_jax.quantization import dequantize_tree, is_quantized, nf4, quantize_params
 from tests.helpers import jit, tiny_decoder
 from tests.quantization import golden
 
@@ -38,7 +38,7 @@ def test_loading_is_quantising(saved, kind):
     assert model == load_pretrained(directory)[0]
     _, half = load_pretrained(directory, quantize=kind, dtype=jnp.bfloat16)
     leaf = half["model"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert leaf.dtype == jnp.bfloat16 and dense(leaf).dtype == jnp.bfloat16
+    assert leaf.dtype == jnp.bfloat16 and dequantize_tree(leaf).dtype == jnp.bfloat16
     assert half["model"]["layers"]["self_attn"]["q_proj"]["bias"].dtype == jnp.bfloat16
     single = found["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     chex.assert_trees_all_equal(jax.tree.leaves(leaf), jax.tree.leaves(single))  # from the file's own numbers
@@ -49,7 +49,7 @@ def test_saving_dequantises(saved, tmp_path, kind):
     directory, _ = saved
     model, params = load_pretrained(directory, quantize=kind)
     save_pretrained(tmp_path / "again", model, params, max_shard_size=4000)
-    chex.assert_trees_all_equal(load_pretrained(tmp_path / "again")[1], dense(params))
+    chex.assert_trees_all_equal(load_pretrained(tmp_path / "again")[1], dequantize_tree(params))
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -111,7 +111,7 @@ def test_bitsandbytes_checkpoints_are_taken_over(saved, quantize):
     assert np.array_equal(up.packed, own.packed) and up.shape == own.shape
     leaves = jax.tree.leaves(found, is_leaf=is_quantized)
     assert sum(map(is_quantized, leaves)) == 7
-    chex.assert_trees_all_close(dense(found), dense(wanted), atol=0.02)  # one code of eight bits
+    chex.assert_trees_all_close(dequantize_tree(found), dequantize_tree(wanted), atol=0.02)  # one code of eight bits
     assert model.config == load_pretrained(directory)[0].config
 
 

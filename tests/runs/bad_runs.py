@@ -23,7 +23,7 @@ from tests.helpers import tiny_decoder, trained
 from tests.runs.kill_and_resume import records
 
 GOOD = (
-    "model.path=base task.name=jsonl task.path=data lora.rank=2 steps=6 batch_size=8 length=16 checkpoint_every=2 "
+    "model.path=base task.name=jsonl task.path=data lora.rank=2 steps=6 batch_size=8 max_length=16 checkpoint_every=2 "
     "output=run"
 ).split()
 SPEC = LoraSpec(rank=2)
@@ -81,21 +81,21 @@ def train(*words):
 @contextmanager
 def stopped_after(steps):
     """Inside, a run gets SIGTERM in time to end after so many steps."""
-    begun, make, listen = [], loop._make_step, module.listening
+    begun, make, listen = [], loop._make_step, module.catch_signals
 
     def counted(job):
         step = make(job)
         return lambda state, number: (begun.append(number), step(state, number))[1]
 
     @contextmanager
-    def listening():
+    def catch_signals():
         yield lambda: signal.SIGTERM if len(begun) >= steps - 1 else 0  # the loop looks a step ahead
 
-    loop._make_step, module.listening = counted, listening
+    loop._make_step, module.catch_signals = counted, catch_signals
     try:
         yield
     finally:
-        loop._make_step, module.listening = make, listen
+        loop._make_step, module.catch_signals = make, listen
 
 
 def snapshot(place):

@@ -25,7 +25,7 @@ from tests.helpers import tiny_decoder, trained
 ROOT = Path(__file__).parents[2]
 SEEDS = 25
 SECONDS, BYTES = 20, 2 * 2**30  # of one case, on a busy machine; address space beyond what the process has
-SPEC = LoraSpec(rank=2, target=["q_proj", "v_proj"])
+SPEC = LoraSpec(rank=2, target_modules=["q_proj", "v_proj"])
 
 
 @pytest.fixture(scope="module")

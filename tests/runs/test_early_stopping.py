@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stablelora_jax.runs.early_stopping import best_step, exhausted
+from stablelora_jax.runs.early_stopping import best_step, patience_exceeded
 
 
 @pytest.mark.parametrize(
@@ -39,4 +39,4 @@ def test_the_best(values, metric, best):
 def test_patience(values, patience, stops):
     evaluations = {step: {"loss": value} for step, value in enumerate(values)}
     seen = [{s: e for s, e in evaluations.items() if s <= step} for step in evaluations]
-    assert [exhausted(some, "loss", patience) for some in seen] == stops
+    assert [patience_exceeded(some, "loss", patience) for some in seen] == stops

@@ -7,8 +7,8 @@ import matplotlib.figure
 import pytest
 
 from stablelora_jax import InputError
-from stablelora_jax.config import engine as config
-from stablelora_jax.runs import plots as report
+from stablelora_jax import config
+from stablelora_jax.runs import plots
 from stablelora_jax.training.metrics import append_record
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.runs.directory import create, locate, lock
@@ -170,7 +170,7 @@ def test_a_report_replaces_no_picture_of_a_users(logged, name, content):
         matplotlib.figure.Figure().savefig(logged / name)
     before = snapshot(logged)
     with pytest.raises(InputError, match=f"{name} was not drawn from a run: move it, or name another directory"):
-        report.report([logged])
+        plots.report([logged])
     assert snapshot(logged) == before
 
 
@@ -180,13 +180,13 @@ def test_the_picture_of_several_replaces_none_of_a_users(logged, monkeypatch):
     (logged / "here/losses.png").write_text("mine")
     before = snapshot(logged)
     with pytest.raises(InputError, match="losses.png was not drawn from a run"):
-        report.report([logged, logged])
+        plots.report([logged, logged])
     assert snapshot(logged) == before
 
 
 def test_its_own_pictures_a_report_redraws(logged):
     for _ in range(2):
-        report.report([logged])
+        plots.report([logged])
     assert is_picture(logged / "loss.png")
     matplotlib.figure.Figure().savefig(logged / "loss.png")
     assert not is_picture(logged / "loss.png")

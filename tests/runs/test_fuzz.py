@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import stablelora_jax
 from stablelora_jax import InputError, LoraSpec, base_directory, init_adapters, load_peft, save_peft
 from stablelora_jax.training import checkpoint
-from stablelora_jax.config import engine as config
+from stablelora_jax import config
 from stablelora_jax.runs.curves import read_curves
 from stablelora_jax.utils.errors import RunError
 from stablelora_jax.generation.generate import encode_prompts
@@ -116,7 +116,7 @@ def test_configurations(drawn, tmp_path):
 
 def test_overrides(drawn):
     key = st.sampled_from(
-        [*keys(RunConfig), "lora.rank", "lora.target", "task.name", "optimizer.b1", "schedule.end", "x"]
+        [*keys(RunConfig), "lora.rank", "lora.target_modules", "task.name", "optimizer.b1", "schedule.end", "x"]
     )
     value = st.one_of(TEXT, VALUE.map(lambda v: json.dumps(v, default=str)))
     drawn("override", lambda k, v: config.load(RunConfig, None, [f"{k}={v}"]), key, value)

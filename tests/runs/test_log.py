@@ -15,7 +15,7 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, stable_lora
 from stablelora_jax.runs.log import RunLog
 from stablelora_jax.optimizers import latches
-from stablelora_jax.runs.summary import story, summarize
+from stablelora_jax.runs.summary import summary_lines, summarize
 from tests.conftest import ROOT
 
 SPEC = LoraSpec()
@@ -60,7 +60,7 @@ def test_a_resumed_log_goes_on_as_one_that_was_never_interrupted(tmp_path):
 def test_a_skipped_step_is_marked_and_does_not_move_the_learning_rate(tmp_path):
     log = opened(tmp_path, schedule=lambda count: (10.0, 11.0, 12.0)[count])
     log.write_step(1, metrics(applied=jnp.int32(0), skipped=jnp.int32(0)))
-    log.write_step(2, metrics(np.nan, applied=jnp.int32(1), skipped=jnp.int32(1), in_a_row=1, gradient_norm=jnp.inf))
+    log.write_step(2, metrics(np.nan, applied=jnp.int32(1), skipped=jnp.int32(1), consecutive_skips=1, gradient_norm=jnp.inf))
     log.write_step(3, metrics(applied=jnp.int32(1), skipped=jnp.int32(0)))
     one, two, three = read(tmp_path)
     assert "in_a_row" not in two
@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
 
 
 def test_the_summary_reads_the_losses_from_the_file(tmp_path):
-    log, config = opened(tmp_path), SimpleNamespace(select="last", steps=25, show=2)
+    log, config = opened(tmp_path), SimpleNamespace(select="last", steps=25, num_samples=2)
     log.write_data({"digest": "d"})
     log.write_evaluation(0, {"loss": math.inf})
     for step in range(1, 26):
@@ -133,12 +133,12 @@ def test_the_summary_reads_the_losses_from_the_file(tmp_path):
     assert summary["loss_last_10"] == np.mean([16, 17, 18, 19, 21, 22, 23, 24, 25])
     assert summary["before"] == {"loss": None} and summary["after"] == {"loss": 0.25}
     json.dumps(summary, allow_nan=False)
-    assert list(story(config, log, [], summary))[-1].startswith("loss: 6.0000 (first 10 steps) -> 20.5556")
+    assert list(summary_lines(config, log, [], summary))[-1].startswith("loss: 6.0000 (first 10 steps) -> 20.5556")
 
 
 @pytest.mark.parametrize("count", [0, 4, 15])
 def test_the_summary_of_few_steps(tmp_path, count):
-    log, config = opened(tmp_path), SimpleNamespace(select="last", steps=count, show=0)
+    log, config = opened(tmp_path), SimpleNamespace(select="last", steps=count, num_samples=0)
     for step in range(1, count + 1):
         log.write_step(step, metrics(step))
     summary = summarize(config, log, count, count, 1.0)

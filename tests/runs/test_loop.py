@@ -11,7 +11,7 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec
 from stablelora_jax.training import checkpoint
-from stablelora_jax.config import engine as config
+from stablelora_jax import config
 from stablelora_jax.runs import log
 from stablelora_jax.runs import run as module
 from stablelora_jax.utils.errors import Interrupted, RunError
@@ -39,14 +39,14 @@ def signalled(monkeypatch, after):
     asked = []
 
     @contextmanager
-    def listening():
-        def came():
+    def catch_signals():
+        def received():
             asked.append(1)
             return signal.SIGTERM if len(asked) >= after else 0
 
-        yield came
+        yield received
 
-    monkeypatch.setattr(module, "listening", listening)
+    monkeypatch.setattr(module, "listening", catch_signals)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def test_numbers_that_are_not_finite_end_the_run_with_the_last_good_state(tmp_pa
 
 def test_micro_batches_and_meshes_do_not_make_another_run(whole, tmp_path):
     """It is begun on one layout, and goes on, in the same directory, on another."""
-    mine = replace(SHORT, output=str(tmp_path / "r"), accumulate=2)
+    mine = replace(SHORT, output=str(tmp_path / "r"), gradient_accumulation_steps=2)
     import stablelora_jax.runs.run
 
-    original = stablelora_jax.runs.run.listening
+    original = stablelora_jax.runs.run.catch_signals
     try:
         patch = pytest.MonkeyPatch()
         signalled(patch, 4)
@@ -102,8 +102,8 @@ def test_micro_batches_and_meshes_do_not_make_another_run(whole, tmp_path):
             run(mine, quiet)
     finally:
         patch.undo()
-    assert stablelora_jax.runs.run.listening is original
-    run(replace(mine, parallel=MeshConfig(fsdp=4, tensor=2), accumulate=1, checkpoint_every=5), quiet)
+    assert stablelora_jax.runs.run.catch_signals is original
+    run(replace(mine, parallel=MeshConfig(fsdp=4, tensor=2), gradient_accumulation_steps=1, checkpoint_every=5), quiet)
     expected = [record["loss"] for record in records(whole) if "loss" in record]
     found = [record["loss"] for record in records(tmp_path / "r") if "loss" in record]
     assert found == pytest.approx(expected, rel=1e-4)
@@ -150,7 +150,7 @@ def test_the_loop_passes_on_its_micro_batches(tmp_path, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(loop, "make_train_step", made)
-    run(replace(SHORT, output=str(tmp_path / "r"), steps=1, evaluate_every=None, evaluate=False, accumulate=2), quiet)
+    run(replace(SHORT, output=str(tmp_path / "r"), steps=1, evaluate_every=None, evaluate=False, gradient_accumulation_steps=2), quiet)
     assert asked == [2]
 
 
@@ -231,5 +231,5 @@ def test_two_thousand_steps_leak_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(log.RunLog, "write_step", watched)
     mine = replace(SHORT, steps=2000, batch_size=8, checkpoint_every=100, evaluate_every=500)
-    run(replace(mine, data=DataConfig(batching="pack"), length=64, output=str(tmp_path / "r")), quiet)
+    run(replace(mine, data=DataConfig(batching="pack"), max_length=64, output=str(tmp_path / "r")), quiet)
     assert seen[2000][0] < 1.05 * seen[100][0] and seen[2000][1] == seen[100][1], (seen[100], seen[2000])

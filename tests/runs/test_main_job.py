@@ -2,7 +2,7 @@
 
 import pytest
 
-from stablelora_jax.config import engine as config
+from stablelora_jax import config
 from stablelora_jax.training.metrics import read_records
 from stablelora_jax.runs.run import run
 from stablelora_jax.config.run import RunConfig

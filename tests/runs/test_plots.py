@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from stablelora_jax import LoraSpec
-from stablelora_jax.config import engine as config
-from stablelora_jax.runs import plots as report
+from stablelora_jax import config
+from stablelora_jax.runs import plots
 from stablelora_jax.runs.curves import labels, read_curves
 from stablelora_jax.utils.errors import RunError
 from stablelora_jax.training.metrics import append_record
@@ -44,7 +44,7 @@ def lines(axes):
 
 
 def test_two_pictures(tmp_path):
-    assert report.draw(tmp_path) == []
+    assert plots.draw(tmp_path) == []
     for step in range(1, 6):
         norms = {f"norm_{x}{end}": 1.0 / step for x in "ab" for end in ("", "_min", "_max")}
         record = {"step": step, "loss": 2.0 / step, "learning_rate": 1e-3, "shrinking": 2, **norms}
@@ -52,7 +52,7 @@ def test_two_pictures(tmp_path):
             tmp_path / "metrics.jsonl", record | ({"stopped": ["model.layers.0.q_proj"]} if step == 3 else {})
         )
     append_record(tmp_path / "metrics.jsonl", {"step": 5, "validation": {"acc": 1.0}})
-    pictures = report.draw(tmp_path)
+    pictures = plots.draw(tmp_path)
     assert [picture.name for picture in pictures] == ["loss.png", "norms.png"]
     for picture in pictures:
         assert picture.read_bytes()[:8] == PNG and picture.stat().st_size > 10_000
@@ -67,7 +67,7 @@ def test_a_third_picture_where_a_record_has_the_terms(tmp_path, drawn):
         for pair in terms.values():
             pair |= {"shrink": 0.0} | ({"delta2": 0.0} if step == 2 else {})  # nothing that a log axis can show
         append_record(tmp_path / "metrics.jsonl", record | ({"stability": terms} if step % 2 == 0 else {}))
-    picture = report.draw(tmp_path)[-1]
+    picture = plots.draw(tmp_path)[-1]
     assert picture.name == "stability.png" and picture.read_bytes()[:8] == PNG and picture.stat().st_size > 10_000
     upper, lower = drawn[-1].axes
     shown = {label.split(" = ")[0]: points for label, points in lines(upper).items()} | lines(lower)
@@ -85,7 +85,7 @@ def test_skipped_steps_and_evaluations_are_marked_and_null_is_a_gap(tmp_path, dr
     append_record(tmp_path / "metrics.jsonl", {"step": 4, "validation": {"loss": float("inf")}})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a run that goes on, in the middle of a line
-    assert [p.name for p in report.draw(tmp_path)] == ["loss.png", "norms.png"]
+    assert [p.name for p in plots.draw(tmp_path)] == ["loss.png", "norms.png"]
     shown = lines(drawn[0].axes[0])
     np.testing.assert_array_equal(shown["each step"], [[1, 4], [2, np.nan], [3, 2], [4, np.nan]])
     assert shown["validation"].tolist() == [[3, 1.5]] and shown["skipped (1)"].tolist() == [[4, 0.02]]
@@ -93,7 +93,7 @@ def test_skipped_steps_and_evaluations_are_marked_and_null_is_a_gap(tmp_path, dr
     np.testing.assert_allclose(smooth, [4, 4, (0.9 * 4 + 2) / 1.9, (0.9 * 4 + 2) / 1.9])
     assert drawn[0].axes[0].get_yscale() == "log"
     log(tmp_path / "null", [None, None])
-    assert len(report.draw(tmp_path / "null")) == 2
+    assert len(plots.draw(tmp_path / "null")) == 2
 
 
 def begin(directory, **keys):
@@ -120,7 +120,7 @@ def test_several_runs_in_one_picture(tmp_path, drawn, monkeypatch, capsys):
     one, two = (begin(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("two", 2)))
     append_record(two / "metrics.jsonl", {"step": 2, "validation": {"loss": 0.5}})
     before = (one / "metrics.jsonl").read_bytes()
-    assert report.main([str(one), str(two), "--output", str(tmp_path / "new" / "out")]) == 0
+    assert plots.main([str(one), str(two), "--output", str(tmp_path / "new" / "out")]) == 0
     assert capsys.readouterr().out.splitlines() == [
         *(str(run / name) for run in (one, two) for name in ("loss.png", "norms.png")),
         str(tmp_path / "new" / "out" / "losses.png"),
@@ -133,8 +133,8 @@ def test_several_runs_in_one_picture(tmp_path, drawn, monkeypatch, capsys):
     assert [line.get_color() for line in points] == [own.get_color()]
     assert (one / "metrics.jsonl").read_bytes() == before
     monkeypatch.chdir(tmp_path)
-    assert report.main(["one", "two"]) == 0 and (tmp_path / "losses.png").is_file()
-    assert report.main(["one", "--output", "alone"]) == 0
+    assert plots.main(["one", "two"]) == 0 and (tmp_path / "losses.png").is_file()
+    assert plots.main(["one", "--output", "alone"]) == 0
     assert sorted(p.name for p in (tmp_path / "alone").iterdir()) == ["loss.png", "norms.png"]
 
 
@@ -147,14 +147,14 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ("empty", "has no metrics.jsonl: it is no run directory, or its run has not begun"),
         ("begun", "metrics.jsonl holds no step yet"),
     ):
-        assert report.main([str(log(tmp_path / "good", [1.0])), str(tmp_path / name)]) == 2
+        assert plots.main([str(log(tmp_path / "good", [1.0])), str(tmp_path / name)]) == 2
         said = capsys.readouterr()
         assert said.out == "" and message in said.err and said.err.count("\n") == 1
     (tmp_path / "file").write_text("")
-    assert report.main([str(tmp_path / "good"), "--output", str(tmp_path / "file" / "x")]) == 1
+    assert plots.main([str(tmp_path / "good"), "--output", str(tmp_path / "file" / "x")]) == 1
     assert "error: cannot write" in capsys.readouterr().err
     with pytest.raises(RunError, match="cannot write"):
-        report.draw(tmp_path / "good", tmp_path / "file" / "x")
+        plots.draw(tmp_path / "good", tmp_path / "file" / "x")
 
 
 def test_a_long_run_is_kept_as_columns(tmp_path):

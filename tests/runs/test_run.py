@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from stablelora_jax import InputError, LoraSpec, adapted, base_directory, load_peft, load_pretrained
-from stablelora_jax.config import engine as config
+from stablelora_jax import config
 from stablelora_jax.runs.build import make_optimizer, make_schedule
 from stablelora_jax.utils.errors import RunError
 from stablelora_jax.interop.export import open_source
@@ -46,7 +46,7 @@ def test_what_peft_has_no_form_for_is_refused_before_training(tmp_path):
     chosen = config.load(
         RunConfig,
         ROOT / "configs" / "default.yaml",
-        ["lora.target=[embed_tokens]", "lora.parametrization=dora", f"output={tmp_path / 'r'}"],
+        ["lora.target_modules=[embed_tokens]", "lora.parametrization=dora", f"output={tmp_path / 'r'}"],
     )
     with pytest.raises(InputError, match="PEFT has no dora of an embedding that is the head, too: untie them first"):
         run(chosen, lambda _: None)
@@ -276,7 +276,7 @@ def test_a_run_stops_where_nothing_gets_better(tmp_path, scripted):
 
 def test_packed_rows_from_a_cache_are_trained_and_counted(tmp_path):
     data, said = DataConfig(batching="pack", cache=str(tmp_path / "cache")), []
-    mine = replace(SHORT, data=data, steps=2, length=128, evaluate=False, output=str(tmp_path / "r"))
+    mine = replace(SHORT, data=data, steps=2, max_length=128, evaluate=False, output=str(tmp_path / "r"))
     summary = run(mine, said.append)
     counted = summary["data"]
     assert counted["texts"] == 64 and counted["rows"] < 24 and counted["padding"] < 0.2 and counted["cut"] == 0
@@ -329,9 +329,9 @@ def test_the_schedule_warms_up_and_ends_at_zero():
         (dict(batch_size=7), "a batch of 7 rows does not divide over 8 devices: batch_size must be a multiple of 8"),
         (dict(length=100_000), "length 100000 is more than"),
         (dict(data=DataConfig(chat_template=True)), "has no chat template"),
-        (dict(data=DataConfig(truncate="refuse"), length=16), "more than length=16: raise length"),
+        (dict(data=DataConfig(truncate="error"), max_length=16), "more than max_length=16: raise max_length"),
         (dict(stability_every=0), "stability_every must be at least 1"),
-        (dict(lora=LoraSpec(target=["q_prj"])), "target 'q_prj' matches no module"),
+        (dict(lora=LoraSpec(target_modules=["q_prj"])), "target 'q_prj' matches no module"),
     ],
 )
 def test_unusable_input_is_refused_before_training(tmp_path, change, message):
@@ -353,7 +353,7 @@ def test_shipped_configurations_load_and_build(path):
     [
         ({"attention": "cudnn"}, "cudnn attention needs a gpu, and here is a cpu: choose auto"),
         ({"attention": "splash"}, "splash attention needs a tpu, and here is a cpu: choose auto"),
-        ({"remat": "everything", "quantize": "nf4"}, "choose useful"),
+        ({"remat": "everything", "quantize": "nf4"}, "choose save_dots"),
     ],
 )
 def test_a_way_that_cannot_be_taken_here_is_refused_before_anything_is_written(changes, message, tmp_path):

@@ -41,7 +41,7 @@ LOSSES = {1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4}
 
 
 def test_settings_have_dotted_keys(run, tmp_path):
-    assert settings(run) == {"lora.rank": 4, "lora.target": ["q_proj"], "lora.rank_pattern": {}, "steps": 3}
+    assert settings(run) == {"lora.rank": 4, "lora.target_modules": ["q_proj"], "lora.rank_pattern": {}, "steps": 3}
     assert settings(tmp_path) == {}
     for damaged in ("a: [", "- 1", "\x00"):
         (run / "config.yaml").write_text(damaged)

@@ -12,7 +12,7 @@ from stablelora_jax.models.pretrained.tokenizer import load_tokenizer
 from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.config.run import CompareSizesTask, DataConfig, RunConfig
 from stablelora_jax.data.tasks.question import Problem, Question
-from stablelora_jax.runs.validation import HeldOut, held_out, validate
+from stablelora_jax.runs.validation import ValidationSet, held_out, validate
 from tests.helpers import tiny_decoder, trained
 
 SPEC = LoraSpec(rank=2)
@@ -27,7 +27,7 @@ def test_the_loss_is_a_mean_over_all_learnt_tokens():
     ]
     lora, layout = adapted(model, SPEC), pmap_layout()
     inner, placed = make_compute(lora, layout), (layout.place_base(params), {"lora": layout.state(adapters)})
-    found = validate(lambda rows: inner(*placed, rows), None, HeldOut(examples, []), length=48, rows=24)
+    found = validate(lambda rows: inner(*placed, rows), None, ValidationSet(examples, []), length=48, rows=24)
     batch = make_batch(examples)
     logits = lora.apply({"params": params, "lora": adapters}, batch.tokens)
     total, count = masked_cross_entropy(logits, batch.tokens, batch.loss_mask)

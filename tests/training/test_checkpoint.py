@@ -31,7 +31,7 @@ from tests.optimizers.members import MEMBERS
 
 def make_state(spec=None, seed=5):
     _, params = tiny_decoder()
-    spec = spec or LoraSpec(layers=(0, 2))
+    spec = spec or LoraSpec(layers_to_transform=(0, 2))
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec, seed)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), stable_lora(optax.cosine_decay_schedule(1e-2, 9), shrink_ratio=1e-2)
@@ -190,7 +190,7 @@ def test_the_newest_and_the_best_are_kept_and_a_step_is_saved_once(tmp_path):
     best = SimpleNamespace(step=None)
     with checkpoint.open_manager(tmp_path / "c", keep=2, best=lambda: best.step) as manager:
         for step, best.step in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
-            checkpoint.save(manager, step, {"step": np.int32(step)}, about={"twice": step})
+            checkpoint.save(manager, step, {"step": np.int32(step)}, metadata={"twice": step})
         checkpoint.wait(manager)
         assert checkpoint.steps(manager) == [2, 4, 5] == sorted(manager.all_steps())
         best.step = 4
@@ -217,7 +217,7 @@ def test_one_of_the_last_is_enough(tmp_path):
 def test_nothing_there(tmp_path):
     for place in (tmp_path / "absent", tmp_path):
         assert checkpoint.latest(place) is None and checkpoint.steps(place) == []
-        for act in (lambda place: checkpoint.restore(place, zoo()), checkpoint.read_about):
+        for act in (lambda place: checkpoint.restore(place, zoo()), checkpoint.read_metadata):
             with pytest.raises(InputError, match="holds no complete checkpoint"):
                 act(place)
     assert not (tmp_path / "absent").exists()
@@ -234,7 +234,9 @@ def test_nothing_there(tmp_path):
 def test_another_state_is_refused_with_names_and_shapes(tmp_path):
     checkpoint.save(tmp_path / "c", 1, make_state())
     with pytest.raises(InputError) as error:
-        checkpoint.restore(tmp_path / "c", make_state(LoraSpec(layers=(0, 2), rank=4)), accept_changes=True)
+        checkpoint.restore(
+            tmp_path / "c", make_state(LoraSpec(layers_to_transform=(0, 2), rank=4)), accept_changes=True
+        )
     there = "adapters.model.layers.self_attn.q_proj.lora_a is (3, 16, 8) there and (3, 16, 4) here"
     assert there in one_line(error) and "and 7 more; go on with what it was saved with" in str(error.value)
     state = {"a": np.ones((2, 3)), "b": [np.ones(2)], "c": np.ones(1)}
@@ -252,36 +254,39 @@ def test_another_state_is_refused_with_names_and_shapes(tmp_path):
 
 
 def test_another_run_is_refused_with_both_values(tmp_path):
-    state, about = {"a": np.ones(2)}, {"lora": {"rank": 8, "alpha": 16.0, "target": ("q", "v")}, "base": {"w": "f32 1"}}
-    checkpoint.save(tmp_path / "c", 1, state, about={**about, "data": {"row": 7}, "nan": float("nan")})
-    stored = checkpoint.read_about(tmp_path / "c", 1)
+    state, metadata = (
+        {"a": np.ones(2)},
+        {"lora": {"rank": 8, "alpha": 16.0, "target": ("q", "v")}, "base": {"w": "f32 1"}},
+    )
+    checkpoint.save(tmp_path / "c", 1, state, metadata={**metadata, "data": {"row": 7}, "nan": float("nan")})
+    stored = checkpoint.read_metadata(tmp_path / "c", 1)
     assert stored["data"] == {"row": 7} and stored["lora"]["target"] == ["q", "v"] and stored["nan"] != stored["nan"]
-    for same in (about, stored, {"lora": {**about["lora"], "alpha": 16}}, {}, None):
-        assert_same(checkpoint.restore(tmp_path / "c", state, about=same), state)
+    for same in (metadata, stored, {"lora": {**metadata["lora"], "alpha": 16}}, {}, None):
+        assert_same(checkpoint.restore(tmp_path / "c", state, metadata=same), state)
     other = {"lora": {"rank": 16, "alpha": 16.0, "target": ["q"]}, "base": {"w": "f32 2"}, "seed": 3}
     with pytest.raises(InputError) as error:
-        checkpoint.restore(tmp_path / "c", state, about=other)
+        checkpoint.restore(tmp_path / "c", state, metadata=other)
     clauses = 'lora.rank is 8 there and 16 here, lora.target is ["q", "v"] there and ["q"] here, '
     clauses += 'base.w is "f32 1" there and "f32 2" here, seed is absent there and 3 here; go on with'
     assert f"c/1 is of another run: {clauses}" in one_line(error)
-    assert_same(checkpoint.restore(tmp_path / "c", state, about=other, accept_changes=True), state)
+    assert_same(checkpoint.restore(tmp_path / "c", state, metadata=other, accept_changes=True), state)
     with pytest.raises(InputError, match="k4 is absent there and 4 here and 3 more; "):
-        checkpoint.restore(tmp_path / "c", state, about={f"k{i}": i for i in range(8)})
+        checkpoint.restore(tmp_path / "c", state, metadata={f"k{i}": i for i in range(8)})
 
 
 @pytest.mark.parametrize(
-    "state, about, message",
+    "state, metadata, message",
     [
         ({"a": np.ones(2), "name": "adam"}, None, "name of the state is no array"),
         ({"a.b": np.ones(2), "a": {"b": np.ones(2)}}, None, "two leaves of the state are called a.b"),
         (np.ones(2), None, "a state is a tree"),
         ({}, None, "a state is a tree"),
-        ({"a": np.ones(2)}, {"x": np.ones(2)}, "about cannot be written as JSON"),
+        ({"a": np.ones(2)}, {"x": np.ones(2)}, "metadata cannot be written as JSON"),
     ],
 )
-def test_what_cannot_be_saved(tmp_path, state, about, message):
+def test_what_cannot_be_saved(tmp_path, state, metadata, message):
     with pytest.raises(InputError, match=message):
-        checkpoint.save(tmp_path / "c", 1, state, about=about)
+        checkpoint.save(tmp_path / "c", 1, state, metadata=metadata)
     assert checkpoint.steps(tmp_path / "c") == []
 
 
@@ -294,7 +299,7 @@ def two(tmp_path_factory):
     place = tmp_path_factory.mktemp("two")
     with checkpoint.open_manager(place) as manager:
         for step in (20, 40):
-            checkpoint.save(manager, step, zoo(step), about={"lora": {"rank": 8}})
+            checkpoint.save(manager, step, zoo(step), metadata={"lora": {"rank": 8}})
     return place
 
 
@@ -324,7 +329,7 @@ def test_a_damaged_file_is_noticed_or_harmless(two, tmp_path, kind, capfd, caplo
         damaged = FILE[kind] and FILE[kind]((place / file).read_bytes())
         (place / file).unlink() if damaged is None else (place / file).write_bytes(damaged)
         try:
-            assert_same(checkpoint.restore(place, zoo(), about={"lora": {"rank": 8}}), zoo(40))
+            assert_same(checkpoint.restore(place, zoo(), metadata={"lora": {"rank": 8}}), zoo(40))
         except InputError as error:
             assert f"{place}/40 cannot be read (" in str(error) and "\n" not in str(error)
             assert str(error).endswith(f": remove {place}/40 to go on from step 20") and len(str(error)) < 500
@@ -516,7 +521,10 @@ def test_a_record_of_wrong_kinds_is_damaged(two, tmp_path, name):
         raw["crc32"] = zlib.crc32(json.dumps([raw["about"], raw["leaves"]], sort_keys=True).encode())
 
     edit(place / "40" / "about" / "metadata", change)
-    for act in (lambda: checkpoint.restore(place, zoo(), about={"lora": 1}), lambda: checkpoint.read_about(place)):
+    for act in (
+        lambda: checkpoint.restore(place, zoo(), metadata={"lora": 1}),
+        lambda: checkpoint.read_metadata(place),
+    ):
         with pytest.raises(
             InputError, match=f"cannot be read .about/metadata is .*: remove {place}/40 to go on"
         ) as error:
@@ -646,15 +654,15 @@ def test_a_loop_of_ones_own(tmp_path, monkeypatch):
 
     def train(until):
         state = {"adapters": adapters, "opt_state": tx.init(adapters)}
-        about = {"lora": asdict(spec), "base": fingerprint(params)}
+        metadata = {"lora": asdict(spec), "base": fingerprint(params)}
         with checkpoint.open_manager("checkpoints", keep=2) as manager:
             first = checkpoint.latest(manager) or 0
             if first:
-                state = checkpoint.restore(manager, state, about=about)
+                state = checkpoint.restore(manager, state, metadata=metadata)
             for number in range(first, until):
                 state = train_step(state, params, number)
                 if (number + 1) % 2 == 0:
-                    checkpoint.save(manager, number + 1, state, about)
+                    checkpoint.save(manager, number + 1, state, metadata)
         return state
 
     whole = train(8)

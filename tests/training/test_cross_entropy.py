@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stablelora_jax.training.cross_entropy import (
+    chunk_length,
+    chunked_cross_entropy,
     masked_cross_entropy,
-    tile_length,
-    tiled_cross_entropy,
     tiles,
     token_log_probs,
     token_scores,
@@ -101,9 +101,9 @@ TILES = [(3, 7, 1), (3, 7, 3), (3, 7, 7), (3, 7, 50), (1, 1, 1), (2, 1, 4), (1, 
 
 
 @pytest.mark.parametrize("B,K,tile", TILES)
-def test_tiles_give_the_loss_and_its_gradient(B, K, tile):
+def test_tiles_give_the_loss_and_its_gradient(B, K, chunk):
     kernel, x, targets, weights = drawn(B, K)
-    loss = lambda x: 3 * tiled_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, tile)
+    loss = lambda x: 3 * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, chunk)
     value, gradient = jit(jax.value_and_grad(loss))(x)
     expected, _, dx = by_hand(kernel, x, targets, weights)
     assert value.dtype == gradient.dtype == jnp.float32
@@ -120,7 +120,7 @@ def test_tiles_are_masked_cross_entropy():
     at = (np.arange(7) + 1) % 7
     weights = mask[:, at] * (at > 0)
     np.testing.assert_allclose(
-        tiled_cross_entropy(head, {}, {"kernel": kernel}, x, tokens[:, at], weights, 2), total, rtol=1e-6
+        chunked_cross_entropy(head, {}, {"kernel": kernel}, x, tokens[:, at], weights, 2), total, rtol=1e-6
     )
 
 
@@ -136,7 +136,7 @@ def test_a_trained_head_has_the_gradient_of_the_plain_loss(pair, x64):
         return -(jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], -1)[..., 0] * weights).sum()
 
     def tiled(trained, x):
-        return tiled_cross_entropy(head, trained, {"kernel": kernel}, x, targets, weights, 3)
+        return chunked_cross_entropy(head, trained, {"kernel": kernel}, x, targets, weights, 3)
 
     (value, found), (total, expected) = (jax.value_and_grad(f, (0, 1))(trained, x) for f in (tiled, plain))
     assert value.dtype == jnp.float64
@@ -150,14 +150,14 @@ def test_a_trained_head_has_the_gradient_of_the_plain_loss(pair, x64):
 
 def test_a_frozen_head_has_no_gradient():
     kernel, x, targets, weights = drawn()
-    loss = lambda kernel: tiled_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 3)
+    loss = lambda kernel: chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 3)
     assert (np.asarray(jax.grad(loss)(kernel)) == 0).all()
 
 
 def test_bfloat16_sums_in_float32_and_is_the_gradient_of_its_inputs():
     kernel, x, targets, weights = drawn(dtype=jnp.bfloat16)
     trained = {"kernel": kernel.astype(jnp.float32)}  # a float32 master, as an adapter has it
-    loss = lambda trained, x: tiled_cross_entropy(head, trained, {"kernel": kernel}, x, targets, weights, 3)
+    loss = lambda trained, x: chunked_cross_entropy(head, trained, {"kernel": kernel}, x, targets, weights, 3)
     value, (found, dx) = jax.value_and_grad(loss, (0, 1))(trained, x)
     expected, gradient, wanted = by_hand(kernel, x, targets, weights)
     assert (value.dtype, dx.dtype, found["kernel"].dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
@@ -168,14 +168,14 @@ def test_bfloat16_sums_in_float32_and_is_the_gradient_of_its_inputs():
 
 def test_tiles_of_huge_logits_stay_finite():
     kernel, x, targets, weights = drawn()
-    loss = lambda x: tiled_cross_entropy(head, {}, {"kernel": 1e4 * kernel}, x, targets, weights, 3)
+    loss = lambda x: chunked_cross_entropy(head, {}, {"kernel": 1e4 * kernel}, x, targets, weights, 3)
     value, dx = jax.value_and_grad(loss)(x)
     assert np.isfinite(value) and value > 1e4 and np.isfinite(dx).all() and np.abs(dx).max() > 0
 
 
 def test_tiles_inside_a_scan_and_a_checkpoint():
     kernel, x, targets, weights = drawn()
-    one = lambda x, scale: scale * tiled_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 3)
+    one = lambda x, scale: scale * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 3)
     add = lambda total, scale: (total + jax.checkpoint(one)(x * scale, scale), None)
     scales = jnp.array([0.5, 2.0])
     value, found = jax.value_and_grad(lambda scales: jax.lax.scan(add, 0.0, scales)[0])(scales)
@@ -187,30 +187,30 @@ def test_tiles_inside_a_scan_and_a_checkpoint():
 
 def test_the_head_is_multiplied_twice_and_without_a_gradient_once():
     kernel, x, targets, weights = drawn(K=6)
-    loss = lambda x: tiled_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 2)
+    loss = lambda x: chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 2)
     one = 2 * 3 * 6 * 5 * 11
     assert dots(jax.make_jaxpr(loss)(x)) == one
     assert dots(jax.make_jaxpr(jax.grad(loss))(x)) == 2 * one
 
 
 @pytest.mark.parametrize("rows,length,tile", TILES)
-def test_tiles_are_cut_and_joined(rows, length, tile):
+def test_tiles_are_cut_and_joined(rows, length, chunk):
     x = np.arange(rows * length * 2).reshape(rows, length, 2) + 1
-    cut = tiles(x, tile)
-    assert cut.shape == (-(-length // tile), rows, tile, 2) and np.array_equal(untiled(cut, length), x)
+    cut = tiles(x, chunk)
+    assert cut.shape == (-(-length // chunk), rows, chunk, 2) and np.array_equal(untiled(cut, length), x)
     assert int(cut.sum()) == x.sum(), "the rest is zeros"
 
 
 @given(st.integers(1, 300), st.integers(1, 9000), st.integers(2, 300_000), st.integers(0, 9000))
 def test_tiles_are_alike_and_an_eighth_or_64_mib_at_most(rows, length, vocabulary, others):
     whole = length + others
-    tile = tile_length(rows, length, vocabulary, whole)
-    assert others or tile == tile_length(rows, length, vocabulary)
-    count = -(-length // tile)
-    fits = lambda tile: 4 * rows * tile * vocabulary <= 2**26 and 8 * tile <= whole
-    assert tile == 1 or fits(tile)
+    chunk = chunk_length(rows, length, vocabulary, whole)
+    assert others or chunk == chunk_length(rows, length, vocabulary)
+    count = -(-length // chunk)
+    fits = lambda chunk: 4 * rows * chunk * vocabulary <= 2**26 and 8 * chunk <= whole
+    assert chunk == 1 or fits(chunk)
     assert count == 1 or not fits(-(-length // (count - 1))), "as few as may be"
-    assert 0 <= count * tile - length < count, "and less than a token of each is filled up"
+    assert 0 <= count * chunk - length < count, "and less than a token of each is filled up"
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -44,7 +44,7 @@ def one():
 
 
 SPEC = LoraSpec(
-    target=["q_proj", "down_proj"],
+    target_modules=["q_proj", "down_proj"],
     rank=2,
     alpha=4.0,
     alpha_pattern={"down_proj": 6.0},
@@ -146,7 +146,7 @@ SIZES = dict(
     head_dim=HD,
 )
 KERNELS = {(D, H * HD), (D, K * HD), (H * HD, D), (D, F), (F, D)}
-ALL = LoraSpec(target="all-linear", rank=2, dropout=0.1)
+ALL = LoraSpec(target_modules="all-linear", rank=2, dropout=0.1)
 
 
 def shapes_of(spec, tied=False, layers=L, windows=(), **options):
@@ -186,7 +186,7 @@ def most_logits(text, vocabulary=V):
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def program(request):
     """The compiled step on one device, with attention in tiles: ``(compiled, text, bytes of the state)``."""
-    step, state = lowered(one(), attention="blocks", tied=request.param == "tied")
+    step, state = lowered(one(), attention="blockwise", tied=request.param == "tied")
     compiled = step.compile()
     return compiled, compiled.as_text(), state
 
@@ -198,7 +198,7 @@ def test_no_buffer_holds_the_logits_of_a_quarter_of_the_tokens(program):
 def test_a_quarter_learnt_takes_a_quarter_of_the_tiles():
     """As large as those of a whole row: each tile reads the head from memory."""
     places = T // 4
-    tokens = most_logits(lowered(one(), attention="blocks", places=places)[0].compile().as_text())
+    tokens = most_logits(lowered(one(), attention="blockwise", places=places)[0].compile().as_text())
     assert B * places / 4 < tokens < B * T / 4
 
 
@@ -213,7 +213,7 @@ def test_no_buffer_has_two_axes_of_t(program):
 )
 def test_no_buffer_grows_with_the_square_of_t(options):
     """Nor one that splits both axes into tiles: what each pair of tiles needs, say a mask, is had when it is needed."""
-    text = lowered(one(), attention="blocks", **options)[0].compile().as_text()
+    text = lowered(one(), attention="blockwise", **options)[0].compile().as_text()
     largest = max((prod(shape), shape) for _, shapes in instructions(text) for shape in shapes)
     assert L * B * T * D <= largest[0] < B * H * T**2 / 4, largest
 
@@ -236,13 +236,13 @@ def test_the_state_is_updated_in_place(program):
 def test_on_a_mesh_no_device_holds_the_logits_of_a_quarter_of_its_tokens():
     """Rows stay where they are: a tile takes some tokens of every row."""
     layout = mesh_layout(2, 2, 2, key_value_heads=K)
-    tokens = most_logits(lowered(layout, rows=8, attention="blocks")[0].compile().as_text())
+    tokens = most_logits(lowered(layout, rows=8, attention="blockwise")[0].compile().as_text())
     assert 8 * T // 4 // 16 < tokens < 8 * T // 4 / 4
 
 
 def test_scoring_never_holds_the_logits_of_a_quarter_of_the_tokens():
     places, programs = 89, []
-    layout, (model, params, adapters) = one(), shapes_of(ALL, attention="blocks")
+    layout, (model, params, adapters) = one(), shapes_of(ALL, attention="blockwise")
     keep = lambda *given: programs.append(layout.compile(*given)) or programs[0]
     make_compute(adapted(model, ALL), layout._replace(compile=keep))
     row, at = (jax.ShapeDtypeStruct((B, n), jnp.int32) for n in (T, places))
@@ -255,7 +255,7 @@ def test_scoring_never_holds_the_logits_of_a_quarter_of_the_tokens():
 @pytest.mark.parametrize("tied", [False, True])
 def test_bfloat16_never_meets_float32_in_a_product(tied):
     """What a product multiplies has one dtype, forwards and backwards: an accelerator would widen the other."""
-    model, params, adapters = shapes_of(ALL, tied, dtype=jnp.bfloat16, attention="blocks")
+    model, params, adapters = shapes_of(ALL, tied, dtype=jnp.bfloat16, attention="blockwise")
 
     def loss(adapters, params, row):
         keys = jax.random.split(jax.random.key(0), B)
@@ -268,7 +268,7 @@ def test_bfloat16_never_meets_float32_in_a_product(tied):
     assert not [pair for pair in found if {dtype for _, dtype in pair} != {"bfloat16"}]
 
 
-@pytest.mark.parametrize("remat", ["useful", "nothing"])
+@pytest.mark.parametrize("remat", ["save_dots", "nothing"])
 def test_the_program_does_not_grow_with_depth(remat):
     """Nor what is kept: layers are a scan, forwards and backwards."""
     few, many = (lowered(one(), layers=layers, remat=remat)[0].as_text().count("\n") for layers in (4, 32))

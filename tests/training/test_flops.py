@@ -105,7 +105,7 @@ def abstract(config, rank, **options):
     """A model, and the shapes of its adapters and parameters."""
     model = Decoder(config, **options)
     params = abstract_params(model)
-    init = partial(init_adapters, spec=LoraSpec(target="all-linear", rank=rank))
+    init = partial(init_adapters, spec=LoraSpec(target_modules="all-linear", rank=rank))
     return model, jax.eval_shape(lambda p: init(jax.random.key(0), p), params), params
 
 
@@ -120,13 +120,13 @@ def step_dots(config, B, T, learnt, **options):
     state = jax.eval_shape(lambda a: init_state(a, tx, jax.random.key(0)), adapters)
     row, at = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, round(learnt * T)), jnp.int32)
     batch = Batch(row, row, row, row, None if learnt == 1 else at)
-    step = make_train_step(adapted(model, LoraSpec(target="all-linear", rank=8)), tx, layout)
+    step = make_train_step(adapted(model, LoraSpec(target_modules="all-linear", rank=8)), tx, layout)
     taken = layout.abstract(state, "state"), layout.abstract(params, "base"), layout.abstract(batch, "rows")
     return dots(jax.make_jaxpr(step)(*taken)) / (B * T), lora(adapters)
 
 
 @pytest.mark.parametrize("learnt", [1.0, 0.25])
-@pytest.mark.parametrize("attention", ["xla", "blocks"])
+@pytest.mark.parametrize("attention", ["xla", "blockwise"])
 @pytest.mark.parametrize(
     ("shape", "rows", "length"),
     [("qwen2-0.5b", 2, 1024), ("qwen2-0.5b", 1, 1024), ("qwen2-0.5b", 1, 2048), ("llama-15m", 2, 256)],

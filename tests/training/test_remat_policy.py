@@ -25,7 +25,7 @@ def case():
     """Llama 3.2 1B in bfloat16 and pairs of rank 16 at all linears: ``(config, params, adapters)``, shapes alone."""
     config = decoder_config(KNOWN[NAME], NAME)
     params = abstract_params(Decoder(config, dtype=jnp.bfloat16))
-    init = partial(init_adapters, spec=LoraSpec(target="all-linear", rank=16))
+    init = partial(init_adapters, spec=LoraSpec(target_modules="all-linear", rank=16))
     return config, params, jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), params)
 
 
@@ -33,8 +33,8 @@ def case():
 @pytest.mark.parametrize(
     "gib,policy",
     [
-        (141, "useful"),
-        (21, "useful"),
+        (141, "save_dots"),
+        (21, "save_dots"),
         (20, "no_mlp"),
         (12, "no_mlp"),
         (11, "attention"),
@@ -51,16 +51,16 @@ def test_the_policy_is_the_fastest_that_fits(case, gib, policy, monkeypatch):
 def test_fewer_rows_keep_more(case, monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda: 8 * GIB)
     chosen = [memory.choose_remat(*case, rows=rows, length=2048, dtype=jnp.bfloat16) for rows in (8, 7, 4, 2)]
-    assert chosen == ["nothing", "attention", "no_mlp", "useful"]
+    assert chosen == ["nothing", "attention", "no_mlp", "save_dots"]
 
 
 def test_a_tile_of_logits_is_a_token_of_each_row_at_least(case, monkeypatch):
     """Many short rows: three arrays of 2048 x 128,256 numbers, and not of 64 MiB each."""
     config, how = case[0], {"rows": 2048, "length": 32}
-    kept = memory.kept_bytes(config, "useful", **how, dtype=jnp.bfloat16, ranks=112, dense=True)
+    kept = memory.saved_activation_bytes(config, "save_dots", **how, dtype=jnp.bfloat16, ranks=112, dense=True)
     base, adapters = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in case[1:])
     needed = base + 4 * adapters + kept + memory.working_bytes(config, **how) + 3 * 4 * 2048 * 128_256
-    for share, policy in ((1.001, "useful"), (0.999, "no_mlp")):
+    for share, policy in ((1.001, "save_dots"), (0.999, "no_mlp")):
         monkeypatch.setattr(memory, "device_bytes", lambda share=share: share * needed / memory.SHARE)
         assert memory.choose_remat(*case, **how, dtype=jnp.bfloat16) == policy
 
@@ -75,12 +75,14 @@ def test_bytes_by_hand(case):
         "nothing": stream,
         "attention": attention,
         "no_mlp": attention + context + 2 * keys + stream,
-        "useful": attention + context + 2 * keys + stream + 2 * 8192,
+        "save_dots": attention + context + 2 * keys + stream + 2 * 8192,
     }
     for policy, numbers in kept.items():
-        assert memory.kept_bytes(config, policy, **how) == 2 * 16 * 15 * numbers
-    dense = memory.kept_bytes(config, "useful", **how, dense=True)
-    assert dense == 2 * 16 * 15 * (kept["useful"] + 2 * 32 * (5 - 1)), "probabilities are float32, a row of T a token"
+        assert memory.saved_activation_bytes(config, policy, **how) == 2 * 16 * 15 * numbers
+    dense = memory.saved_activation_bytes(config, "save_dots", **how, dense=True)
+    assert dense == 2 * 16 * 15 * (kept["save_dots"] + 2 * 32 * (5 - 1)), (
+        "probabilities are float32, a row of T a token"
+    )
 
 
 def test_what_is_split_counts_once_a_device():

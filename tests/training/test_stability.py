@@ -10,18 +10,18 @@ import optax
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, merge, shrink_until_stable, stable_lora
-from stablelora_jax.lora.pairs import adapter_sites, pairs
+from stablelora_jax.lora.pairs import adapter_target_modules, pairs
 from stablelora_jax.lora.target_modules import from_matrix, kernel_axes
 from stablelora_jax.training.stability import by_name, shrunk_adapters, stability
 from stablelora_jax.utils import tree
 from tests.helpers import FOREIGN, ForeignScan, random_params, tiny_decoder, tokens, trained
 
 DECODER = LoraSpec(
-    target="all-linear",
+    target_modules="all-linear",
     rank=3,
     rank_pattern={"layers.1.self_attn.q_proj": 1},
     alpha_pattern={"down_proj": 3},
-    exclude=["layers.2.mlp.up_proj"],
+    exclude_modules=["layers.2.mlp.up_proj"],
 )
 FIELDS = ("delta1", "delta2", "delta3", "shrink")
 
@@ -68,13 +68,13 @@ def seen(model, params, paths, *inputs):
 def direct(model, params, spec, before, shrunk, after, *inputs, mask=None):
     """The terms by name, each as the output of the bare module whose kernel is one product, on what it was given."""
     merged, expected = merge(params, before, spec), {}
-    sites = adapter_sites(before, spec)
-    calls = seen(model, merged, sites, *inputs)
-    for path, site in sites.items():
+    targets = adapter_target_modules(before, spec)
+    calls = seen(model, merged, targets, *inputs)
+    for path, target in targets.items():
         depth, in_axes = kernel_axes(path, tree.get_in(params, path), spec)
         kernels = np.asarray(tree.get_in(merged, path)["kernel"])
         flat = kernels.reshape(-1, *kernels.shape[depth:])
-        for i, (name, rank, scale) in enumerate(zip(site.names, site.ranks, site.scales, strict=True)):
+        for i, (name, rank, scale) in enumerate(zip(target.names, target.ranks, target.scales, strict=True)):
             if not rank:
                 continue
             (a, b), (small, _), (new_a, new_b) = (matrices(t, path, i) for t in (before, shrunk, after))
@@ -121,9 +121,9 @@ def test_terms_are_what_each_module_does_with_what_it_sees(name):
     step = some_step(params, spec)
     view = measured(model, params, spec, *step, x)
     assert_same(by_name(view, spec), direct(model, params, spec, *step, x))
-    for path, site in adapter_sites(step[0], spec).items():
-        assert {np.shape(values) for values in view[path]} == {site.stack}
-        unused = np.array(site.ranks).reshape(site.stack) == 0
+    for path, target in adapter_target_modules(step[0], spec).items():
+        assert {np.shape(values) for values in view[path]} == {target.stack}
+        unused = np.array(target.ranks).reshape(target.stack) == 0
         assert not any(np.asarray(values)[unused].any() for values in view[path]), "padding measures zero"
 
 
@@ -150,7 +150,11 @@ def test_a_mask_leaves_modules_alone_that_see_other_axes():
 def test_the_terms_add_up_to_the_change_of_the_output():
     """One token, one output, nothing negative but the shrink: each RMS is the term itself, up to that sign."""
     rng = np.random.default_rng(0)
-    model, spec, x = nn.Dense(1), LoraSpec(rank=3, target="all-linear"), jnp.asarray(rng.uniform(size=(1, 1, 6)))
+    model, spec, x = (
+        nn.Dense(1),
+        LoraSpec(rank=3, target_modules="all-linear"),
+        jnp.asarray(rng.uniform(size=(1, 1, 6))),
+    )
     params = random_params(model, x)
     pair = lambda: {"lora_a": jnp.asarray(rng.uniform(size=(6, 3))), "lora_b": jnp.asarray(rng.uniform(size=(3, 1)))}
     before, step = pair(), pair()
@@ -169,7 +173,7 @@ def test_each_term_alone_is_the_change_of_the_output(term):
     x, model, spec = (
         jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 6))),
         nn.Dense(4),
-        LoraSpec(rank=2, target="all-linear"),
+        LoraSpec(rank=2, target_modules="all-linear"),
     )
     params = random_params(model, x)
     before, shrunk, after = some_step(params, spec)
@@ -197,7 +201,10 @@ class Twice(nn.Module):
 
 
 def test_calls_of_one_module_add_up_and_what_reaches_no_output_is_zero():
-    x, spec = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 6)), jnp.float32), LoraSpec(target="all-linear")
+    x, spec = (
+        jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 6)), jnp.float32),
+        LoraSpec(target_modules="all-linear"),
+    )
     params = random_params(Twice(), x)
     step = some_step(params, spec)
     found = by_name(measured(Twice(), params, spec, *step, x), spec)
@@ -224,7 +231,10 @@ def test_eight_devices_equal_one(model):
 
 def test_a_and_its_latch_decide_what_was_shrunk():
     """With learning rate 0 all that moves is what shrinks: A' is then A after the step, to the last bit."""
-    params, spec = random_params(ForeignScan(), jnp.ones((2, 5, 6))), LoraSpec(target=["fc"], stacked=("blocks",))
+    params, spec = (
+        random_params(ForeignScan(), jnp.ones((2, 5, 6))),
+        LoraSpec(target_modules=["fc"], stacked=("blocks",)),
+    )
     before = trained(init_adapters(jax.random.key(0), params, spec), spec)
     pair = before["blocks"]["fc"]
     pair["lora_b"] = pair["lora_b"].at[0].multiply(1e-3).at[2].multiply(100.0)  # layer 2 is stable at once

@@ -11,7 +11,7 @@ import pytest
 
 from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora
 from stablelora_jax.data import Batch, Example, make_batch, pack
-from stablelora_jax.data.batch import learnt_places
+from stablelora_jax.data.batch import loss_positions
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.parallel import mesh_layout, pmap_layout
@@ -24,7 +24,10 @@ from stablelora_jax.utils import tree
 from tests.helpers import jit, largest_difference, tiny_decoder, trained
 
 SPEC = LoraSpec(
-    target="all-linear", rank=2, rank_pattern={"layers.1.self_attn.q_proj": 1}, exclude=["layers.0.mlp.up_proj"]
+    target_modules="all-linear",
+    rank=2,
+    rank_pattern={"layers.1.self_attn.q_proj": 1},
+    exclude_modules=["layers.0.mlp.up_proj"],
 )
 
 
@@ -222,7 +225,7 @@ def packed_batches():
 
 
 def with_places(batch, learnt):
-    return batch._replace(at=learnt_places(batch.loss_mask, learnt))
+    return batch._replace(at=loss_positions(batch.loss_mask, learnt))
 
 
 @pytest.mark.parametrize(
@@ -262,14 +265,14 @@ def test_the_loss_of_a_base_without_adapters():
     np.testing.assert_allclose(found, masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0], rtol=1e-6)
 
 
-EVERY = LoraSpec(target="all-linear", rank=2)
+EVERY = LoraSpec(target_modules="all-linear", rank=2)
 HALVES = {
     "lora": (EVERY, {}),
     "blocks": (EVERY, {"attention": "blocks"}),
     "nothing kept": (EVERY, {"remat": "nothing", "attention": "blocks"}),
     "packed": (EVERY, {"segments": 2}),
     "dora": (replace(EVERY, parametrization="dora"), {}),
-    "head": (LoraSpec(target=["lm_head", "v_proj"], rank=2, modules_to_save=["embed_tokens"]), {}),
+    "head": (LoraSpec(target_modules=["lm_head", "v_proj"], rank=2, modules_to_save=["embed_tokens"]), {}),
     "nf4": (EVERY, {}),
     "int8": (EVERY, {"attention": "blocks"}),
 }
@@ -300,14 +303,14 @@ def test_a_step_in_bfloat16_runs_and_is_near_that_in_float32(name, layout):
 
 
 HEADS = {
-    "alone": ({}, LoraSpec(target=["lm_head"], rank=2)),
-    "untied": ({}, LoraSpec(target=["lm_head", "v_proj"], rank=2)),
-    "dora": ({}, LoraSpec(target=["lm_head", "v_proj"], rank=2, parametrization="dora")),
-    "tied": ({"tie_word_embeddings": True}, LoraSpec(target=["embed_tokens", "v_proj"], rank=2)),
-    "saved": ({}, LoraSpec(target=["v_proj"], rank=2, modules_to_save=["lm_head"])),
+    "alone": ({}, LoraSpec(target_modules=["lm_head"], rank=2)),
+    "untied": ({}, LoraSpec(target_modules=["lm_head", "v_proj"], rank=2)),
+    "dora": ({}, LoraSpec(target_modules=["lm_head", "v_proj"], rank=2, parametrization="dora")),
+    "tied": ({"tie_word_embeddings": True}, LoraSpec(target_modules=["embed_tokens", "v_proj"], rank=2)),
+    "saved": ({}, LoraSpec(target_modules=["v_proj"], rank=2, modules_to_save=["lm_head"])),
     "saved_tied": (
         {"tie_word_embeddings": True},
-        LoraSpec(target=["v_proj"], rank=2, modules_to_save=["embed_tokens"]),
+        LoraSpec(target_modules=["v_proj"], rank=2, modules_to_save=["embed_tokens"]),
     ),
 }
 
@@ -371,7 +374,7 @@ def test_an_adapted_head_drops_by_token(monkeypatch, x64):
     run = lambda places: jit(lambda adapters: jax.value_and_grad(tiled)(adapters, key, places))(adapters)
     expected = run(True)
     for length in (1, 4, 15):
-        monkeypatch.setattr("stablelora_jax.training.loss.tile_length", lambda *args, length=length: length)
+        monkeypatch.setattr("stablelora_jax.training.loss.chunk_length", lambda *args, length=length: length)
         for places in (True, False):
             chex.assert_trees_all_close(run(places), expected, rtol=1e-12, atol=1e-12)
 

@@ -12,7 +12,7 @@ import pytest
 
 import stablelora_jax
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, make_bank
-from stablelora_jax.generation.bank import swap
+from stablelora_jax.generation.bank import replace_adapter
 from stablelora_jax.utils.checked import as_dtype, checked
 from tests.helpers import tiny_decoder
 
@@ -80,12 +80,12 @@ def good(tmp_path_factory):
         "merge": (stablelora_jax.merge, dict(params=params, adapters=adapters, spec=spec)),
         "unmerge": (stablelora_jax.unmerge, dict(params=params, adapters=adapters, spec=spec)),
         "describe": (stablelora_jax.describe, dict(params=params, adapters=adapters, spec=spec)),
-        "hyper": (stablelora_jax.hyper, dict(spec=spec, adapters=adapters)),
+        "hyper": (stablelora_jax.lora_hyperparams, dict(spec=spec, adapters=adapters)),
         "combine": (stablelora_jax.combine, dict(adapters=[(adapters, spec)], weights=[1.0], method="linear")),
         "make_bank": (make_bank, dict(params=params, parts=[(adapters, spec)], size=2)),
-        "swap": (swap, dict(bank=bank, index=0, adapters=adapters, spec=spec)),
+        "swap": (replace_adapter, dict(bank=bank, index=0, adapters=adapters, spec=spec)),
         "untie": (stablelora_jax.untie, dict(model=tiny_decoder(tie_word_embeddings=True)[0], params=params)),
-        "frozen": (stablelora_jax.frozen, dict(params=params, adapters=adapters, spec=spec, patterns=["lora_a"])),
+        "frozen": (stablelora_jax.freeze_mask, dict(params=params, adapters=adapters, spec=spec, patterns=["lora_a"])),
         "freeze": (stablelora_jax.freeze, dict(tx=optax.sgd(1.0), mask={})),
         "load_peft": (stablelora_jax.load_peft, dict(directory=directory, params=params)),
         "start_adapters": (stablelora_jax.start_adapters, dict(directory=directory, params=params, spec=spec)),

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from stablelora_jax import LoraSpec, adapted, freeze_a, init_adapters
 from stablelora_jax.training.flops import dots
-from stablelora_jax.utils.matmul import product
+from stablelora_jax.utils.matmul import matmul
 from tests.helpers import random_params, trained
 
 SHAPES = [((4,), 6), ((6,), 4), ((3, 4), 6), ((2, 3, 6), 4), ((1, 1, 5), 5)]
@@ -30,7 +30,7 @@ def by_hand(x, factor, cotangent):
 
 
 def products(x, factor, cotangent):
-    y, pull = jax.vjp(product, x, factor)
+    y, pull = jax.vjp(matmul, x, factor)
     return y, *pull(cotangent.astype(y.dtype))
 
 
@@ -93,7 +93,7 @@ class Two(nn.Module):
         return dense("up")(nn.tanh(dense("down")(x)))
 
 
-SPEC = LoraSpec(target=["up", "down"], rank=2)
+SPEC = LoraSpec(target_modules=["up", "down"], rank=2)
 
 
 def two(dtype=jnp.float32):
@@ -139,7 +139,7 @@ class Sum(nn.Module):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_constant_a_keeps_only_the_thin_product(frozen):
     """LoRA-FA saves x A and not x, though x itself has a gradient."""
-    spec, x = LoraSpec(target=["up"], rank=2), jnp.ones((5, 7, 12))
+    spec, x = LoraSpec(target_modules=["up"], rank=2), jnp.ones((5, 7, 12))
     params = random_params(Sum(), x)
     adapters = init_adapters(jax.random.key(0), params, spec)
 
@@ -159,17 +159,17 @@ def test_what_is_constant_costs_no_product():
     x, factor, _ = drawn((3, 4), 6, np.float32)
     one = 2 * 3 * 4 * 6
     count = lambda f, *given: dots(jax.make_jaxpr(f)(*given))
-    assert count(product, x, factor) == one
-    assert count(jax.grad(lambda x, a: product(x, a).sum(), (0, 1)), x, factor) == 3 * one
+    assert count(matmul, x, factor) == one
+    assert count(jax.grad(lambda x, a: matmul(x, a).sum(), (0, 1)), x, factor) == 3 * one
     for argument in (0, 1):
-        assert count(jax.grad(lambda x, a: product(x, a).sum(), argument), x, factor) == 2 * one
-    assert kept(lambda a: product(x, a).sum(), factor).count((4, 6)) == 0
-    assert kept(lambda x: product(x, factor).sum(), x).count((3, 4)) == 0
+        assert count(jax.grad(lambda x, a: matmul(x, a).sum(), argument), x, factor) == 2 * one
+    assert kept(lambda a: matmul(x, a).sum(), factor).count((4, 6)) == 0
+    assert kept(lambda x: matmul(x, factor).sum(), x).count((3, 4)) == 0
 
 
 def test_a_result_that_nothing_reads_has_no_gradient():
     x, factor, _ = drawn((3, 4), 6, np.float32)
-    loss = lambda x, a: (product(x, a) * 0, x.sum())[1]
+    loss = lambda x, a: (matmul(x, a) * 0, x.sum())[1]
     dx, gradient = jax.grad(loss, (0, 1))(x, factor)
     assert (np.asarray(dx) == 1).all() and (np.asarray(gradient) == 0).all()
 
@@ -177,19 +177,19 @@ def test_a_result_that_nothing_reads_has_no_gradient():
 def test_under_vmap_scan_and_checkpoint():
     """A stack of layers, as a scan slices it, and experts, as ``vmap`` does."""
     x, factors = jnp.ones((2, 3, 4)), drawn((3, 4), 4, np.float32)[0][:, :, None] * jnp.eye(4)
-    body = jax.checkpoint(lambda c, a: (jnp.sin(product(c, a)), None))
+    body = jax.checkpoint(lambda c, a: (jnp.sin(matmul(c, a)), None))
     plain = lambda c, a: (jnp.sin(c @ a), None)
     loss = lambda body: lambda x, a: jnp.square(jax.lax.scan(body, x, a)[0]).sum()
     for found, expected in zip(*(jax.grad(loss(f), (0, 1))(x, factors) for f in (body, plain)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     many = lambda f: lambda x, a: jnp.square(jax.vmap(f, (None, 0))(x, a)).sum()
-    for found, expected in zip(*(jax.grad(many(f), (0, 1))(x, factors) for f in (product, jnp.matmul)), strict=True):
+    for found, expected in zip(*(jax.grad(many(f), (0, 1))(x, factors) for f in (matmul, jnp.matmul)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def of_pair(a, b, x):
     """A loss through both products."""
-    return jnp.sum(jnp.sin(product(product(x, a), b)))
+    return jnp.sum(jnp.sin(matmul(matmul(x, a), b)))
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -10,9 +10,9 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, init_adapters, save_peft
 from stablelora_jax.interop.peft_config import from_peft_config
-from stablelora_jax.lora.combine.union import _united_target, exactly
-from stablelora_jax.lora.pairs import adapter_sites
-from stablelora_jax.optimizers.freeze import frozen
+from stablelora_jax.lora.combine.union import _united_target_modules, exactly
+from stablelora_jax.lora.pairs import adapter_target_modules
+from stablelora_jax.optimizers.freeze import freeze_mask
 from stablelora_jax.utils import patterns, tree
 from stablelora_jax.utils.expressions import LONGEST, WIDEST, expression
 
@@ -81,7 +81,7 @@ def test_a_stranger_s_configuration_never_hangs(pattern, key):
 def test_freezing_never_hangs(pattern):
     spec = LoraSpec()
     with pytest.raises(InputError, match="valid regular|matches no module|longer than"):
-        frozen(params(), start(), spec, [pattern])
+        freeze_mask(params(), start(), spec, [pattern])
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_long_alternations_of_names_are_no_long_expressions():
     for target in (exactly(names), "|".join(names)):
         assert len(target) > LONGEST and start(target=target)
     with pytest.raises(InputError, match=f"more than {LONGEST}: list the names"):
-        LoraSpec(target=exactly(names) + "|.*v_proj")
-    specs = [LoraSpec(target=exactly(names)), LoraSpec(target=".*v_proj")]
-    assert _united_target(specs, ["a.b"]) == {"target": r"a\.b", "exclude": (), "layers": None}
+        LoraSpec(target_modules=exactly(names) + "|.*v_proj")
+    specs = [LoraSpec(target_modules=exactly(names)), LoraSpec(target_modules=".*v_proj")]
+    assert _united_target_modules(specs, ["a.b"]) == {"target": r"a\.b", "exclude": (), "layers": None}
 
 
 def test_what_is_written_out_has_a_limit():
@@ -208,10 +208,10 @@ def test_a_kernel_that_holds_nothing_is_not_adapted():
     base["model"]["layers"]["self_attn"]["q_proj"]["kernel"] = np.zeros((LAYERS, 0, 4), np.float32)
     with pytest.raises(InputError, match=r"q_proj: a kernel of shape \(32, 0, 4\) holds nothing"):
         init_adapters(jax.random.key(0), base, LoraSpec())
-    assert init_adapters(jax.random.key(0), base, LoraSpec(target=["v_proj"]))
+    assert init_adapters(jax.random.key(0), base, LoraSpec(target_modules=["v_proj"]))
 
 
 @pytest.mark.parametrize("a, b", [((3, 0), (0, 3)), ((0, 8), (8, 3)), ((2, 0, 8), (2, 8, 3))])
 def test_pairs_that_hold_nothing_are_refused(a, b):
     with pytest.raises(InputError, match=r"q_proj: lora_a .* hold nothing"):
-        adapter_sites({"q_proj": {"lora_a": np.zeros(a), "lora_b": np.zeros(b)}}, LoraSpec())
+        adapter_target_modules({"q_proj": {"lora_a": np.zeros(a), "lora_b": np.zeros(b)}}, LoraSpec())

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from stablelora_jax.utils.signals import listening
+from stablelora_jax.utils.signals import catch_signals
 
 
 @pytest.fixture(autouse=True)
@@ -20,13 +20,13 @@ def interruptible():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_is_noted_and_the_second_acts(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with listening() as came:
-        assert came() == 0
+    with catch_signals() as received:
+        assert received() == 0
         os.kill(os.getpid(), number)
-        assert came() == number
+        assert received() == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        assert came() == number
+        assert received() == number
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -34,8 +34,8 @@ def test_outside_the_main_thread_nothing_comes():
     found = []
 
     def work():
-        with listening() as came:
-            found.append(came())
+        with catch_signals() as received:
+            found.append(received())
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -92,7 +92,7 @@ def optimizers(*, toy: bool = False) -> dict[str, Any]:
     """A few steps of each optimizer from the same adapters and gradients: how they change, beside the CPU's change."""
     work = small()
     params = ours.drawn(Decoder(decoder_config(work.config, work.shape)), pmap_layout([cpu()]), None)
-    spec = LoraSpec(target=["q_proj"] if toy else ["q_proj", "down_proj"], rank=4, alpha=8)
+    spec = LoraSpec(target_modules=["q_proj"] if toy else ["q_proj", "down_proj"], rank=4, alpha=8)
     rng = np.random.default_rng(0)
 
     def drawn(tree: Any) -> Any:

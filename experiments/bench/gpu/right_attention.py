@@ -14,11 +14,11 @@ from stablelora_jax.models.attention import self_attention
 
 
 def attention(*, toy: bool = False) -> dict[str, Any]:
-    """Values and gradients in bfloat16, and of ``blocks`` in float32; with one text a row, and packed.
+    """Values and gradients in bfloat16, and of ``blockwise`` in float32; with one text a row, and packed.
 
     In bfloat16 a kind may be twice as far from float32 as the dense one is.
     """
-    kinds = ("blocks", "cudnn") if jax.default_backend() == "gpu" else ("blocks",)
+    kinds = ("blockwise", "cudnn") if jax.default_backend() == "gpu" else ("blockwise",)
     differences: dict[str, float] = {}
     bounds: dict[str, float] = {}
     for problem in [(1, 64, 4, 2, 16)] if toy else [(2, 1024, 14, 2, 64), (1, 1024, 32, 8, 128)]:
@@ -36,7 +36,7 @@ def _compare(
         name = f"{rows}, head_dim {problem[-1]}"
         with jax.default_matmul_precision("highest"):
             exact = run("xla", "float32", segments)
-            differences[f"blocks, float32, {name}"] = apart(run("blocks", "float32", segments), exact)
+            differences[f"blocks, float32, {name}"] = apart(run("blockwise", "float32", segments), exact)
         bounds[f"blocks, float32, {name}"] = FLOAT32
         half = differences[f"xla, bfloat16, {name}"] = apart(run("xla", "bfloat16", segments), exact)
         for kind in kinds:

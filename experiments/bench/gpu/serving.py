@@ -53,7 +53,7 @@ def _model(shape: str, dtype: str, toy: bool) -> tuple[Decoder, Any]:
 
 def _adapters(params: Any, seed: int = 0) -> tuple[Any, LoraSpec]:
     """Random in both factors, so that nothing is zero."""
-    spec = LoraSpec(target="all-linear", rank=16, alpha=32)
+    spec = LoraSpec(target_modules="all-linear", rank=16, alpha=32)
     found = init_adapters(jax.random.key(seed), params, spec)
     return jax.tree.map(lambda x: 0.01 * jax.random.normal(jax.random.key(seed), x.shape, x.dtype), found), spec
 

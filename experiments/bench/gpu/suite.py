@@ -18,7 +18,7 @@ MARKS = "Beside published marks"
 PROFILE = "Where the time goes"
 SERVING = "Generation, loading, checkpoints, banks"
 BROKEN = ("crash", "hang", "memory")  # what --spoil can make of a row
-POLICIES = ("everything", "useful", "no_mlp", "attention", "nothing")
+POLICIES = ("everything", "save_dots", "no_mlp", "attention", "nothing")
 TOY: Mapping[str, Any] = {"toy": True, "length": 64, "steps": 1, "rounds": 2}
 
 

@@ -12,7 +12,7 @@ Scales differ from adapter to adapter and travel as arrays, like the pairs. ::
 The rows' adapters are gathered before the model runs: B rows hold B adapters beside the bank's own.
 """
 
-from stablelora_jax.generation.bank.held import Bank, make_bank, swap
+from stablelora_jax.generation.bank.held import Bank, make_bank, replace_adapter
 from stablelora_jax.generation.bank.rows import Banked, banked
 
-__all__ = ["Bank", "Banked", "banked", "make_bank", "swap"]
+__all__ = ["Bank", "Banked", "banked", "make_bank", "replace_adapter"]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.lora.combine.union import common_sites, exactly, plain_sites, union_spec
-from stablelora_jax.lora.pairs import Site, pairs
+from stablelora_jax.lora.pairs import TargetModule, pairs
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import fitted_sites
+from stablelora_jax.lora.target_modules import match_target_modules
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -56,30 +56,32 @@ def make_bank(
     Raises:
       InputError: adapters that do not fit the base, are not plain LoRA, or have no room.
     """
-    sites = common_sites(parts)
+    targets = common_sites(parts)
     for i, (adapters, spec) in enumerate(parts):
         try:
-            fitted_sites(params, adapters, spec)
+            match_target_modules(params, adapters, spec)
         except InputError as error:
             raise InputError(f"adapter {i}: {error}") from None
-    known = {path: site for found in sites for path, site in found.items()}
+    known = {path: target for found in targets for path, target in found.items()}
     size = len(parts) if size is None else size
     if size < len(parts):
         raise InputError(f"size={size} has no room for {len(parts)} adapters")
-    rank = max(site.rank for found in sites for site in found.values()) if rank is None else rank
-    names = sorted(name for site in known.values() for name in site.names)
+    rank = max(target.rank for found in targets for target in found.values()) if rank is None else rank
+    names = sorted(name for target in known.values() for name in target.names)
     united = union_spec([spec for _, spec in parts], dict.fromkeys(names, rank))
-    spec = dataclasses.replace(united, target=exactly(names), exclude=(), layers=None, dropout=0.0)
+    spec = dataclasses.replace(
+        united, target_modules=exactly(names), exclude_modules=(), layers_to_transform=None, dropout=0.0
+    )
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves([adapters for adapters, _ in parts]))
-    shapes = {path: _shapes(site, rank, dtype) for path, site in known.items()}
-    slots = [_slot(parts[i][0], found, shapes, f"adapter {i}") for i, found in enumerate(sites)]
+    shapes = {path: _shapes(target, rank, dtype) for path, target in known.items()}
+    slots = [_slot(parts[i][0], found, shapes, f"adapter {i}") for i, found in enumerate(targets)]
     slots += [_slot({}, {}, shapes, "")] * (size + 1 - len(parts))
     adapters, numbers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slots)
     return Bank(adapters, numbers, spec)
 
 
 @checked
-def swap(bank: Bank, index: int, adapters: Mapping[str, Any], spec: LoraSpec) -> Bank:
+def replace_adapter(bank: Bank, index: int, adapters: Mapping[str, Any], spec: LoraSpec) -> Bank:
     """``bank`` with other adapters at ``index``: the same shapes, so that nothing compiled for it compiles again.
 
     Raises:
@@ -87,7 +89,7 @@ def swap(bank: Bank, index: int, adapters: Mapping[str, Any], spec: LoraSpec) ->
     """
     if not 0 <= index < bank.size:
         raise InputError(f"there is no adapter {index} in a bank of {bank.size}: numbers go from 0 to {bank.size - 1}")
-    sites = plain_sites(adapters, spec, "the new adapter")
+    targets = plain_sites(adapters, spec, "the new adapter")
     if spec.stacked != bank.spec.stacked:
         raise InputError(f"the new adapter has stacked {spec.stacked}, the bank {bank.spec.stacked}")
     shapes = {
@@ -95,23 +97,23 @@ def swap(bank: Bank, index: int, adapters: Mapping[str, Any], spec: LoraSpec) ->
         for path, pair in pairs(bank.adapters).items()
         for leaves in [{**pair, **tree.get_in(bank.numbers, path)}]
     }
-    new = _slot(adapters, sites, shapes, "the new adapter")
+    new = _slot(adapters, targets, shapes, "the new adapter")
     held = (bank.adapters, bank.numbers)
     changed, numbers = jax.tree.map(lambda whole, one: whole.at[index].set(one), held, new)
     return Bank(changed, numbers, bank.spec)
 
 
-def _shapes(site: Site, rank: int, dtype: Any) -> dict[str, Any]:
-    """What a bank has at ``site`` for one adapter."""
-    shapes = {"lora_a": (site.size[0], rank), "lora_b": (rank, site.size[1]), "lora_scale": ()}
-    return {name: jax.ShapeDtypeStruct(site.stack + shape, dtype) for name, shape in shapes.items()}
+def _shapes(target: TargetModule, rank: int, dtype: Any) -> dict[str, Any]:
+    """What a bank has at ``target`` for one adapter."""
+    shapes = {"lora_a": (target.size[0], rank), "lora_b": (rank, target.size[1]), "lora_scale": ()}
+    return {name: jax.ShapeDtypeStruct(target.stack + shape, dtype) for name, shape in shapes.items()}
 
 
 def _slot(
-    adapters: Any, sites: Mapping[Path, Site], shapes: Mapping[Path, Mapping[str, Any]], label: str
+    adapters: Any, targets: Mapping[Path, TargetModule], shapes: Mapping[Path, Mapping[str, Any]], label: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Pairs and scales of one adapter in the shapes of a bank: zeros wherever it has nothing."""
-    for path in sites:
+    for path in targets:
         if path not in shapes:
             raise InputError(
                 f"{label} adapts {'.'.join(path)}, which the bank does not: make one that begins with both"
@@ -119,8 +121,8 @@ def _slot(
     padded: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
     for path, wanted in shapes.items():
-        pair = tree.get_in(adapters, path) if path in sites else {}
-        scale = sites[path].scale() if path in sites else jnp.zeros(wanted["lora_scale"].shape)
+        pair = tree.get_in(adapters, path) if path in targets else {}
+        scale = targets[path].scale() if path in targets else jnp.zeros(wanted["lora_scale"].shape)
         numbers = tree.set_in(numbers, path, {"lora_scale": scale})
         where = f"{label}: {'.'.join(path)}"
         leaves = {name: _padded(name, pair.get(name), wanted[name], where) for name in ("lora_a", "lora_b")}

@@ -15,14 +15,14 @@ from typing import Any
 
 import jax
 
-from stablelora_jax.lora.pairs import Site, adapter_sites
+from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
 from stablelora_jax.lora.spec import LoraSpec, items
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.patterns import whole
 from stablelora_jax.utils.tree import Path, keys_of
 
 
-def plain_sites(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, Site]:
+def plain_sites(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, TargetModule]:
     """The sites of ``adapters``, which must be plain LoRA or rsLoRA: nothing but ``lora_a`` and ``lora_b``.
 
     Raises:
@@ -37,12 +37,12 @@ def plain_sites(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, Site]:
         if name.rsplit(".", 1)[-1] not in ("lora_a", "lora_b"):
             raise InputError(f"{label} trains {name} and cannot be taken together with others: {wayout}")
     try:
-        return adapter_sites(adapters, spec)
+        return adapter_target_modules(adapters, spec)
     except InputError as error:
         raise InputError(f"{label}: {error}") from None
 
 
-def common_sites(parts: Sequence[tuple[Any, LoraSpec]]) -> list[dict[Path, Site]]:
+def common_sites(parts: Sequence[tuple[Any, LoraSpec]]) -> list[dict[Path, TargetModule]]:
     """The sites of each of ``parts``, ``(adapters, spec)`` of one base.
 
     Raises:
@@ -50,17 +50,17 @@ def common_sites(parts: Sequence[tuple[Any, LoraSpec]]) -> list[dict[Path, Site]
     """
     if not parts:
         raise InputError("there are no adapters: give a list of (adapters, spec)")
-    sites = [plain_sites(adapters, spec, f"adapter {i}") for i, (adapters, spec) in enumerate(parts)]
-    known: dict[Path, tuple[int, Site]] = {}
-    for i, ((_, spec), found) in enumerate(zip(parts, sites, strict=True)):
+    targets = [plain_sites(adapters, spec, f"adapter {i}") for i, (adapters, spec) in enumerate(parts)]
+    known: dict[Path, tuple[int, TargetModule]] = {}
+    for i, ((_, spec), found) in enumerate(zip(parts, targets, strict=True)):
         if spec.stacked != parts[0][1].stacked:
             raise InputError(f"adapter {i} has stacked {spec.stacked}, adapter 0 has {parts[0][1].stacked}")
-        for path, site in found.items():
-            j, other = known.setdefault(path, (i, site))
-            if (site.stack, site.size) != (other.stack, other.size):
-                mine, theirs = site.stack + site.size, other.stack + other.size
+        for path, target in found.items():
+            j, other = known.setdefault(path, (i, target))
+            if (target.stack, target.size) != (other.stack, other.size):
+                mine, theirs = target.stack + target.size, other.stack + other.size
                 raise InputError(f"{'.'.join(path)}: adapter {i} is made for {mine}, adapter {j} for {theirs}")
-    return sites
+    return targets
 
 
 def union_spec(specs: Sequence[LoraSpec], ranks: Mapping[str, int]) -> LoraSpec:
@@ -77,7 +77,7 @@ def union_spec(specs: Sequence[LoraSpec], ranks: Mapping[str, int]) -> LoraSpec:
         rank_pattern=patterns,
         alpha_pattern=patterns,
         in_axes=_united_axes(specs),
-        **_united_target(specs, ranks),
+        **_united_target_modules(specs, ranks),
     )
 
 
@@ -86,19 +86,19 @@ def exactly(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _united_target(specs: Sequence[LoraSpec], names: Iterable[str]) -> dict[str, Any]:
-    targets = list(dict.fromkeys(spec.target for spec in specs))
-    if len({(spec.exclude, spec.layers) for spec in specs}) == 1:
+def _united_target_modules(specs: Sequence[LoraSpec], names: Iterable[str]) -> dict[str, Any]:
+    targets = list(dict.fromkeys(spec.target_modules for spec in specs))
+    if len({(spec.exclude_modules, spec.layers_to_transform) for spec in specs}) == 1:
         if len(targets) == 1:
             return {}
         if all(isinstance(target, tuple) for target in targets):
-            return {"target": tuple(name for target in targets for name in target)}
+            return {"target_modules": tuple(name for target in targets for name in target)}
         if all(isinstance(target, str) and target != "all-linear" for target in targets):
             joined = "|".join(f"({target})" for target in targets)
             with suppress(InputError):  # too long
                 whole(joined)
-                return {"target": joined}
-    return {"target": exactly(names), "exclude": (), "layers": None}
+                return {"target_modules": joined}
+    return {"target_modules": exactly(names), "exclude_modules": (), "layers_to_transform": None}
 
 
 def _united_axes(specs: Sequence[LoraSpec]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from stablelora_jax.lora.combine.arguments import check
 from stablelora_jax.lora.combine.lowrank import svd_of_product, truncated
 from stablelora_jax.lora.combine.prune import RULES, Rule, keep_largest, keep_random, mix
 from stablelora_jax.lora.combine.union import common_sites, union_spec
-from stablelora_jax.lora.pairs import Site
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec, items
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     """What one adapter has at one site; P is the number of its modules."""
 
     number: int  # of the adapter
-    site: Site
+    target: TargetModule
     a: jax.Array  # (P, in, r)
     b: jax.Array  # (P, r, out)
     weight: float
@@ -103,14 +103,14 @@ def combine(
         out of range or of no use to ``method``.
     """
     check(len(adapters), weights, method, rank, density, sign, key, clamp)
-    sites, specs = common_sites(adapters), [spec for _, spec in adapters]
+    targets, specs = common_sites(adapters), [spec for _, spec in adapters]
     method = "linear" if len(adapters) == 1 else method
     rule = RULES[method.removesuffix("_svd")] if method not in ("cat", "svd") else RULES["linear"]
     options = Options(rule, _new_rank(specs, method, rank), density or 1.0, sign if rule.elect else None, clamp)
     combined: dict[str, Any] = {}
     ranks: dict[str, int] = {}
-    for path in sorted({path for found in sites for path in found}):
-        parts = _parts(path, adapters, sites, weights)
+    for path in sorted({path for found in targets for path in found}):
+        parts = _parts(path, adapters, targets, weights)
         ranks |= _ranks(parts, options)
         if method == "cat":
             a, b = _concatenated(parts, options.rank)
@@ -118,9 +118,9 @@ def combine(
             make = _svd if method.endswith("svd") else _factors
             weights_here = jnp.array([part.weight for part in parts], parts[0].a.dtype)
             a, b = _each(make, _modules(parts, options, key), weights_here, options)
-        used = np.any([part.site.ranks for part in parts], axis=0)
+        used = np.any([part.target.ranks for part in parts], axis=0)
         pair = {
-            leaf: (x * _like(used, x)).reshape(*parts[0].site.stack, *x.shape[1:])
+            leaf: (x * _like(used, x)).reshape(*parts[0].target.stack, *x.shape[1:])
             for leaf, x in (("lora_a", a), ("lora_b", b))
         }
         combined = tree.set_in(combined, path, pair)
@@ -135,15 +135,15 @@ def _new_rank(specs: Sequence[LoraSpec], method: str, rank: int | None) -> int:
     return (rank or max(greatest)) if method.endswith("svd") else 0
 
 
-def _parts(path: Path, adapters: Any, sites: Any, weights: Any) -> list[Part]:
+def _parts(path: Path, adapters: Any, targets: Any, weights: Any) -> list[Part]:
     """What the adapters have at ``path``, in one dtype."""
     found = []
-    for i, ((given, _), own) in enumerate(zip(adapters, sites, strict=True)):
-        if site := own.get(path):
+    for i, ((given, _), own) in enumerate(zip(adapters, targets, strict=True)):
+        if target := own.get(path):
             pair = tree.get_in(given, path)
             a, b = (jnp.asarray(pair[leaf]) for leaf in ("lora_a", "lora_b"))
             a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-            found.append(Part(i, site, a, b, float(weights[i])))
+            found.append(Part(i, target, a, b, float(weights[i])))
     dtype = jnp.result_type(jnp.float32, *(part.a for part in found), *(part.b for part in found))
     return [part._replace(a=part.a.astype(dtype), b=part.b.astype(dtype)) for part in found]
 
@@ -151,8 +151,8 @@ def _parts(path: Path, adapters: Any, sites: Any, weights: Any) -> list[Part]:
 def _ranks(parts: Sequence[Part], options: Options) -> dict[str, int]:
     """The new rank of each module that any of ``parts`` adapts."""
     ranks = {}
-    for i, name in enumerate(parts[0].site.names):
-        given = {part.number: part.site.ranks[i] for part in parts if part.site.ranks[i]}
+    for i, name in enumerate(parts[0].target.names):
+        given = {part.number: part.target.ranks[i] for part in parts if part.target.ranks[i]}
         if not options.rank and len(set(given.values())) > 1:
             told = ", ".join(f"{r} in adapter {j}" for j, r in given.items())
             raise InputError(f"{name} has rank {told}: only cat, svd and *_svd combine different ranks")
@@ -162,10 +162,10 @@ def _ranks(parts: Sequence[Part], options: Options) -> dict[str, int]:
 
 
 def _concatenated(parts: Sequence[Part], rank: int) -> tuple[jax.Array, jax.Array]:
-    factors = [part.weight * np.array(part.site.scales) for part in parts]
+    factors = [part.weight * np.array(part.target.scales) for part in parts]
     a = jnp.concatenate([p.a * _like(f, p.a) for p, f in zip(parts, factors, strict=True)], -1)
     b = jnp.concatenate([part.b for part in parts], 1)
-    used = np.concatenate([np.arange(p.site.rank) < np.array(p.site.ranks)[:, None] for p in parts], -1)
+    used = np.concatenate([np.arange(p.target.rank) < np.array(p.target.ranks)[:, None] for p in parts], -1)
     order = np.argsort(~used, axis=-1, kind="stable")[:, :rank]  # what is in use comes first, as in PEFT
     a, b = jnp.take_along_axis(a, order[:, None, :], -1), jnp.take_along_axis(b, order[:, :, None], 1)
     return _pad(a, rank, -1), _pad(b, rank, 1)
@@ -173,9 +173,9 @@ def _concatenated(parts: Sequence[Part], rank: int) -> tuple[jax.Array, jax.Arra
 
 def _modules(parts: Sequence[Part], options: Options, key: jax.Array | None) -> Module:
     """The modules of a site, and a key for each of them and each adapter, made of names and numbers alone."""
-    scales = np.array([part.site.scales for part in parts]).T
-    counts = [[[int(options.density * r * n) for n in p.site.size] for r in p.site.ranks] for p in parts]
-    marks = jnp.array([zlib.crc32(name.encode()) for name in parts[0].site.names], jnp.uint32)
+    scales = np.array([part.target.scales for part in parts]).T
+    counts = [[[int(options.density * r * n) for n in p.target.size] for r in p.target.ranks] for p in parts]
+    marks = jnp.array([zlib.crc32(name.encode()) for name in parts[0].target.names], jnp.uint32)
     numbers = jnp.array([part.number for part in parts])
     key = jax.random.key(0) if key is None else key
     keys = jax.vmap(lambda m: jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, m), i))(numbers))(marks)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from stablelora_jax.utils.matmul import product
+from stablelora_jax.utils.matmul import matmul
 
 Adapter = Mapping[str, jax.Array]
 
@@ -28,7 +28,7 @@ def gain(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array | None:
 def delta(z: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
     """``s z B``: z = x A (..., r) in the module's compute dtype; B (r, out); gives (..., out), at least float32."""
     b = adapter["lora_b"]
-    return product(z, b * jnp.asarray(scale, b.dtype))  # of the two, B is the small one to scale
+    return matmul(z, b * jnp.asarray(scale, b.dtype))  # of the two, B is the small one to scale
 
 
 def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
@@ -39,6 +39,6 @@ def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
 def merged(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
     """:func:`merge` before it is rounded to the dtype of ``w``."""
     a, b = adapter["lora_a"], adapter["lora_b"]
-    wide = jnp.promote_types(jnp.promote_types(w.dtype, a.dtype), jnp.float32)
-    change = jnp.matmul(a.astype(wide), b.astype(wide)) * jnp.asarray(scale, wide)[..., None, None]
-    return w.astype(wide) + change
+    accum_dtype = jnp.promote_types(jnp.promote_types(w.dtype, a.dtype), jnp.float32)
+    change = jnp.matmul(a.astype(accum_dtype), b.astype(accum_dtype)) * jnp.asarray(scale, accum_dtype)[..., None, None]
+    return w.astype(accum_dtype) + change

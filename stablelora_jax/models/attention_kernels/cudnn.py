@@ -30,13 +30,13 @@ def cudnn(q, k, v, segment_ids, window, segments):
       InputError: a dtype, head size, window, GPU or jax that cuDNN's kernels or this file do not take.
     """
     if not (window is None or isinstance(window, int)):
-        raise InputError("cuDNN attention takes one window for all layers: choose attention: blocks")
+        raise InputError("cuDNN attention takes one window for all layers: choose attention: blockwise")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise InputError(f"cuDNN attention takes bfloat16 or float16, not {q.dtype}: choose attention: blocks")
+        raise InputError(f"cuDNN attention takes bfloat16 or float16, not {q.dtype}: choose attention: blockwise")
     if segment_ids is None:
         return _fused(q, k, v, None, window)
     if window is not None:
-        raise InputError("cuDNN attention takes no window in packed rows: choose attention: blocks")
+        raise InputError("cuDNN attention takes no window in packed rows: choose attention: blockwise")
     if q.size >= 2**31:
         raise InputError(f"cuDNN attention counts {q.size} elements of packed rows in int32: use smaller batches")
     if segments is None:
@@ -77,7 +77,7 @@ def _call(q, k, v, packing, window, residual):
     try:
         return api.dot_product_attention(q, k, v, return_residual=residual, **more)
     except (NotImplementedError, RuntimeError) as error:
-        raise InputError(f"cuDNN attention: {brief(error)} Choose attention: blocks") from error
+        raise InputError(f"cuDNN attention: {brief(error)} Choose attention: blockwise") from error
 
 
 def _save(q, k, v, packing, window):
@@ -122,4 +122,4 @@ def _api():
             return api
     except (ImportError, AttributeError):
         pass
-    raise InputError(f"jax {jax.__version__} has no cuDNN attention that we know: choose attention: blocks")
+    raise InputError(f"jax {jax.__version__} has no cuDNN attention that we know: choose attention: blockwise")

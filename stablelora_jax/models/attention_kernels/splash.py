@@ -24,9 +24,9 @@ def splash(q, k, v, segment_ids, window, interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     if not (window is None or isinstance(window, int)):
-        raise InputError("splash attention takes one window for all layers: choose attention: blocks")
+        raise InputError("splash attention takes one window for all layers: choose attention: blockwise")
     if q.dtype == jnp.float64:
-        raise InputError("splash attention takes no float64: choose attention: blocks")
+        raise InputError("splash attention takes no float64: choose attention: blockwise")
     T, heads, scale = q.shape[1], q.shape[2], q.shape[-1] ** -0.5
     q, k, v = (_padded(x).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
     size = next(n for n in (512, 256, LANES) if q.shape[2] % n == 0)

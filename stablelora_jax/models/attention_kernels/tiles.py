@@ -1,4 +1,4 @@
-"""How :mod:`attention_blocks` cuts rows into tiles, which pairs of tiles it visits, and what is seen in them."""
+"""How :mod:`.blockwise` cuts rows into tiles, which pairs of tiles it visits, and what is seen in them."""
 
 from __future__ import annotations
 

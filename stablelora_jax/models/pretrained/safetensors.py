@@ -21,7 +21,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from stablelora_jax.models.pretrained.tensors import TensorSource
-from stablelora_jax.quantization import dense, encode, is_linear
+from stablelora_jax.quantization import dequantize_tree, encode, is_linear
 from stablelora_jax.utils.errors import InputError, named
 
 LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -75,7 +75,7 @@ def hf_arrays(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in traverse_util.flatten_dict(params).items():
         host, layers = jax.tree.map(np.asarray, leaf), range(leaf.shape[0]) if STACK in path else [...]
         for (name, _), layer in zip(hf_tensors(path, leaf.shape), layers, strict=True):
-            part = np.asarray(dense(jax.tree.map(operator.itemgetter(layer), host)))
+            part = np.asarray(dequantize_tree(jax.tree.map(operator.itemgetter(layer), host)))
             yield name, np.ascontiguousarray(part.T if path[-1] == "kernel" else part)
 
 

@@ -32,7 +32,7 @@ def _audible(record: logging.LogRecord) -> bool:
     return absl_logging.get_verbosity() >= absl_logging.INFO or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def silence_stragglers() -> None:
+def ignore_closed_loop_errors() -> None:
     """For good: where a write fails, those beside it end, at any time, after Orbax has closed their event loop."""
     hook = sys.unraisablehook
     if getattr(hook, "silent", False):
@@ -52,7 +52,7 @@ def attempt(act: Callable[[], Any]) -> tuple[Any, str | None]:
     Where one read or write fails, those beside it may end with an error that nobody asks for, which Python would show
     as a traceback at any later time. They are waited for and let go.
     """
-    silence_stragglers()
+    ignore_closed_loop_errors()
     log = logging.getLogger("asyncio")
     retrieved = lambda record: "never retrieved" not in record.getMessage()  # noqa: E731
     log.addFilter(retrieved)

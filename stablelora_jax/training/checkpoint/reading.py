@@ -41,14 +41,14 @@ def require_undamaged(where: Where) -> None:
         raise _damaged(path_of(where), max(damaged), "about/metadata is missing")
 
 
-def read_about(where: Where, step: int | None = None) -> dict[str, Any]:
+def read_metadata(where: Where, step: int | None = None) -> dict[str, Any]:
     """What :func:`save` was told about the newest checkpoint, or that of ``step``.
 
     Raises:
       InputError: there is none, or it is damaged.
     """
     path, step = _chosen(where, step)
-    return _record(path, step).about
+    return _record(path, step).metadata
 
 
 def restore(
@@ -56,18 +56,18 @@ def restore(
     state: Any,
     *,
     step: int | None = None,
-    about: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     accept_changes: bool = False,
 ) -> Any:
     """The newest checkpoint, or that of ``step``, in the structure, shapes and dtypes of ``state``; it removes nothing.
 
     Leaves of ``state`` are arrays or ``jax.ShapeDtypeStruct``: NumPy (or no sharding) gives NumPy, a ``jax.Array`` or a
     struct with a sharding gives an array of that sharding, whatever the layout that it was written from. Each key of
-    ``about`` must be as it was saved, unless ``accept_changes``; saved keys that ``about`` lacks are not compared.
+    ``metadata`` must be as it was saved, unless ``accept_changes``; saved keys that it lacks are not compared.
 
     Raises:
       InputError: there is no complete checkpoint; it is damaged; its leaves have other names, shapes or dtypes; or
-        ``about`` differs. One line that says what to do.
+        ``metadata`` differs. One line that says what to do.
     """
     path, step = _chosen(where, step)
     record, named = _record(path, step), named_leaves(state)
@@ -75,8 +75,8 @@ def restore(
     here = {name: list(form(leaf)) for name, leaf in named.items()}
     if odd := differences({name: leaf[:2] for name, leaf in record.leaves.items()}, here, shown_forms):
         raise InputError(f"{path / str(step)} does not fit: {some(odd)}; {ours}")
-    asked = plain(about)
-    odd = differences({key: value for key, value in record.about.items() if key in asked}, asked, shown_values)
+    asked = plain(metadata)
+    odd = differences({key: value for key, value in record.metadata.items() if key in asked}, asked, shown_values)
     if odd and not accept_changes:
         raise InputError(f"{path / str(step)} is of another run: {some(odd)}; {ours} (or accept_changes=true)")
     values = _read(path, step, state, record)

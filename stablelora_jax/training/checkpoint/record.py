@@ -14,22 +14,22 @@ from stablelora_jax.utils.errors import InputError, brief
 class Record(NamedTuple):
     """What the JSON of a checkpoint holds."""
 
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     leaves: dict[str, list[Any]]  # dotted name -> [shape, dtype, CRC-32 of the bytes or None]
 
 
-def plain(about: Mapping[str, Any] | None) -> dict[str, Any]:
+def plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """As JSON gives it back."""
     try:
-        return json.loads(json.dumps(dict(about or {})))
+        return json.loads(json.dumps(dict(metadata or {})))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"about cannot be written as JSON: {brief(error)}") from None
+        raise InputError(f"metadata cannot be written as JSON: {brief(error)}") from None
 
 
 def is_record(record: Record) -> bool:
     """Whether it has the kinds of a record; a checksum of its own says nothing about these."""
     leaves = record.leaves
-    return isinstance(record.about, dict) and isinstance(leaves, dict) and all(map(_is_leaf, leaves.values()))
+    return isinstance(record.metadata, dict) and isinstance(leaves, dict) and all(map(_is_leaf, leaves.values()))
 
 
 def _is_leaf(leaf: Any) -> bool:
@@ -53,6 +53,10 @@ def whole_number(name: str, value: Any, least: int = 0) -> int:
     return number
 
 
-def as_json(about: Any, leaves: Any) -> dict[str, Any]:
+def as_json(metadata: Any, leaves: Any) -> dict[str, Any]:
     """What is written: the record, and a checksum of itself."""
-    return {"about": about, "leaves": leaves, "crc32": zlib.crc32(json.dumps([about, leaves], sort_keys=True).encode())}
+    return {
+        "about": metadata,
+        "leaves": leaves,
+        "crc32": zlib.crc32(json.dumps([metadata, leaves], sort_keys=True).encode()),
+    }

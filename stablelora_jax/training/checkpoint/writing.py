@@ -14,11 +14,11 @@ import jax
 from stablelora_jax.training.checkpoint.backend import (
     Where,
     attempt,
+    ignore_closed_loop_errors,
     is_manager,
     orbax,
     path_of,
     reason_of,
-    silence_stragglers,
 )
 from stablelora_jax.training.checkpoint.leaves import checksum_of, fetched, form, named_leaves
 from stablelora_jax.training.checkpoint.ownership import kind_of, remove_half_written, require_own
@@ -41,7 +41,7 @@ def open_manager(
         of ours; or ``keep`` is not a positive whole number.
     """
     keep = whole_number("keep", keep, least=1)
-    silence_stragglers()
+    ignore_closed_loop_errors()
     ocp, path = orbax(), path_of(directory)
 
     def kept(checkpoints: Any, *, context: Any) -> list[bool]:
@@ -76,21 +76,21 @@ def open_manager(
     return manager
 
 
-def save(where: Where, step: int, state: Any, about: Mapping[str, Any] | None = None) -> None:
+def save(where: Where, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> None:
     """Begin to save ``state``, any tree of arrays, NumPy or of any sharding, as ``step``.
 
-    The arrays are copied before this returns, so they may be donated or changed. ``about`` is anything that JSON can
+    The arrays are copied before this returns, so they may be donated or changed. ``metadata`` is anything that JSON can
     hold: the configuration, the fingerprint of the base, the place in the data.
 
     Raises:
       InputError: the step is no whole number from 0, or it or a later one is there; a leaf is no array, or JSON cannot
-        hold ``about``.
+        hold ``metadata``.
       RunError: this checkpoint or the last one cannot be written; those before are whole.
     """
     step = whole_number("step", step)
     if not is_manager(where):
         with open_manager(where) as manager:
-            return save(manager, step, state, about)
+            return save(manager, step, state, metadata)
     wait(where)
     there = where.all_steps()
     if step in there:
@@ -104,7 +104,7 @@ def save(where: Where, step: int, state: Any, about: Mapping[str, Any] | None = 
     leaves = {name: [*form(leaf), checksum_of(data[name])] for name, leaf in named.items()}
     tree = jax.tree.unflatten(jax.tree.structure(state), [leaf if leaf.size else None for leaf in data.values()])
     args = orbax().args
-    items = args.Composite(state=args.StandardSave(tree), about=args.JsonSave(as_json(plain(about), leaves)))
+    items = args.Composite(state=args.StandardSave(tree), about=args.JsonSave(as_json(plain(metadata), leaves)))
     return _run(where, lambda: where.save(step, args=items, force=True), step)
 
 
