@@ -13,7 +13,8 @@ regular expression for the end of a name, here of the leaf's or of any module th
 
 :func:`stop_frozen_gradients` keeps gradients away, and a leaf that is frozen whole costs no backward pass.
 :func:`freeze` wraps last: the optimizer sees zero gradients there and its updates are dropped, so that frozen numbers
-stay to the bit whatever decays, shrinks or transforms them, and pairs that are not frozen train as if those were none of the optimizer's.
+stay to the bit whatever decays, shrinks or transforms them, and pairs that are not frozen train as if those were none
+of the optimizer's.
 
 One factor of a pair frozen alone means: the other is trained by the optimizer's rule with that gradient zero.
 
