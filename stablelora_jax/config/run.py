@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from stablelora_jax.config.keys import option, section
+from stablelora_jax.config.engine import coerced
+from stablelora_jax.config.keys import old_names, option, section
 from stablelora_jax.config.optimizer import CONFIGS, OptimizerConfig
 from stablelora_jax.config.parallel import DistributedConfig, MeshConfig, PmapConfig
 from stablelora_jax.config.schedule import Cosine, ScheduleConfig, schedule_of
@@ -148,8 +149,16 @@ class RunConfig:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(("tensorboard",), "metric loggers")
     num_samples: int = option(4, "validation questions to print with the answers before and after", was="show")
 
+    def __new__(cls, *_: Any, **given: Any) -> RunConfig:
+        """Refuse the names of older versions."""
+        for old, name in old_names(cls).items():
+            if old in given:
+                raise InputError(f"RunConfig: {old} is now called {name}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        """Check what the types cannot say."""
+        """Read sections that are dicts, and check what the types cannot say."""
+        coerced(self)
         positive = (
             "steps",
             "batch_size",
