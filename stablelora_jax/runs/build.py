@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.config import optimizer as optimizer_config
-from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
-from stablelora_jax.optimizers import scales
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import schedule_of
-from stablelora_jax.training.step import Hyperparams
 from stablelora_jax.lora.transform import lora_hyperparams, lora_scales
+from stablelora_jax.optimizers import scales
+from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
+from stablelora_jax.training.step import Hyperparams
 
 
 def make_schedule(config: RunConfig, peak: float | None = None) -> optax.Schedule:
@@ -31,10 +31,14 @@ def make_schedule(config: RunConfig, peak: float | None = None) -> optax.Schedul
 def numbers_of(config: RunConfig, adapters: Any) -> Hyperparams:
     """The numbers of the configuration that a sweep varies: they are arguments of the step."""
     rates = optimizer_config.learning_rates(config.optimizer)
-    return Hyperparams({name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()}, lora_hyperparams(config.lora, adapters))
+    return Hyperparams(
+        {name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()}, lora_hyperparams(config.lora, adapters)
+    )
 
 
-def make_optimizer(config: RunConfig, adapters: Any, numbers: Hyperparams | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: RunConfig, adapters: Any, numbers: Hyperparams | None = None
+) -> optax.GradientTransformation:
     """Clipping, then the optimizer of the configuration, all its learning rates on the schedule.
 
     With ``numbers`` learning rates and LoRA scales are theirs, concrete or traced.

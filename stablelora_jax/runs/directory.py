@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax import config
+from stablelora_jax.config.run import RunConfig, takes_template
+from stablelora_jax.runs.files import ADAPTER, CONFIG, LOCK, MARK, METRICS, SUMMARY, is_commented, is_lock, require_ours
 from stablelora_jax.training.checkpoint.wording import differences
 from stablelora_jax.utils.errors import InputError, RunError
 from stablelora_jax.utils.files import PARTIAL, as_path, read_json_object, write_new, write_whole
 from stablelora_jax.utils.outputs import require_writable
-from stablelora_jax.config.run import RunConfig, takes_template
-from stablelora_jax.runs.files import ADAPTER, CONFIG, LOCK, MARK, METRICS, SUMMARY, is_commented, is_lock, require_ours
 
 # where and how a run is computed, watched and kept: its result is the same up to rounding
 RESULT_INVARIANT_KEYS = (
@@ -164,7 +164,11 @@ def identity(run_config: RunConfig) -> dict[str, Any]:
     """What decides the result: every key but :data:`RESULT_INVARIANT_KEYS`; patterns as lists, since their order is meaning."""
     data = replace(run_config.data, cache=None, chat_template=takes_template(run_config))
     model = config.to_dict(run_config.model)
-    plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in RESULT_INVARIANT_KEYS}
+    plain = {
+        key: own
+        for key, own in config.to_dict(replace(run_config, data=data)).items()
+        if key not in RESULT_INVARIANT_KEYS
+    }
     quantized = model["quantize"] is not None  # runs from before there was this key go on
     plain["model"] = {k: own for k, own in model.items() if k not in FREE_OF_MODEL and (k != "quantize" or quantized)}
     lora = plain["lora"]

@@ -14,22 +14,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stablelora_jax.lora.pairs import pairs
-from stablelora_jax.runs.build import make_training, numbers_of
+from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data import Batch, bucket
-from stablelora_jax.utils.errors import InputError
-from stablelora_jax.training.flops import flops_per_token
 from stablelora_jax.lora.apply import adapted
+from stablelora_jax.lora.pairs import pairs
+from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.parallel import Layout
-from stablelora_jax.runs.prepare import fitted, make_layout
 from stablelora_jax.quantization import quantize_params
-from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs.build import make_training, numbers_of
+from stablelora_jax.runs.prepare import fitted, make_layout
+from stablelora_jax.training.flops import flops_per_token
 from stablelora_jax.training.step import Hyperparams, init_state, make_train_step
-from stablelora_jax.lora.transform import init_adapters
+from stablelora_jax.utils.errors import InputError
 
 
 class Shapes(NamedTuple):

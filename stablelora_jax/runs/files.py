@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from stablelora_jax.config.run import RunConfig
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import PARTIAL
-from stablelora_jax.config.run import RunConfig
 
 CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"

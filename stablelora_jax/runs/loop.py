@@ -15,22 +15,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stablelora_jax.training import checkpoint
-from stablelora_jax.data import batch_of_step, place_of_step, rows_of_step, texts_of_rows
-from stablelora_jax.utils.errors import Interrupted, RunError
-from stablelora_jax.runs.log import RunLog
 from stablelora_jax.config.optimizer import shrink_ratio
-from stablelora_jax.parallel import make_agreement
-from stablelora_jax.runs.prepare import TrainingSetup
 from stablelora_jax.config.run import RunConfig
+from stablelora_jax.data import batch_of_step, place_of_step, rows_of_step, texts_of_rows
+from stablelora_jax.parallel import make_agreement
 from stablelora_jax.runs.early_stopping import best_step, patience_exceeded
-from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
+from stablelora_jax.runs.log import RunLog
+from stablelora_jax.runs.prepare import TrainingSetup
 from stablelora_jax.runs.validation import validate
+from stablelora_jax.training import checkpoint
+from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
+from stablelora_jax.utils.errors import Interrupted, RunError
 
 PendingMetrics = tuple[int, Any]  # the number of a step, and its metrics on the devices
 
 
-def train(setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, received: Callable[[], int]) -> TrainState:
+def train(
+    setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, received: Callable[[], int]
+) -> TrainState:
     """Step to the end; metrics are read one step late, so that the device never waits for them.
 
     Args:
@@ -54,7 +56,7 @@ def train(setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, re
     answer = agree((received(), 0, 0))
     while True:
         stop, save_now, evaluate_now = answer()
-        evaluates = _evaluates(config, number, evaluate_now) and log.evaluation(number) is None
+        evaluates = _evaluates(config, number, evaluate_now) and number not in log.history.evaluations
         saves = number > 0 and (bool(save_now) or number % config.checkpoint_every == 0)
         if unread and (evaluates or saves or stop or number == config.steps):
             _read(setup, placed, number, manager, log, unread)
@@ -62,8 +64,8 @@ def train(setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, re
         if evaluates:
             stop = _evaluate(setup, placed, number, log, received) or stop
             evaluating.reset()
-        done = number == config.steps or patience_exceeded(log.evaluations(), config.metric, config.patience)
-        best = evaluates and best_step(log.evaluations(), config.metric) == number
+        done = number == config.steps or patience_exceeded(log.history.evaluations, config.metric, config.patience)
+        best = evaluates and best_step(log.history.evaluations, config.metric) == number
         if (saves or stop or done or best) and number != saved:
             state, saved = _save(setup, placed, number, manager), number
             saving.reset()
@@ -115,7 +117,9 @@ class _Clock:
 def _make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
     """``(state, number of steps so far) -> (state, metrics)``, with the stability terms where they are due."""
     config, layout = setup.config, setup.layout
-    step = make_train_step(setup.model, setup.tx, layout, trained=setup.trained, accumulate=config.gradient_accumulation_steps)
+    step = make_train_step(
+        setup.model, setup.tx, layout, trained=setup.trained, accumulate=config.gradient_accumulation_steps
+    )
     view = make_stability_view(setup.model, shrink_ratio(config.optimizer), layout)
 
     def one(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
@@ -146,12 +150,18 @@ def _evaluate(setup: TrainingSetup, placed: TrainState, step: int, log: RunLog, 
 
 
 def _read(
-    setup: TrainingSetup, placed: TrainState, number: int, manager: Any, log: RunLog, unread: PendingMetrics, new: PendingMetrics | None = None
+    setup: TrainingSetup,
+    placed: TrainState,
+    number: int,
+    manager: Any,
+    log: RunLog,
+    unread: PendingMetrics,
+    new: PendingMetrics | None = None,
 ) -> None:
     """Log the metrics of a step; ``placed`` is the state after ``number`` steps: that step, or ``new``, the next."""
     step, metrics = unread[0], setup.layout.fetch(unread[1])
     log.write_step(step, metrics)
-    bad = int(metrics["in_a_row"])
+    bad = int(metrics["consecutive_skips"])
     if bad < setup.config.max_consecutive_errors:
         return
     if new:  # what is saved is logged, too

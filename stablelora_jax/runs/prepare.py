@@ -12,16 +12,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stablelora_jax.runs.build import make_schedule, make_training, numbers_of
-from stablelora_jax.data import Loader, longest_row, make_loader, most_segments, statistics, tokenize_dataset, training_texts
-from stablelora_jax.lora.summary import describe
-from stablelora_jax.utils.errors import InputError
-from stablelora_jax.interop.export import locate_adapter
-from stablelora_jax.utils.fingerprint import fingerprint
-from stablelora_jax.lora.apply import Adapted, adapted
-from stablelora_jax.interop.peft import require_peft_form
+from stablelora_jax.config.parallel import MeshConfig
+from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
+from stablelora_jax.data import (
+    Loader,
+    longest_row,
+    make_loader,
+    most_segments,
+    statistics,
+    tokenize_dataset,
+    training_texts,
+)
+from stablelora_jax.data.tasks import load_questions
 from stablelora_jax.evaluation.loglikelihood import make_compute
-from stablelora_jax.training.remat_policy import choose_remat
+from stablelora_jax.interop.export import locate_adapter
+from stablelora_jax.interop.peft import require_peft_form
+from stablelora_jax.interop.warm_start import start_adapters
+from stablelora_jax.lora.apply import Adapted, adapted
+from stablelora_jax.lora.summary import describe
+from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here, require_here
 from stablelora_jax.models.decoder import Decoder
@@ -30,14 +39,13 @@ from stablelora_jax.models.pretrained.load import base_directory, load_pretraine
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
-from stablelora_jax.config.parallel import MeshConfig
-from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
+from stablelora_jax.runs.build import make_schedule, make_training, numbers_of
 from stablelora_jax.runs.directory import identity
-from stablelora_jax.data.tasks import load_questions
-from stablelora_jax.training.step import Hyperparams, TrainState, init_state
-from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.runs.validation import ValidationSet, held_out
-from stablelora_jax.interop.warm_start import start_adapters
+from stablelora_jax.training.remat_policy import choose_remat
+from stablelora_jax.training.step import Hyperparams, TrainState, init_state
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.fingerprint import fingerprint
 
 
 class TrainingSetup(NamedTuple):
@@ -61,7 +69,9 @@ class TrainingSetup(NamedTuple):
     metadata: dict[str, Any]  # what a checkpoint must agree with
 
 
-def prepare(config: RunConfig, directory: Path, log_fn: Callable[[str], None], *, resumes: bool = False) -> TrainingSetup:
+def prepare(
+    config: RunConfig, directory: Path, log_fn: Callable[[str], None], *, resumes: bool = False
+) -> TrainingSetup:
     """Load the base and the data, and make the start; of a run that ``resumes``, only what the start looks like.
 
     Raises:
@@ -120,7 +130,9 @@ def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, A
     if model.tokenizer is None:
         raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
     if config.max_length > model.config.max_position_embeddings:
-        raise InputError(f"max_length {config.max_length} is more than the {model.config.max_position_embeddings} of {base}")
+        raise InputError(
+            f"max_length {config.max_length} is more than the {model.config.max_position_embeddings} of {base}"
+        )
     return model, params
 
 
@@ -182,12 +194,16 @@ def _load(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> L
     """The training split as batches, with a line where something of it is cut."""
     data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
     if is_chat(config) and not chat:
-        log_fn("data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template")
+        log_fn(
+            "data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template"
+        )
     how = {"length": config.max_length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
     store = tokenize_dataset(tokenizer, texts, **how, log_fn=log_fn)  # type: ignore[arg-type]
     if store.cut:
         side = {"left": "beginning", "right": "end"}[data.truncate]
-        log_fn(f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length}: their {side} is cut")
+        log_fn(
+            f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length}: their {side} is cut"
+        )
     return make_loader(
         store, batching=data.batching, length=config.max_length, batch_size=config.batch_size, seed=config.seed
     )

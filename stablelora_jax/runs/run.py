@@ -24,25 +24,25 @@ from typing import Any
 
 import jax
 
-from stablelora_jax.training import checkpoint
-from stablelora_jax.utils import compile_cache, tree
-from stablelora_jax.runs import legacy, plots
-from stablelora_jax.utils.errors import InputError, RunError, brief
-from stablelora_jax.utils.files import partial_name, put_new, write_whole, writing
+from stablelora_jax.config.run import RunConfig
 from stablelora_jax.interop.base_record import base_record
 from stablelora_jax.interop.peft import save_peft
-from stablelora_jax.utils.signals import catch_signals
-from stablelora_jax.runs.log import RunLog
-from stablelora_jax.runs.loop import metadata_of, train
 from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices, to_host
-from stablelora_jax.runs.prepare import TrainingSetup, prepare
-from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs import legacy, plots
 from stablelora_jax.runs.directory import changed, create, locate, lock, read_summary
-from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
 from stablelora_jax.runs.early_stopping import best_step
-from stablelora_jax.runs.summary import summary_lines, summarize
+from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
+from stablelora_jax.runs.log import RunLog, open_log
+from stablelora_jax.runs.loop import metadata_of, train
+from stablelora_jax.runs.prepare import TrainingSetup, prepare
+from stablelora_jax.runs.summary import summarize, summary_lines
 from stablelora_jax.runs.trackers import require_installed
+from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import TrainState
+from stablelora_jax.utils import compile_cache, tree
+from stablelora_jax.utils.errors import InputError, RunError, brief
+from stablelora_jax.utils.files import partial_name, put_new, write_whole, writing
+from stablelora_jax.utils.signals import catch_signals
 
 
 @contextmanager
@@ -74,7 +74,9 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
     log_fn = log_fn if is_primary() else _nothing
     directory = locate(config)
     if (summary := read_summary(directory)) and has_adapter(directory) and not changed(directory, config):
-        log_fn(f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew.")
+        log_fn(
+            f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew."
+        )
         return summary
     if is_primary() and (directory / LOCK).exists():
         with lock(directory):  # before minutes are spent on loading
@@ -103,9 +105,16 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
 
 
 def _opened_log(setup: TrainingSetup, step: int) -> RunLog:
-    config, writes = setup.config, is_primary()
-    how = {"trackers": config.trackers, "writes": writes}
-    log = RunLog(setup.directory, step, config.steps, setup.schedule, config.lora, **how)  # type: ignore[arg-type]
+    config = setup.config
+    log = open_log(
+        setup.directory,
+        step,
+        config.steps,
+        setup.schedule,
+        config.lora,
+        trackers=config.trackers,
+        writes=is_primary(),
+    )
     log.write_data(setup.data, accept_changes=config.accept_changes)
     return log
 
@@ -114,14 +123,19 @@ def _restored(setup: TrainingSetup, checkpoints: Path, step: int, accept_changes
     return legacy.restore(checkpoints, setup.start, step, metadata_of(setup, step), accept_changes=accept_changes)
 
 
-def _trained(setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog, log_fn: Callable[[str], None]) -> TrainState:
+def _trained(
+    setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog, log_fn: Callable[[str], None]
+) -> TrainState:
     config = setup.config
 
     def best() -> int | None:
-        return best_step(log.evaluations(), config.metric)
+        return best_step(log.history.evaluations, config.metric)
 
     log_fn(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {setup.directory}")
-    with catch_signals() as received, checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager:
+    with (
+        catch_signals() as received,
+        checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager,
+    ):
         state = train(setup, state, manager, log, received)
         checkpoint.wait(manager)
     return state
@@ -140,7 +154,7 @@ def _keep_adapter(setup: TrainingSetup, state: TrainState, checkpoints: Path, lo
     """Put the last adapter, or where so configured the best, into RUN/adapter; the step that it is of."""
     config, step = setup.config, int(state.step)
     there = {step, *checkpoint.steps(checkpoints)}  # under another metric, the best may be long gone
-    known = {own: found for own, found in log.evaluations().items() if own in there}
+    known = {own: found for own, found in log.history.evaluations.items() if own in there}
     best = best_step(known, config.metric) if config.select == "best" else None
     if best not in (None, step):
         state = legacy.restore(checkpoints, setup.start, best, {**metadata_of(setup, best)}, accept_changes=True)
@@ -171,7 +185,9 @@ def _readable(setup: TrainingSetup) -> Any:
     return params
 
 
-def _finish(setup: TrainingSetup, log: RunLog, steps: int, kept: int, seconds: float, log_fn: Callable[[str], None]) -> dict[str, Any]:
+def _finish(
+    setup: TrainingSetup, log: RunLog, steps: int, kept: int, seconds: float, log_fn: Callable[[str], None]
+) -> dict[str, Any]:
     """Pictures, summary and what is said at the end."""
     summary = summarize(setup.config, log, steps, kept, seconds)
     if is_primary():

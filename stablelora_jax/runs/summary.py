@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from stablelora_jax.runs.log import RunLog
-from stablelora_jax.training.metrics import each_record, plain
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data.tasks.question import Question
+from stablelora_jax.runs.log import RunLog
+from stablelora_jax.runs.records import each_record, plain
 
 
 def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: float) -> dict[str, Any]:
@@ -23,13 +23,14 @@ def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: fl
     The mean losses leave out steps whose loss is not finite, and are None where no other is there. All of it is JSON.
     """
     first, last = _first_and_last(record["loss"] for record in each_record(log.path) if "loss" in record)
-    found = {"before": log.evaluation(0), "after": log.evaluation(steps)}
-    found |= {"kept": log.evaluation(kept)} if config.select == "best" else {}
+    evaluations = log.history.evaluations
+    found = {"before": evaluations.get(0), "after": evaluations.get(steps)}
+    found |= {"kept": evaluations.get(kept)} if config.select == "best" else {}
     summary = {
         "steps": steps,
         "stopped_early": steps < config.steps,
         "adapter_of_step": kept,
-        "data": log.data,
+        "data": log.history.data,
         "loss_first_10": _mean(first),
         "loss_last_10": _mean(last),
         **{name: {k: v for k, v in e.items() if k != "answers"} for name, e in found.items() if e},
@@ -41,9 +42,11 @@ def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: fl
     return plain(summary)
 
 
-def summary_lines(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
+def summary_lines(
+    config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]
+) -> Iterator[str]:
     """A few questions with the answers before and after training, then the accuracies and the losses."""
-    before, after = log.evaluation(0), log.evaluation(summary["steps"])
+    before, after = log.history.evaluations.get(0), log.history.evaluations.get(summary["steps"])
     if before and after and questions and all(_fits(found, questions) for found in (before, after)):
         for i in np.linspace(0, len(questions) - 1, config.num_samples, dtype=int):
             question, was, now = questions[i], before["answers"][i], after["answers"][i]

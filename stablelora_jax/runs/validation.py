@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from stablelora_jax.config.run import RunConfig, takes_template
 from stablelora_jax.data import Example, Text, templated, training_texts
 from stablelora_jax.data.encoding import encode_many
-from stablelora_jax.utils.errors import InputError
-from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
-from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, Request, likelihoods
-from stablelora_jax.parallel import is_primary
-from stablelora_jax.config.run import RunConfig, takes_template
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
+from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, Request, likelihoods
+from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
+from stablelora_jax.parallel import is_primary
+from stablelora_jax.utils.errors import InputError
 
 
 class ValidationSet(NamedTuple):
@@ -47,7 +47,9 @@ def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Probl
     return ValidationSet(list(examples), questions)
 
 
-def validate(compute: LoglikelihoodFn, tokenizer: Any, held: ValidationSet, *, length: int, rows: int) -> dict[str, Any]:
+def validate(
+    compute: LoglikelihoodFn, tokenizer: Any, held: ValidationSet, *, length: int, rows: int
+) -> dict[str, Any]:
     """``loss`` (nats per learnt token) and, where there are questions, ``acc``, ``acc_norm`` and the ``answers``.
 
     ``compute`` is what ``make_compute`` gives, with its parameters and adapters; ``rows`` run together.

@@ -157,4 +157,9 @@ def _updated(
     consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
     after = TrainState(state.step + 1, state.skipped + bad, consecutive_skips, adapters, opt_state, state.key)
     metrics = {"loss": loss, "gradient_norm": norm, "applied": state.step - state.skipped, "skipped": bad}
-    return after, {**metrics, "in_a_row": consecutive_skips, **norm_summary(adapters), "latches": latches(opt_state)}
+    return after, {
+        **metrics,
+        "consecutive_skips": consecutive_skips,
+        **norm_summary(adapters),
+        "latches": latches(opt_state),
+    }

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from stablelora_jax import InputError, LoraSpec
-from stablelora_jax import config
+from stablelora_jax import InputError, LoraSpec, config
 from stablelora_jax.config.run import ArcTask, RunConfig
 from stablelora_jax.runs.directory import create, default_directory, locate, read_summary
 

@@ -6,13 +6,12 @@ import os
 import matplotlib.figure
 import pytest
 
-from stablelora_jax import InputError
-from stablelora_jax import config
-from stablelora_jax.runs import plots
-from stablelora_jax.training.metrics import append_record
+from stablelora_jax import InputError, config
 from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs import plots
 from stablelora_jax.runs.directory import create, locate, lock
 from stablelora_jax.runs.files import MARK, is_picture, is_run
+from stablelora_jax.runs.records import append_record
 from tests.utils.test_outputs import snapshot
 
 FIRST = '{"step": 0, "data": {"texts": 3, "digest": "d"}}\n'

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted, base_directory, init_adapters
+from stablelora_jax.config.run import CompareSizesTask, DataConfig, RunConfig
 from stablelora_jax.data import Example, make_batch
+from stablelora_jax.data.tasks.question import Problem, Question
 from stablelora_jax.evaluation.loglikelihood import make_compute
-from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from stablelora_jax.models.pretrained.tokenizer import load_tokenizer
 from stablelora_jax.parallel import pmap_layout
-from stablelora_jax.config.run import CompareSizesTask, DataConfig, RunConfig
-from stablelora_jax.data.tasks.question import Problem, Question
 from stablelora_jax.runs.validation import ValidationSet, held_out, validate
+from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from tests.helpers import tiny_decoder, trained
 
 SPEC = LoraSpec(rank=2)

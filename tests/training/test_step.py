@@ -202,7 +202,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
     state, found = go([(good, rows[0]), (bad, rows[1]), (bad, rows[2]), (good, rows[3])])
     without, _ = go([(good, rows[0]), (good, rows[3])])
     chex.assert_trees_all_equal((state.adapters, state.opt_state), (without.adapters, without.opt_state))
-    assert [int(m["skipped"]) for m in found] == [0, 1, 1, 0] and [int(m["in_a_row"]) for m in found] == [0, 1, 2, 0]
+    assert [int(m["skipped"]) for m in found] == [0, 1, 1, 0] and [int(m["consecutive_skips"]) for m in found] == [0, 1, 2, 0]
     assert [int(m["applied"]) for m in found] == [0, 1, 1, 1] and (int(state.step), int(state.skipped)) == (4, 2)
     assert np.isnan(found[1]["loss"]) and np.isfinite(found[3]["loss"])
 
@@ -214,7 +214,7 @@ def test_an_update_that_is_not_finite_is_left_out():
     )
     _, _, _, adapters, state, metrics, layout = train(SPEC, burst)
     assert largest_difference(layout.fetch(state).adapters, adapters) == 0
-    assert [int(m["in_a_row"]) for m in metrics] == [1, 2, 3, 4] and np.isfinite([m["loss"] for m in metrics]).all()
+    assert [int(m["consecutive_skips"]) for m in metrics] == [1, 2, 3, 4] and np.isfinite([m["loss"] for m in metrics]).all()
 
 
 def packed_batches():
