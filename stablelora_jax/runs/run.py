@@ -29,7 +29,7 @@ from stablelora_jax.interop.base_record import base_record
 from stablelora_jax.interop.peft import save_peft
 from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices, to_host
 from stablelora_jax.runs import legacy, plots
-from stablelora_jax.runs.directory import changed, create, locate, lock, read_summary
+from stablelora_jax.runs.directory import create, locate, lock, read_summary
 from stablelora_jax.runs.early_stopping import best_step
 from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
 from stablelora_jax.runs.log import RunLog, open_log
@@ -72,8 +72,9 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
         initialize(**asdict(config.distributed))
     require_devices()
     log_fn = log_fn if is_primary() else _nothing
-    directory = locate(config)
-    if (summary := read_summary(directory)) and has_adapter(directory) and not changed(directory, config):
+    located = locate(config)
+    directory = located.path
+    if (summary := read_summary(directory)) and has_adapter(directory) and not located.changes:
         log_fn(
             f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew."
         )
@@ -95,7 +96,7 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
                 raise InputError(f"another process has written to {directory} in the meantime: start again")
         state = setup.start if newest is None else _restored(setup, checkpoints, newest, config.accept_changes)
         if is_primary():
-            create(directory, config, newest or 0)
+            create(located, config, newest or 0)
         barrier("the run directory is there")
         log = held.enter_context(closing(_opened_log(setup, newest or 0)))
         state = _trained(setup, state, checkpoints, log, log_fn)

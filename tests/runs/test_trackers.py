@@ -17,7 +17,9 @@ from stablelora_jax.utils.errors import RunError
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "config.yaml").write_text("lora:\n  rank: 4\n  target_modules: [q_proj]\n  rank_pattern: {}\nsteps: 3\n")
+    (tmp_path / "r" / "config.yaml").write_text(
+        "lora:\n  rank: 4\n  target_modules: [q_proj]\n  rank_pattern: {}\nsteps: 3\n"
+    )
     return tmp_path / "r"
 
 
