@@ -51,7 +51,7 @@ def train(
     """
     config, agree = setup.config, make_agreement()
     saving, evaluating = _Clock(config.checkpoint_minutes), _Clock(config.evaluate_minutes)
-    step, placed, number, unread = _make_step(setup), setup.layout.state(state), int(state.step), None
+    step, placed, number, unread = _make_step(setup), setup.layout.place_state(state), int(state.step), None
     saved = checkpoint.latest(manager)  # the step of the newest checkpoint: it is not saved twice
     answer = agree((received(), 0, 0))
     while True:
@@ -123,7 +123,7 @@ def _make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainS
     view = make_stability_view(setup.model, shrink_ratio(config.optimizer), layout)
 
     def one(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
-        batch = layout.rows(lambda part: batch_of_step(setup.loader, number, part), config.batch_size)
+        batch = layout.place_rows(lambda part: batch_of_step(setup.loader, number, part), config.batch_size)
         due = config.stability_every is not None and (number + 1) % config.stability_every == 0
         before = jax.tree.map(jnp.copy, state.adapters) if due else None  # the step donates its own
         state, metrics = step(state, setup.params, batch, setup.numbers)

@@ -123,7 +123,7 @@ def prepare(
 def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, Any]:
     """The base where it will lie, fit for the run's texts."""
     model, params = load_pretrained(
-        base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base, quantize=config.model.quantize
+        base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base_sharding, quantize=config.model.quantize
     )
     if config.model.untie:
         model, params = untie(model, params)
@@ -197,7 +197,7 @@ def _load(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> L
         log_fn(
             "data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template"
         )
-    how = {"length": config.max_length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
+    how = {"max_length": config.max_length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
     store = tokenize_dataset(tokenizer, texts, **how, log_fn=log_fn)  # type: ignore[arg-type]
     if store.cut:
         side = {"left": "beginning", "right": "end"}[data.truncate]
@@ -205,7 +205,7 @@ def _load(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> L
             f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length}: their {side} is cut"
         )
     return make_loader(
-        store, batching=data.batching, length=config.max_length, batch_size=config.batch_size, seed=config.seed
+        store, batching=data.batching, max_length=config.max_length, batch_size=config.batch_size, seed=config.seed
     )
 
 

@@ -40,7 +40,7 @@ def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Probl
         tokenizer,
         training_texts(items),
         end=True,
-        length=config.max_length,
+        max_length=config.max_length,
         truncate=config.data.truncate,
         chat=chat,
     )

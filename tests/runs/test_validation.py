@@ -26,7 +26,7 @@ def test_the_loss_is_a_mean_over_all_learnt_tokens():
         Example(tuple(map(int, rng.integers(0, 31, n))), int(rng.integers(0, n))) for n in rng.integers(2, 40, 41)
     ]
     lora, layout = adapted(model, SPEC), pmap_layout()
-    inner, placed = make_compute(lora, layout), (layout.place_base(params), {"lora": layout.state(adapters)})
+    inner, placed = make_compute(lora, layout), (layout.place_base(params), {"lora": layout.place_state(adapters)})
     found = validate(lambda rows: inner(*placed, rows), None, ValidationSet(examples, []), length=48, rows=24)
     batch = make_batch(examples)
     logits = lora.apply({"params": params, "lora": adapters}, batch.tokens)

@@ -110,7 +110,7 @@ def test_one_compilation_gives_what_constants_give(name):
     placed, rows = layout.place_base(params), layout.split(batch_of())
     runs = configs(name)
     step, tx = step_of(runs[0], layout, model, params, begun)
-    start = lambda tx: layout.state(jax.tree.map(np.asarray, init_state(begun, tx, jax.random.key(1))))
+    start = lambda tx: layout.place_state(jax.tree.map(np.asarray, init_state(begun, tx, jax.random.key(1))))
 
     def go(step, state, *numbers):
         losses = []
@@ -244,7 +244,7 @@ def test_scoring_never_holds_the_logits_of_a_quarter_of_the_tokens():
     places, programs = 89, []
     layout, (model, params, adapters) = one(), shapes_of(ALL, attention="blockwise")
     keep = lambda *given: programs.append(layout.compile(*given)) or programs[0]
-    make_compute(adapted(model, ALL), layout._replace(compile=keep))
+    make_compute(adapted(model, ALL), replace(layout, compile=keep))
     row, at = (jax.ShapeDtypeStruct((B, n), jnp.int32) for n in (T, places))
     place = layout.abstract
     taken = place(params, "base"), place({"lora": adapters}, "state"), place(Rows(row, at, at, at), "rows")
