@@ -30,7 +30,7 @@ from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.parallel import Layout, pmap_layout
 from stablelora_jax.quantization import is_linear, quantize
-from stablelora_jax.runs.build import make_training, numbers_of
+from stablelora_jax.runs.build import make_training, make_hyperparams
 from stablelora_jax.training.remat_policy import choose_remat
 from stablelora_jax.training.step import init_state, make_train_step
 from stablelora_jax.utils.tree import keys_of
@@ -112,7 +112,7 @@ def ready(work: Work, layout: Layout, params: Any = None) -> Ready:
     model = model.clone(remat=work.remat or choose_remat(model.config, params, adapters, **sizes))
     run = RunConfig(lora=spec, optimizer=CONFIGS[work.optimizer](), schedule=Constant(), clip_norm=None)
     tx, trained = make_training(run, params, adapters)
-    numbers = numbers_of(run, adapters)
+    numbers = make_hyperparams(run, adapters)
     step = make_train_step(adapted(model, spec), tx, layout, trained=trained, accumulate=work.accumulate)
     state = layout.place_state(jax.tree.map(np.asarray, init_state(adapters, tx(numbers), jax.random.key(1))))
     lora = sum(x.size for x in jax.tree.leaves(adapters))

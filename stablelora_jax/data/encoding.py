@@ -136,6 +136,7 @@ def _cut(tokens: list[int], answer: int, max_length: int, truncate: Truncate, id
     first = answer if truncate == "right" else answer - over
     if first >= len(kept) or first < (1 if over else 0):
         raise InputError(
-            f"the answer{where}, {len(tokens) - answer} tokens, does not fit into max_length={max_length} with its prompt"
+            f"the answer{where}, {len(tokens) - answer} tokens, "
+            f"does not fit into max_length={max_length} with its prompt"
         )
     return Example(kept, first, over)

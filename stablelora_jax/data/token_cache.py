@@ -4,10 +4,10 @@
     CACHE/<digest>/lengths.bin  tokens of each text           CACHE/<digest>/answers.bin   where each text's loss begins
     CACHE/<digest>/rows.bin     the row of each text, packed into rows of ``max_length`` (``packing.first_fit``)
 
-The digest is of everything that determines the arrays: the texts themselves (so of the task, its split, its limit and its
-files), the tokenizer's content, the chat template where it is used, ``max_length``, ``truncate`` and the format's number.
-A directory is written under another name and renamed, so it is complete or absent; one whose sizes or checksums are wrong is
-built again. Building holds one chunk of texts and the lengths in memory, never all tokens.
+The digest is of everything that determines the arrays: the texts themselves (so of the task, its split, its limit and
+its files), the tokenizer's content, the chat template where it is used, ``max_length``, ``truncate`` and the format's
+number. A directory is written under another name and renamed, so it is complete or absent; one whose sizes or checksums
+are wrong is built again. Building holds one chunk of texts and the lengths in memory, never all tokens.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def identity(run_config: RunConfig) -> dict[str, Any]:
-    """What decides the result: every key but :data:`RESULT_INVARIANT_KEYS`; patterns as lists, since their order is meaning."""
+    """The keys that decide the result: all but :data:`RESULT_INVARIANT_KEYS`; patterns as ordered lists."""
     data = replace(run_config.data, cache=None, chat_template=takes_template(run_config))
     model = config.to_dict(run_config.model)
     plain = {

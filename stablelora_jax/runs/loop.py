@@ -1,8 +1,8 @@
-"""The training loop: a step, and between two steps whatever is due.
+"""The training loop: steps and, between two steps, logging, evaluation and checkpoints.
 
-At every boundary between steps come, in this order, the metrics of the steps before it, an evaluation, a checkpoint. So
-what is logged and what is on the disk never run ahead of each other, and whatever ends a run, the same command goes on
-from the newest checkpoint as if nothing had happened.
+Between two steps come, in this order, the metrics of the steps before, an evaluation, a checkpoint. The log and the
+checkpoints are therefore never ahead of each other, and whatever ends a run, the same command resumes it from the
+newest checkpoint with the same result.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ PendingMetrics = tuple[int, Any]  # the number of a step, and its metrics on the
 def train(
     setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, received: Callable[[], int]
 ) -> TrainState:
-    """Step to the end; metrics are read one step late, so that the device never waits for them.
+    """Train to the last step; metrics are read one step late, so that the device never waits for them.
 
     Args:
-      job: what to train with.
-      state: where to begin, host arrays.
+      setup: of the run.
+      state: the first state, host arrays.
       manager: of the checkpoints.
       log: opened at the step of ``state``.
-      came: the signal that asks for an end, or 0.
+      received: gives the signal that asks the run to end, or 0.
 
     Returns:
       The last state, host arrays; it is saved.
 
     Raises:
       Interrupted: a signal came; the step under way is finished and saved.
-      RunError: too many steps in a row were not finite (the state is saved), or something cannot be written.
+      RunError: too many consecutive steps were not finite (the state is saved), or something cannot be written.
     """
     config, agree = setup.config, make_agreement()
     saving, evaluating = _Clock(config.checkpoint_minutes), _Clock(config.evaluate_minutes)
-    step, placed, number, unread = _make_step(setup), setup.layout.place_state(state), int(state.step), None
+    step, placed, number, pending = _make_step(setup), setup.layout.place_state(state), int(state.step), None
     saved = checkpoint.latest(manager)  # the step of the newest checkpoint: it is not saved twice
     answer = agree((received(), 0, 0))
     while True:
         stop, save_now, evaluate_now = answer()
         evaluates = _evaluates(config, number, evaluate_now) and number not in log.history.evaluations
         saves = number > 0 and (bool(save_now) or number % config.checkpoint_every == 0)
-        if unread and (evaluates or saves or stop or number == config.steps):
-            _read(setup, placed, number, manager, log, unread)
-            unread = None
+        if pending and (evaluates or saves or stop or number == config.steps):
+            _read(setup, placed, number, manager, log, pending)
+            pending = None
         if evaluates:
             stop = _evaluate(setup, placed, number, log, received) or stop
             evaluating.reset()
@@ -78,16 +78,16 @@ def train(
         answer = agree((received(), saving.due(), evaluating.due()))
         placed, metrics = step(placed, number)
         new = (number + 1, metrics)
-        if unread:
-            _read(setup, placed, number + 1, manager, log, unread, new)
-        number, unread = number + 1, new
+        if pending:
+            _read(setup, placed, number + 1, manager, log, pending, new)
+        number, pending = number + 1, new
 
 
 def evaluate(setup: TrainingSetup, adapters: Any, stop: Callable[[], int]) -> dict[str, Any]:
-    """Measure ``adapters``, as they lie, on the held-out split.
+    """Evaluate ``adapters``, placed on the devices, on the validation set.
 
     Raises:
-      InterruptedError: ``stop`` says so, and no other process waits for this one.
+      InterruptedError: ``stop`` gives a signal, and no other process waits for this one.
     """
 
     def compute(rows: Any) -> Any:
@@ -97,7 +97,9 @@ def evaluate(setup: TrainingSetup, adapters: Any, stop: Callable[[], int]) -> di
 
     parts = setup.layout.parts
     rows = -(-max(setup.config.batch_size, 4 * parts) // parts) * parts
-    return validate(compute, setup.model.model.tokenizer, setup.held, length=setup.config.max_length, rows=rows)
+    return validate(
+        compute, setup.model.model.tokenizer, setup.validation_set, length=setup.config.max_length, rows=rows
+    )
 
 
 class _Clock:
@@ -122,16 +124,16 @@ def _make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainS
     )
     view = make_stability_view(setup.model, shrink_ratio(config.optimizer), layout)
 
-    def one(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
+    def step_with_stability(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
         batch = layout.place_rows(lambda part: batch_of_step(setup.loader, number, part), config.batch_size)
         due = config.stability_every is not None and (number + 1) % config.stability_every == 0
         before = jax.tree.map(jnp.copy, state.adapters) if due else None  # the step donates its own
-        state, metrics = step(state, setup.params, batch, setup.numbers)
+        state, metrics = step(state, setup.params, batch, setup.hyperparams)
         if due:
             metrics["stability"] = view(before, state.adapters, metrics["latches"], setup.params, batch)
         return state, metrics
 
-    return one
+    return step_with_stability
 
 
 def _evaluates(config: RunConfig, step: int, now: int) -> bool:
@@ -155,11 +157,11 @@ def _read(
     number: int,
     manager: Any,
     log: RunLog,
-    unread: PendingMetrics,
+    pending: PendingMetrics,
     new: PendingMetrics | None = None,
 ) -> None:
     """Log the metrics of a step; ``placed`` is the state after ``number`` steps: that step, or ``new``, the next."""
-    step, metrics = unread[0], setup.layout.fetch(unread[1])
+    step, metrics = pending[0], setup.layout.fetch(pending[1])
     log.write_step(step, metrics)
     bad = int(metrics["consecutive_skips"])
     if bad < setup.config.max_consecutive_errors:
@@ -172,7 +174,7 @@ def _read(
     rows = rows_of_step(step - 1, loader.batch_size, loader.rows, loader.seed)
     texts = [i for row in texts_of_rows(loader, rows) for i in row]
     raise RunError(
-        f"loss or gradient was not finite in {bad} steps in a row, {step - bad + 1} to {step}; nothing was learnt "
+        f"loss or gradient was not finite in {bad} steps in a row, {step - bad + 1} to {step}; nothing changed "
         f"in them, and the adapters of step {step - bad} are saved in checkpoint {number}. Step {step} read the "
         f"training texts {', '.join(map(str, texts[:64]))}{', ...' if len(texts) > 64 else ''} (from 0). "
         "Try a smaller learning_rate or max_grad_norm with another output="

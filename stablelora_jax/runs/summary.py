@@ -1,4 +1,4 @@
-"""What a finished run says: its numbers for ``summary.json``, and for a person what was learnt."""
+"""The summary of a finished run: ``summary.json`` and the lines that are logged."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from stablelora_jax.runs.log import RunLog
 from stablelora_jax.runs.records import each_record, plain
 
 
-def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: float) -> dict[str, Any]:
-    """Losses, evaluations before and after (absent without evaluation), what was read, minutes, devices and versions.
+def summarize(config: RunConfig, log: RunLog, steps: int, adapter_step: int, seconds: float) -> dict[str, Any]:
+    """Losses, evaluations before and after (absent without evaluation), data, minutes, devices and versions.
 
-    ``steps`` were done, fewer than configured where the run has stopped early; the adapter is that of step ``kept``.
-    The mean losses leave out steps whose loss is not finite, and are None where no other is there. All of it is JSON.
+    ``steps`` is the number of steps done, below ``config.steps`` where the run stopped early; the adapter is that of
+    step ``adapter_step``. Mean losses leave out steps whose loss is not finite; None where all are. All of it is JSON.
     """
     first, last = _first_and_last(record["loss"] for record in each_record(log.path) if "loss" in record)
     evaluations = log.history.evaluations
     found = {"before": evaluations.get(0), "after": evaluations.get(steps)}
-    found |= {"kept": evaluations.get(kept)} if config.select == "best" else {}
+    found |= {"kept": evaluations.get(adapter_step)} if config.select == "best" else {}
     summary = {
         "steps": steps,
         "stopped_early": steps < config.steps,
-        "adapter_of_step": kept,
+        "adapter_of_step": adapter_step,
         "data": log.history.data,
         "loss_first_10": _mean(first),
         "loss_last_10": _mean(last),
@@ -66,7 +66,7 @@ def summary_lines(
 
 
 def _fits(evaluation: dict[str, Any], questions: Sequence[Question]) -> bool:
-    """Whether it answers these questions: somebody may have edited the log that it was read from."""
+    """Whether the evaluation has an answer to each question; a user may have edited the log that it was read from."""
     answers = evaluation.get("answers", [])
     whole = "acc" in evaluation and "questions" in evaluation and len(answers) == len(questions)
     return whole and all(0 <= a < len(q.choices) for a, q in zip(answers, questions, strict=True))
