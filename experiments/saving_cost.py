@@ -53,7 +53,7 @@ class Loop:
         spec, tx = LoraSpec(target_modules="all-linear", rank=settings.rank), stable_lora(1e-4)
         adapters = init_adapters(jax.random.key(0), params, spec)
         self.params, self.step = self.layout.place_base(params), make_train_step(adapted(model, spec), tx, self.layout)
-        self.state = self.layout.state(jax.tree.map(np.asarray, init_state(adapters, tx, jax.random.key(1))))
+        self.state = self.layout.place_state(jax.tree.map(np.asarray, init_state(adapters, tx, jax.random.key(1))))
         tokens = rng.integers(0, 32000, (settings.rows, settings.length)).astype(np.int32)
         ones, places = np.ones_like(tokens), np.broadcast_to(np.arange(settings.length, dtype=np.int32), tokens.shape)
         self.batch = self.layout.split(Batch(tokens, ones, ones, np.ascontiguousarray(places)))

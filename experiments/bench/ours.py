@@ -22,7 +22,7 @@ from stablelora_jax.config.optimizer import CONFIGS, FREEZES_A
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import Constant
 from stablelora_jax.data import Batch
-from stablelora_jax.data.batch import loss_positions
+from stablelora_jax.data.batch import positions_of_mask
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.attention import require_here
@@ -30,7 +30,7 @@ from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.parallel import Layout, pmap_layout
 from stablelora_jax.quantization import is_linear, quantize
-from stablelora_jax.runs.build import make_training, numbers_of
+from stablelora_jax.runs.build import make_training, make_hyperparams
 from stablelora_jax.training.remat_policy import choose_remat
 from stablelora_jax.training.step import init_state, make_train_step
 from stablelora_jax.utils.tree import keys_of
@@ -54,7 +54,7 @@ def drawn(model: Decoder, layout: Layout, kind: str | None) -> Any:
     count = iter(range(10_000))
 
     def draw(path: Any, leaf: Any) -> Any:
-        keys, lie = keys_of(path), layout.base(keys_of(path), leaf.shape)
+        keys, lie = keys_of(path), layout.base_sharding(keys_of(path), leaf.shape)
         if keys[-1] in ("scale", "bias"):
             return jnp.full(leaf.shape, keys[-1] == "scale", leaf.dtype, device=lie)
         seeds = jax.random.split(jax.random.key(next(count), impl="rbg"), math.prod(leaf.shape[:-2]))
@@ -78,7 +78,7 @@ def batch_of(work: Work) -> Batch:
     """The tokens; where only some are learnt also their places, as the loader gives them."""
     found = arrays(work)
     mask = found["loss_mask"]
-    return Batch(**found, at=None if work.loss_fraction == 1 else loss_positions(mask, int(mask.sum(1).max())))
+    return Batch(**found, loss_positions=None if work.loss_fraction == 1 else positions_of_mask(mask, int(mask.sum(1).max())))
 
 
 def local_devices(work: Work) -> list[jax.Device]:
@@ -112,9 +112,9 @@ def ready(work: Work, layout: Layout, params: Any = None) -> Ready:
     model = model.clone(remat=work.remat or choose_remat(model.config, params, adapters, **sizes))
     run = RunConfig(lora=spec, optimizer=CONFIGS[work.optimizer](), schedule=Constant(), clip_norm=None)
     tx, trained = make_training(run, params, adapters)
-    numbers = numbers_of(run, adapters)
+    numbers = make_hyperparams(run, adapters)
     step = make_train_step(adapted(model, spec), tx, layout, trained=trained, accumulate=work.accumulate)
-    state = layout.state(jax.tree.map(np.asarray, init_state(adapters, tx(numbers), jax.random.key(1))))
+    state = layout.place_state(jax.tree.map(np.asarray, init_state(adapters, tx(numbers), jax.random.key(1))))
     lora = sum(x.size for x in jax.tree.leaves(adapters))
     held = sum(pair["lora_a"].size for pair in pairs(adapters).values()) if work.optimizer in FREEZES_A else 0
     return Ready(step, state, params, layout.split(batch_of(work)), layout.place_base(numbers), lora, held, model.remat)

@@ -53,8 +53,8 @@ LoglikelihoodFn = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
 def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]:
     """``(params, others, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``, the rows spread over all devices.
 
-    ``model`` is a ``Decoder``, or an adapted one; ``params`` lie as ``layout.base`` says, ``others`` are all other
-    collections (``{"lora": adapters}`` or none), placed by ``layout.state``; every process passes all rows. Logits
+    ``model`` is a ``Decoder``, or an adapted one; ``params`` lie as ``layout.base_sharding`` says, ``others`` are all other
+    collections (``{"lora": adapters}`` or none), placed by ``layout.place_state``; every process passes all rows. Logits
     exist for a tile of the scored tokens at a time; one compilation for each (B, T, K). A token outside the
     vocabulary is an InputError.
     """

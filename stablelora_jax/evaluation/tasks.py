@@ -92,7 +92,7 @@ def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, p
         raise InputError(f"batch_size must be at most {MOST_ROWS}, not {batch_size}")
     layout = pmap_layout()
     inner, placed = make_compute(model, layout), layout.place_base(variables["params"])
-    others = layout.state({name: own for name, own in variables.items() if name != "params"})
+    others = layout.place_state({name: own for name, own in variables.items() if name != "params"})
     n = layout.parts
 
     def compute(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -80,9 +80,9 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """
     if arguments.merged and arguments.adapter is None:
         raise InputError("--merged needs --adapter, the adapter to merge")
-    from stablelora_jax.utils import compile_cache
     from stablelora_jax.interop.load_adapted import load_adapted_model
     from stablelora_jax.parallel import require_devices
+    from stablelora_jax.utils import compile_cache
 
     require_devices()
     compile_cache.enable()

@@ -43,4 +43,6 @@ def restore(
         return checkpoint.restore(checkpoints, like, step=step, metadata=metadata, accept_changes=accept_changes)
     metadata = {**metadata, "run": saved} if renamed == metadata["run"] else metadata
     old = OldTrainState(*like)
-    return TrainState(*checkpoint.restore(checkpoints, old, step=step, metadata=metadata, accept_changes=accept_changes))
+    return TrainState(
+        *checkpoint.restore(checkpoints, old, step=step, metadata=metadata, accept_changes=accept_changes)
+    )

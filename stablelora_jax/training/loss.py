@@ -37,10 +37,10 @@ def summed_loss(
       InputError: a field of ``batch`` of another shape or kind.
     """
     batch = _checked(batch)
-    at, weights = learnt_places(batch)
+    at, weights = target_positions(batch)
     rngs = None if keys is None else {"dropout": keys}
     inputs = (batch.tokens, batch.positions, batch.segment_ids)
-    reads = None if batch.at is None else jnp.maximum(at - 1, 0)
+    reads = None if batch.loss_positions is None else jnp.maximum(at - 1, 0)
     x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
     targets = jnp.take_along_axis(batch.tokens, at, axis=1)
     config = model.model.config
@@ -68,10 +68,10 @@ def summed_loss(
         return chunked_cross_entropy(logits, head, frozen, x, targets, weights, chunk)
 
 
-def learnt_places(batch: Batch) -> tuple[Any, Any]:
+def target_positions(batch: Batch) -> tuple[Any, Any]:
     """``(at, weights)``, (B, K): the places of tokens that may be learnt, and 1 where one is."""
-    if batch.at is not None:
-        return batch.at, batch.at > 0
+    if batch.loss_positions is not None:
+        return batch.loss_positions, batch.loss_positions > 0
     T = batch.tokens.shape[1]
     at = jnp.broadcast_to((jnp.arange(T) + 1) % T, batch.tokens.shape)
     return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
@@ -81,7 +81,7 @@ def _checked(batch: Batch) -> Batch:
     """``batch`` as JAX's arrays, of the shapes and kinds that it must have."""
     tokens = integers(batch.tokens, "tokens")
     segments, positions = (integers(getattr(batch, name), name, tokens.shape) for name in ("segment_ids", "positions"))
-    at = None if batch.at is None else places(batch.at, tokens)
+    at = None if batch.loss_positions is None else places(batch.loss_positions, tokens)
     shape, kind = jnp.shape(batch.loss_mask), jnp.result_type(batch.loss_mask)
     if shape != tokens.shape or not (kind == np.bool_ or jnp.issubdtype(kind, jnp.number)):
         raise InputError(f"loss_mask must be 1 or 0 for each of the tokens {tokens.shape}, not {kind} {shape}")

@@ -18,7 +18,7 @@ from stablelora_jax.lora.apply import Adapted
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.optimizers import latches
 from stablelora_jax.parallel import Layout, Takes, rows_here
-from stablelora_jax.training.loss import learnt_places, summed_loss
+from stablelora_jax.training.loss import summed_loss, target_positions
 from stablelora_jax.training.metrics import norm_summary
 from stablelora_jax.training.stability import Stability, shrunk_adapters, stability
 from stablelora_jax.utils.tree import Path, get_in
@@ -79,7 +79,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Any]]:
         rows = rows_here(batch.tokens.shape[0], layout.axis)
         parts = layout.parts if layout.axis is None else 1
-        learnt = layout.total(learnt_places(batch)[1].sum())
+        learnt = layout.sum_parts(target_positions(batch)[1].sum())
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
@@ -91,10 +91,10 @@ def make_train_step(
             return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(learnt, 1)
 
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
-        loss, grads = layout.total(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
+        loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
         with jax.named_scope("update"):  # in the names of operations, for a profile
             after, metrics = _updated(state, made(numbers), loss, grads)
-        used, space = (layout.total(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
+        used, space = (layout.sum_parts(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
         return after, metrics | {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space}
 
     fixed = isinstance(tx, optax.GradientTransformation)
@@ -157,4 +157,9 @@ def _updated(
     consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
     after = TrainState(state.step + 1, state.skipped + bad, consecutive_skips, adapters, opt_state, state.key)
     metrics = {"loss": loss, "gradient_norm": norm, "applied": state.step - state.skipped, "skipped": bad}
-    return after, {**metrics, "in_a_row": consecutive_skips, **norm_summary(adapters), "latches": latches(opt_state)}
+    return after, {
+        **metrics,
+        "consecutive_skips": consecutive_skips,
+        **norm_summary(adapters),
+        "latches": latches(opt_state),
+    }

@@ -137,7 +137,7 @@ def test_texts_beyond_the_vocabulary_are_not_measured(tiny):
     model, params, _ = tiny
     layout = pmap_layout(jax.devices()[:1])
     inner = make_compute(model, layout)
-    compute = lambda rows: inner(layout.place_base(params), layout.state({}), rows)
+    compute = lambda rows: inner(layout.place_base(params), layout.place_state({}), rows)
     assert np.isfinite(likelihoods(compute, [Request((1, 2), (3,))], rows=1, max_length=8)[0].total)
     for request in (Request((1, V), (3,)), Request((1, 2), (V + 3,)), Request((1, -1), (3,))):
         with pytest.raises(InputError, match=f"gives ids beyond its vocabulary of {V}"):

@@ -148,7 +148,7 @@ def test_data_can_be_spread(make):
     layout, x = make(), tokens(8)
     placed = layout.place_base(params)
     assert {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed)} == {True}
-    apply = layout.compile(lambda p, x: layout.total(jnp.square(model.apply({"params": p}, x)).sum()), ("base", "rows"))
+    apply = layout.compile(lambda p, x: layout.sum_parts(jnp.square(model.apply({"params": p}, x)).sum()), ("base", "rows"))
     shapes = layout.abstract(jax.eval_shape(lambda: params), "base")
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     found = layout.fetch(apply(placed, layout.split(x)))

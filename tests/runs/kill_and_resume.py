@@ -1,7 +1,7 @@
 """Kill a run at random moments, start it again each time, and compare it with one that nobody disturbed.
 
-``python tests/runs/kill_and_resume.py [--optimizer lora_rite] [--kills 20] [--steps 60] [--seed 0]`` prints where it killed
-and what is equal; ``test_kill_and_resume.py`` runs a short form. Some kills wait for a checkpoint that is half
+``python tests/runs/kill_and_resume.py [--optimizer lora_rite] [--kills 20] [--steps 60] [--seed 0]`` prints where it
+killed and what is equal; ``test_kill_and_resume.py`` runs a short form. Some kills wait for a checkpoint that is half
 written, most for a random step and then a random moment in it; some come while the run starts.
 """
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from stablelora_jax import InputError, base_directory
+from stablelora_jax.parallel import require_devices
 from stablelora_jax.runs.cli import add_model_options, exit_code, load_model
 from stablelora_jax.utils.errors import Interrupted, RunError
-from stablelora_jax.parallel import require_devices
 
 
 def throw(error):

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stablelora_jax import InputError, LoraSpec, adapted, base_directory, load_peft, load_pretrained
-from stablelora_jax import config
-from stablelora_jax.runs.build import make_optimizer, make_schedule
-from stablelora_jax.utils.errors import RunError
-from stablelora_jax.interop.export import open_source
-from stablelora_jax.training.metrics import norm_summary
-from stablelora_jax.quantization import is_quantized
-from stablelora_jax.runs.run import run
+from stablelora_jax import InputError, LoraSpec, adapted, base_directory, config, load_peft, load_pretrained
 from stablelora_jax.config.run import CompareSizesTask, DataConfig, RunConfig
 from stablelora_jax.config.schedule import Constant, Cosine, Linear
+from stablelora_jax.interop.export import open_source
+from stablelora_jax.quantization import is_quantized
+from stablelora_jax.runs.build import make_optimizer, make_schedule
+from stablelora_jax.runs.run import run
+from stablelora_jax.training.metrics import norm_summary
+from stablelora_jax.utils.errors import RunError
 from tests.conftest import ROOT
 
 SHORT = RunConfig(

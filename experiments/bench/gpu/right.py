@@ -25,7 +25,7 @@ from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout
 from stablelora_jax.quantization import FORMATS, dequantize, quantize
-from stablelora_jax.runs.build import make_training, numbers_of
+from stablelora_jax.runs.build import make_training, make_hyperparams
 
 FLOAT32, CHANGE, STEPS = 1e-3, 1e-2, 3  # bounds: of values, and of what steps change; steps
 
@@ -103,7 +103,7 @@ def optimizers(*, toy: bool = False) -> dict[str, Any]:
     differences = {}
     for name in CONFIGS:
         run = RunConfig(lora=spec, optimizer=CONFIGS[name](), schedule=Constant())
-        tx = make_training(run, params, adapters)[0](numbers_of(run, adapters))
+        tx = make_training(run, params, adapters)[0](make_hyperparams(run, adapters))
         step = jax.jit(partial(_update, tx))
         found = [_updated(tx, step, adapters, gradients, device) for device in (cpu(), jax.devices()[0])]
         here, there = (jax.tree.map(np.subtract, after, adapters) for after in found[::-1])
