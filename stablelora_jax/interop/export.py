@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
 from stablelora_jax.interop.merged import save_merged
 from stablelora_jax.interop.metadata import OURS, load_metadata
-from stablelora_jax.interop.peft import CONFIG, load_peft, read_config, save_peft
+from stablelora_jax.interop.peft import load_peft, save_peft
 from stablelora_jax.interop.vllm import save_vllm
+from stablelora_jax.lora.peft_config import CONFIG, read_config
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import base_directory, load_pretrained

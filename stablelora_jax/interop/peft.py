@@ -25,14 +25,15 @@ from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, Entry, is_tied, layout
 from stablelora_jax.lora.full_parameters import unknown_full_parameters
 from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
+from stablelora_jax.lora.peft_config import CONFIG, read_config
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, find_target_modules, match_target_modules, require_leaves
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError, brief
-from stablelora_jax.utils.files import as_path, read_json_object, write_bytes_whole
+from stablelora_jax.utils.files import as_path, write_bytes_whole
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SHOWN = 10  # names that a warning lists
 UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
@@ -131,13 +132,6 @@ def load_peft(
             raise InputError(f"{directory} {difference}: give that base, or leave strict out")
         warnings.warn(f"{directory} {difference}: on this base it is another model", stacklevel=4)
     return _assemble(entries, tensors), spec
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The content of ``adapter_config.json``."""
-    if not (directory / CONFIG).is_file():
-        raise InputError(f"{directory / CONFIG} does not exist: {directory} is not a PEFT adapter")
-    return read_json_object(directory / CONFIG)
 
 
 def require_peft_form(adapters: Any, spec: LoraSpec, params: Any = None) -> dict[tree.Path, TargetModule]:

@@ -11,20 +11,12 @@ from flax.traverse_util import flatten_dict
 
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
 from stablelora_jax.lora.pairs import TargetModule
+from stablelora_jax.lora.peft_config import make_spec, spec_arguments
 from stablelora_jax.lora.spec import LoraSpec, shown
 from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 
-READ = frozenset(
-    """r lora_alpha target_modules use_rslora use_dora lora_dropout exclude_modules layers_to_transform rank_pattern
-    alpha_pattern modules_to_save bias lora_bias""".split()
-)
-# Neither the function of a loaded adapter nor its shapes depend on these.
-INERT = frozenset(
-    """peft_type peft_version task_type base_model_name_or_path revision inference_mode auto_mapping
-    eva_config megatron_core runtime_config ensure_weight_tying qalora_group_size""".split()
-)
 # Initialisations that leave the base as it is; others (pissa, olora, loftq, ...) need the base they started from.
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -82,30 +74,29 @@ def from_peft_config(raw: Mapping[str, Any], params: Any) -> tuple[LoraSpec, lis
     Raises:
       InputError: another kind of adapter, a feature in use that a spec does not have, a missing key.
     """
-    _refuse(raw)
+    for key in ("peft_type", "target_modules", "r", "lora_alpha"):
+        if raw.get(key) is None:
+            raise InputError(f"the key {key} is missing")
+    if isinstance(raw.get("init_lora_weights"), bool | str) and raw["init_lora_weights"] in PLAIN_INIT:
+        raw = {**raw, "init_lora_weights": True}  # the pairs come from the file
+    given = spec_arguments({**raw, "task_type": None})  # and so do the heads of a task
     modules = [
         name for target in find_target_modules(params, LoraSpec(target_modules=".*")).values() for name in target.names
     ]
     dropped: list[str] = []
-    spec = LoraSpec(
-        rank=raw["r"],
-        alpha=raw["lora_alpha"],
-        target_modules=_live("target_modules", raw["target_modules"], modules, dropped),
-        scaling="rslora" if raw.get("use_rslora") else "lora",
-        lora_bias=bool(raw.get("lora_bias")),
-        parametrization="dora" if raw.get("use_dora") else "lora",
-        dropout=raw.get("lora_dropout") or 0.0,
-        exclude_modules=_live("exclude_modules", raw.get("exclude_modules") or (), modules, dropped),
-        layers_to_transform=_live_layers(raw.get("layers_to_transform"), modules, dropped),
-        modules_to_save=_from_saved(raw.get("modules_to_save") or (), params, dropped),
-        bias=_live_bias(raw.get("bias") or "none", params, dropped),
-    )
+    resolved = {key: _live(key, given[key], modules, dropped) for key in ("target_modules", "exclude_modules")}
+    resolved |= {
+        "layers_to_transform": _live_layers(given["layers_to_transform"], modules, dropped),
+        "modules_to_save": _from_saved(given["modules_to_save"], params, dropped),
+        "bias": _live_bias(given["bias"], params, dropped),
+    }
+    tables = ("rank_pattern", "alpha_pattern")
+    spec = make_spec({**given, **resolved, **dict.fromkeys(tables, {})})
     spec = _whole_names(spec, modules)
     chosen = [name for name in modules if spec.selects(name)]
     if spec.bias == "lora_only" and not any(_has_bias(params, name) for name in chosen):
         spec, dropped = replace(spec, bias="none"), [*dropped, "bias 'lora_only'"]
-    patterns = {k: _live(k, raw.get(k) or {}, chosen, dropped) for k in ("rank_pattern", "alpha_pattern")}
-    return replace(spec, **patterns), dropped
+    return replace(spec, **{key: _live(key, given[key], chosen, dropped) for key in tables}), dropped
 
 
 def _whole_names(spec: LoraSpec, modules: Sequence[str]) -> LoraSpec:
@@ -126,37 +117,11 @@ def _has_bias(params: Any, name: str) -> bool:
     return tree.get_in(params, (*path, "bias")) is not None
 
 
-def _refuse(raw: Mapping[str, Any]) -> None:
-    if raw.get("peft_type") != "LORA":
-        raise InputError(f"peft_type {raw.get('peft_type')!r:.60} is not supported, only 'LORA'")
-    for key, value in raw.items():
-        neutral = not value
-        if key == "init_lora_weights":
-            neutral = isinstance(value, bool | str | None) and value in PLAIN_INIT
-        if key == "layers_pattern":
-            neutral = value in (None, [], "layers", ["layers"])  # what a spec's stack is called
-        if key not in READ | INERT and not neutral:
-            raise InputError(f"{key} = {value!r:.60} is a feature that is not supported")
-    for key in ("target_modules", "r", "lora_alpha"):
-        if raw.get(key) is None:
-            raise InputError(f"the key {key} is missing")
-    for key in ("use_rslora", "use_dora", "ensure_weight_tying", "lora_bias"):
-        if raw.get(key) not in (None, True, False):
-            raise InputError(f"{key} must be true or false, not {raw[key]!r:.60}")
-    if raw.get("bias") not in (None, "none", "all", "lora_only"):
-        raise InputError(f"bias must be one of none, all, lora_only, not {raw['bias']!r:.60}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(key) or {}, Mapping):
-            raise InputError(f"{key} must map patterns to numbers, not {raw[key]!r:.60}")
-
-
 def _live(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -> Any:
     if isinstance(patterns, str):
         dead = key == "exclude_modules" and not any(tree.matches(patterns, name) for name in modules)
         dropped += [f"{key} {patterns!r:.80}"] * dead
         return () if dead else patterns
-    if not isinstance(patterns, Mapping | list | tuple) or not all(isinstance(p, str) for p in patterns):
-        raise InputError(f"{key} must be names, not {patterns!r:.60}")
     there = tree.hits(patterns, modules) if key.endswith("pattern") else tree.suffixes(modules) & set(patterns)
     dropped += [f"{key} {p!r:.80}" for p in patterns if p not in there]
     alive = [p for p in patterns if p in there]
@@ -164,7 +129,7 @@ def _live(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -
 
 
 def _live_layers(layers: Any, modules: Sequence[str], dropped: list[str]) -> Any:
-    if layers is None or layers == []:
+    if layers is None:
         return None
     layers = layers if isinstance(layers, list) else [layers]
     there = {tree.layer_number(name, ("layers",)) for name in modules}
@@ -208,8 +173,6 @@ def _to_saved(spec: LoraSpec, params: Any) -> list[str] | None:
 
 
 def _from_saved(entries: Any, params: Any, dropped: list[str]) -> tuple[str, ...]:
-    if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) and entry for entry in entries):
-        raise InputError(f"modules_to_save must be names, not {entries!r:.60}")
     names = _names(params)
     backwards = sorted(name[::-1] for name in names)
     alive = tuple(entry for entry in entries if _ends_one(entry, backwards))
