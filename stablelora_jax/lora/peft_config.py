@@ -166,8 +166,8 @@ def _hint(key: Any, known: list[str]) -> str:
 def _require_kinds(raw: Mapping[Any, Any]) -> None:
     if raw.get("target_modules") is None:
         raise InputError(
-            "target_modules is missing: PEFT would choose by the type of the model (q_proj and v_proj for most decoders); "
-            "name modules, or say all-linear"
+            "target_modules is missing: PEFT would choose by the type of the model, for most decoders q_proj and "
+            "v_proj; name modules, or say all-linear"
         )
     for key in ("use_rslora", "use_dora", "ensure_weight_tying", "lora_bias"):
         if raw.get(key) not in (None, True, False):
