@@ -163,7 +163,7 @@ def _try(model: Decoder, params: Any, length: int) -> None:
 def _given(config: RunConfig, params: Any) -> Any:
     """The adapter that the run begins with."""
     assert config.init_from is not None
-    return start_adapters(locate_adapter(config.init_from)[0], params, config.lora)
+    return start_adapters(locate_adapter(config.init_from), params, config.lora)
 
 
 def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
