@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--untie", action="store_true", help="for an adapter that changes one of a tied pair alone")
     parser.add_argument("--strict", action="store_true", help="refuse a base that the adapter was not made on")
     given = parser.parse_args()
-    where = {"output": given.output, "base": given.base, "dtype": given.dtype, "apart": given.untie}
+    where = {"output": given.output, "base": given.base, "dtype": given.dtype, "untie": given.untie}
     where["strict"] = given.strict
     return exit_code(lambda: export(given.run, given.to, **where))
 

@@ -62,7 +62,7 @@ class StableLoraLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdigit():
             raise InputError(f"batch_size must be a positive number, not {batch_size!r}")
-        model, variables = load_adapted_model(pretrained, adapter, dtype=jnp.dtype(dtype), merged=merged, apart=untie)
+        model, variables = load_adapted_model(pretrained, adapter, dtype=jnp.dtype(dtype), merged=merged, untie=untie)
         self.subject = subject(model, variables, batch_size=int(batch_size))
         self.name = pretrained
         self.tokenizer = decoder_of(model).tokenizer

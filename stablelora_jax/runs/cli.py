@@ -73,7 +73,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model that was chosen, as :func:`stablelora_jax.interop.load_adapted.attach` gives it.
+    """The model that was chosen, as :func:`stablelora_jax.interop.load_adapted.load_adapted_model` gives it.
 
     Raises:
       InputError: ``--merged`` without ``--adapter``, or what cannot be loaded.
@@ -86,6 +86,6 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     require_devices()
     compile_cache.enable()
-    given = {"dtype": arguments.dtype, "merged": arguments.merged, "apart": arguments.untie}
+    given = {"dtype": arguments.dtype, "merged": arguments.merged, "untie": arguments.untie}
     given["strict"] = arguments.strict
     return load_adapted_model(arguments.model, arguments.adapter, **given)

@@ -178,7 +178,7 @@ def _trace(model: Decoder, params: Any, length: int) -> None:
 def _warm_start(config: RunConfig, params: Any) -> Any:
     """The adapters of ``config.init_from``."""
     assert config.init_from is not None
-    return start_adapters(locate_adapter(config.init_from)[0], params, config.lora)
+    return start_adapters(locate_adapter(config.init_from), params, config.lora)
 
 
 def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:

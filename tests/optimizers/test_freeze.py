@@ -36,7 +36,7 @@ def by_name(mask, adapters, params, spec):
     """Whether each tensor is frozen, by our name for it, along the table that writes PEFT's files."""
     found = {}
     for entry in layout(find_target_modules(params, spec), params, spec):
-        leaf, one = (tree.get_in(t, entry.place) for t in (adapters, mask))
+        leaf, one = (tree.get_in(t, entry.path) for t in (adapters, mask))
         assert one.dtype == bool and one.ndim == leaf.ndim
         part = entry.take(np.broadcast_to(one, leaf.shape))
         assert part.all() or not part.any(), entry.name
@@ -45,7 +45,7 @@ def by_name(mask, adapters, params, spec):
             "",
         )
         module = entry.name.split(f".{kind}")[0] if kind else entry.name.rsplit(".", 1)[0].replace(".base_layer", "")
-        found[f"{module}.{entry.place[-1]}"] = bool(part.all())
+        found[f"{module}.{entry.path[-1]}"] = bool(part.all())
     return found
 
 

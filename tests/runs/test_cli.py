@@ -76,8 +76,8 @@ def test_every_option_arrives(monkeypatch):
     load_model(parsed("base", "--adapter", "there", "--merged", "--untie", "--dtype", "bfloat16"))
     load_model(parsed("base", "--adapter", "there", "--strict"))
     assert given == [
-        ("base", "there", {"dtype": "bfloat16", "merged": True, "apart": True, "strict": False}),
-        ("base", "there", {"dtype": "float32", "merged": False, "apart": False, "strict": True}),
+        ("base", "there", {"dtype": "bfloat16", "merged": True, "untie": True, "strict": False}),
+        ("base", "there", {"dtype": "float32", "merged": False, "untie": False, "strict": True}),
     ]
 
 
