@@ -12,7 +12,6 @@ kind         what it is                                                     save
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import jax
@@ -22,7 +21,7 @@ from jax.typing import DTypeLike
 
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention_kernels.blockwise import blockwise
-from stablelora_jax.models.attention_kernels.cudnn import cudnn
+from stablelora_jax.models.attention_kernels.cudnn import compute_capability, cudnn
 from stablelora_jax.models.attention_kernels.splash import splash
 from stablelora_jax.utils.errors import InputError
 
@@ -142,10 +141,8 @@ def best_attention(
 
 def best_here(dtype: DTypeLike, config: DecoderConfig, length: int, segments: int, partitioned: bool = False) -> str:
     """:func:`best_attention` for a model's rows on the devices of this process."""
-    found = str(getattr(jax.devices()[0], "compute_capability", ""))  # AMD's are names: gfx942
-    capability = float(found) if re.fullmatch(r"\d+(\.\d+)?", found) else 0.0
     shape = config.head_dim, length, config.windows or (0,), segments, partitioned
-    return best_attention(jax.default_backend(), dtype, *shape, capability)
+    return best_attention(jax.default_backend(), dtype, *shape, compute_capability())
 
 
 def require_here(kind: str) -> None:
