@@ -16,12 +16,12 @@ from stablelora_jax.utils.fingerprint import fingerprint, form, named_leaves
 KEY = "base"
 
 
-def base_record(params: Any, name: str | None) -> dict[str, Any]:
+def base_record(params: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     """The record of the base ``params``, called ``name``. With several processes, all of them must call this."""
     return {"name": name, "fingerprint": fingerprint(params), "rounded": fingerprint(params, rounded=True)}
 
 
-def other_base(record: Any, params: Any, name: str | None) -> str | None:
+def other_base(record: object, params: Mapping[str, Any], name: str | None) -> str | None:
     """How ``params``, called ``name``, differ from the base of ``record``: a phrase that names both, or None if equal.
 
     A damaged or missing ``record`` gives None.
@@ -36,17 +36,17 @@ def other_base(record: Any, params: Any, name: str | None) -> str | None:
     """
     if not isinstance(record, Mapping):
         return None
-    odd: list[str] = []
-    left = named_leaves(params)
+    different: list[str] = []
+    remaining = named_leaves(params)
     for key, rounded in (("fingerprint", False), ("rounded", True)):
-        kept = record.get(key)
-        kept = kept if isinstance(kept, Mapping) else {}
-        alike = {n: x for n, x in left.items() if str(kept.get(n, "")).split(" ")[0] == form(x, rounded)}
-        odd += [n for n, found in fingerprint(alike, rounded=rounded).items() if found != kept[n]]
-        left = {n: x for n, x in left.items() if n not in alike}
-    if not odd:
+        recorded = record.get(key)
+        recorded = recorded if isinstance(recorded, Mapping) else {}
+        same_form = {n: x for n, x in remaining.items() if str(recorded.get(n, "")).split(" ")[0] == form(x, rounded)}
+        different += [n for n, found in fingerprint(same_form, rounded=rounded).items() if found != recorded[n]]
+        remaining = {n: x for n, x in remaining.items() if n not in same_form}
+    if not different:
         return None
     theirs, ours = record.get("name") or "a base without a name", name or "the base that was given"
-    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
     theirs = f"another {theirs}" if theirs == ours else theirs
-    return f"was trained on {theirs!s:.200}, and {ours} differs from it in {sorted(odd)[0]}{more}"
+    return f"was trained on {theirs!s:.200}, and {ours} differs from it in {sorted(different)[0]}{more}"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
 import yaml
 from jax.typing import DTypeLike
 
@@ -47,7 +46,7 @@ class Source(NamedTuple):
     directory: Path  # of the adapter, in PEFT's layout
     base: str  # path or hub id of the base
     model: Decoder
-    params: chex.ArrayTree
+    params: dict[str, Any]
     adapters: dict[str, Any]
     spec: LoraSpec
     metadata: dict[str, Any]  # for stablelora.json

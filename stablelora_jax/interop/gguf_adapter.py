@@ -86,7 +86,7 @@ def _alpha(rank: int, scale: float) -> np.float32:
 
 
 def _gguf_tensors(
-    target: TargetModule, adapters: Any, alpha: np.float32, config: DecoderConfig
+    target: TargetModule, adapters: Mapping[str, Any], alpha: np.float32, config: DecoderConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     pair = tree.get_in(adapters, target.path)
     a = np.asarray(pair["lora_a"], np.float32).reshape(-1, target.size[0], target.rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,13 @@ class MergeCheck(NamedTuple):
 
 
 def save_merged(
-    directory: str | Path, model: Decoder, params: Any, adapters: Any, spec: LoraSpec, *, dtype: DTypeLike | None = None
+    directory: str | Path,
+    model: Decoder,
+    params: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    spec: LoraSpec,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> MergeCheck:
     """Write base and adapters as one Hugging Face model: config, sharded safetensors with index, tokenizer.
 

@@ -182,6 +182,6 @@ def _refuse_untied(
     alone = not raw.get("ensure_weight_tying") or any(name.endswith("lora_magnitude_vector") for name in touched)
     if touched and is_tied(params) and alone:
         raise InputError(
-            f"{directory / WEIGHTS} holds {touched[0]}, which PEFT changes alone, but {EMBEDDING} and {HEAD} "
+            f"{directory / WEIGHTS} holds {touched[0]}, which adapts one module alone, but {EMBEDDING} and {HEAD} "
             f"of this base are tied: {UNTIE}"
         )

@@ -9,10 +9,12 @@ equivalent to plain LoRA is refused; export it merged.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,7 +35,14 @@ MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head embed
 TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
 
 
-def save_vllm(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_model: str | None, params: Any) -> int:
+def save_vllm(
+    directory: str | Path,
+    adapters: Mapping[str, Any],
+    spec: LoraSpec,
+    *,
+    base_model: str | None,
+    params: Mapping[str, Any],
+) -> int:
     """Write ``adapters`` as a PEFT directory that every version of vLLM with LoRA support applies correctly.
 
     Args:
@@ -66,7 +75,7 @@ def save_vllm(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
     return min(rank for rank in RANKS if rank >= plain.rank)
 
 
-def uniform(adapters: Any, spec: LoraSpec) -> tuple[dict[str, Any], LoraSpec]:
+def uniform(adapters: Mapping[str, Any], spec: LoraSpec) -> tuple[dict[str, Any], LoraSpec]:
     """Equivalent adapters with one rank r and one scale alpha / r: ``(adapters, spec)``.
 
     Smaller ranks are padded with zeros. Where all scales are equal, alpha is chosen to give that scale and the factors
@@ -108,7 +117,7 @@ def vllm_problems(directory: str | Path, max_lora_rank: int = max(RANKS)) -> lis
     return found
 
 
-def _padded(pair: Any, target: TargetModule, rank: int, scale: float) -> dict[str, Any]:
+def _padded(pair: Mapping[str, jax.Array], target: TargetModule, rank: int, scale: float) -> dict[str, jax.Array]:
     wide = [(0, 0)] * len(target.stack)
     a = jnp.pad(pair["lora_a"], [*wide, (0, 0), (0, rank - target.rank)])
     b = jnp.pad(pair["lora_b"], [*wide, (0, rank - target.rank), (0, 0)])
