@@ -20,7 +20,7 @@ def summary(found: dict[str, Any], work: Work, peak: float | None) -> dict[str, 
     """What is reported of a side, from what :func:`measured` gives; ``peak`` is a device's FLOP/s."""
     low, middle, high = quartiles(found["round_seconds"])
     config = decoder_config(work.config, work.shape)
-    share = {"learnt": work.loss_fraction, "held": found.get("held", 0)}
+    share = {"loss_fraction": work.loss_fraction, "frozen": found.get("held", 0)}
     flops = flops_per_token(config, found["lora_parameters"], work.attended, **share)
     rate, devices = work.tokens_per_step / middle, found.get("devices", 1)
     peak = peak and peak * (1 if found["device"] == "cpu" else devices)  # a CPU is cut into devices

@@ -146,7 +146,7 @@ def _require_update(state: TrainState) -> None:
     if 0 < int(state.step) == int(state.skipped):
         raise RunError(
             f"none of the {int(state.step)} steps was applied, since loss, gradient or update was not finite in each: "
-            "the adapters have not changed, and none are written. Try a smaller lora.alpha, learning_rate or "
+            "nothing has changed, and no adapter is written. Try a smaller lora.alpha, learning_rate or "
             "max_grad_norm with another output="
         )
 

@@ -239,7 +239,7 @@ TEXTS = st.lists(st.integers(2, 48).flatmap(lambda n: st.tuples(st.just(n), st.i
 @settings(max_examples=60, deadline=None)
 @given(TEXTS, st.integers(1, 5), st.sampled_from(["bucket", "pack"]))
 def test_there_is_room_for_all_that_is_learnt_and_little_more(texts, batch_size, batching):
-    """One K for each T, never too small (``positions_of_mask`` would raise), and less than 16 above the need of a row."""
+    """One K for each T, never too small (``positions_of_mask`` would raise), less than 16 above the need of a row."""
     lengths, answers = (np.array(column, np.int32) for column in zip(*texts, strict=True))
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     store = TokenStore(tokens, lengths, answers, first_fit(lengths, 48), np.cumsum(lengths), 0, "")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
 from stablelora_jax.data import Example, first_fit, pack, plan_of
-from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from tests.helpers import jit, largest_difference, tiny_decoder, trained
+from tests.training.oracles import masked_cross_entropy
 
 SPEC = LoraSpec(target_modules="all-linear", rank=2)
 

@@ -54,7 +54,7 @@ def test_what_peft_has_no_form_for_is_refused_before_training(tmp_path):
 
 def test_a_run_that_learns_nothing_fails_and_keeps_no_adapter(tmp_path):
     lora = LoraSpec(rank=2, alpha=1e38)
-    chosen = replace(SHORT, lora=lora, steps=3, evaluate=False, clip_norm=None, output=str(tmp_path / "r"))
+    chosen = replace(SHORT, lora=lora, steps=3, evaluate=False, max_grad_norm=None, output=str(tmp_path / "r"))
     for _ in range(2):  # the same command again says the same
         with pytest.raises(RunError, match="none of the 3 steps was applied.*no adapter is written. Try a smaller"):
             run(chosen, lambda _: None)
@@ -326,7 +326,7 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     "change,message",
     [
         (dict(batch_size=7), "a batch of 7 rows does not divide over 8 devices: batch_size must be a multiple of 8"),
-        (dict(length=100_000), "length 100000 is more than"),
+        (dict(max_length=100_000), "max_length 100000 is more than"),
         (dict(data=DataConfig(chat_template=True)), "has no chat template"),
         (dict(data=DataConfig(truncate="error"), max_length=16), "more than max_length=16: raise max_length"),
         (dict(stability_every=0), "stability_every must be at least 1"),

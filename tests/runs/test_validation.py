@@ -12,8 +12,8 @@ from stablelora_jax.evaluation.loglikelihood import make_compute
 from stablelora_jax.models.pretrained.tokenizer import load_tokenizer
 from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.runs.validation import ValidationSet, make_validation_set, validate
-from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from tests.helpers import tiny_decoder, trained
+from tests.training.oracles import masked_cross_entropy
 
 SPEC = LoraSpec(rank=2)
 

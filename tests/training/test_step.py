@@ -16,12 +16,12 @@ from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.quantization import dequantize_tree, quantize_params
-from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from stablelora_jax.training.loss import summed_loss
 from stablelora_jax.training.stability import stability
 from stablelora_jax.training.step import init_state, make_stability_view, make_train_step
 from stablelora_jax.utils import tree
 from tests.helpers import jit, largest_difference, tiny_decoder, trained
+from tests.training.oracles import masked_cross_entropy
 
 SPEC = LoraSpec(
     target_modules="all-linear",
