@@ -62,6 +62,9 @@ class Adapted:
           rngs: as for any Linen model, a dict or one key; ``"dropout"`` may hold one key, or one key per batch row.
           **kwargs: passed on to ``model.apply`` (``method``, ``mutable``) and from there to the model.
 
+        The low-rank path is differentiable in forward and reverse mode. So is this package's decoder with
+        ``attention="xla"``; its other kernels and ``summed_loss`` have reverse mode, and forward over reverse, only.
+
         Raises:
           InputError: adapters that do not fit the model, or that no module of it has read.
         """
