@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_or
 
 import yaml
 
-from stablelora_jax.config.dump import Loader, groups
+from stablelora_jax.config.dump import Loader, groups, to_dict
 from stablelora_jax.config.keys import (
     MAP,
     UNION,
@@ -75,6 +75,21 @@ def load(
             _fail(text, "", "an override is KEY=VALUE, such as seed=3")
         layers.append(_Layer(text, tuple(key.strip().split(".")), _parse(value, text), is_file=False))
     return _section(cls, layers, "", MISSING)
+
+
+def coerced(config: Any) -> None:
+    """Check the values of a dataclass that was made in Python: each is read as from a file, a section from its dict.
+
+    To be called in ``__post_init__``, also of a frozen dataclass.
+
+    Raises:
+      InputError: a value of another type, or a section that is neither of its types nor a dict of its keys.
+    """
+    for name, (f, kind) in keys_of(type(config)).items():
+        value = getattr(config, name)
+        if not isinstance(value, tuple(sections(kind))):
+            made = _value(kind, [_Layer("", (), to_dict(value), is_file=True)], name, default_of(f, None))
+            object.__setattr__(config, name, made)
 
 
 class _Layer(NamedTuple):

@@ -1,4 +1,4 @@
-"""Keys that say where a run lies: they change nothing but the rounding of its result."""
+"""Device parallelism. These keys change the result only by rounding."""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from stablelora_jax.config.keys import option, section
+from stablelora_jax.config.engine import coerced
+from stablelora_jax.config.keys import old_names, option, section
 from stablelora_jax.config.optimizer import CONFIGS, OptimizerConfig
 from stablelora_jax.config.parallel import DistributedConfig, MeshConfig, PmapConfig
 from stablelora_jax.config.schedule import Cosine, ScheduleConfig, schedule_of
@@ -21,9 +22,11 @@ class ModelConfig:
     """The frozen base."""
 
     path: str | None = option(None, "model directory, .gguf file or hub id; null for the small base of this package")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of the base and of matrix products")
-    untie: bool = option(False, "give a head tied to the embedding its own weights, so that either may change alone")
-    quantize: Literal["nf4", "int8"] | None = option(None, "hold the layers' kernels in 4.13 or 8 bits; null: in dtype")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the base and of matrix products")
+    untie: bool = option(False, "give a tied head its own weights, to train head and embedding separately")
+    quantize: Literal["nf4", "int8"] | None = option(
+        None, "quantise the layers' kernels to 4.13 or 8 bits per weight; null: keep dtype"
+    )
     remat: Literal["auto", "everything", "save_dots", "no_mlp", "attention", "nothing"] = option(
         "auto",
         "what the forward pass saves for the backward pass; auto: the fastest that memory allows",
@@ -38,7 +41,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CompareSizesTask:
-    """The generated task that the package's own base learns."""
+    """A generated task for the small base that ships with the package."""
 
     name: Literal["compare_sizes"] = option("compare_sizes", "which of four animals is the biggest, or the smallest")
     train_limit: int | None = option(None, "use only the first questions of the training split")
@@ -69,13 +72,13 @@ class QaTask:
 
 @dataclass(frozen=True)
 class MathTask:
-    """Mathematics in words, from the hub or from a local directory; answered by writing, in GSM8K's prompt."""
+    """Math word problems from the hub or from a local directory; answers are generated, in GSM8K's prompt format."""
 
-    name: Literal["metamathqa", "gsm8k"] = option("metamathqa", "what is learnt; both are measured by GSM8K")
+    name: Literal["metamathqa", "gsm8k"] = option("metamathqa", "the training set; both are evaluated on GSM8K")
     path: str | None = option(None, "directory with train.jsonl; null for the hub")
-    held_out: bool = option(True, "keep one question in 64 from training, for validation; false trains on all")
+    held_out: bool = option(True, "hold out one question in 64 for validation; false trains on all")
     train_limit: int | None = option(None, "use only the first problems of the training split")
-    validation_limit: int | None = option(None, "use only the first of those held out")
+    validation_limit: int | None = option(None, "use only the first of the held-out problems")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class JsonlTask:
     """Rows of your own, from a local directory or the hub."""
 
     name: Literal["jsonl"] = option("jsonl", "rows of your own")
-    kind: Literal["choice", "completion", "chat"] = option("completion", "what a row is: see tasks/jsonl.py")
+    kind: Literal["choice", "completion", "chat"] = option("completion", "format of a row: see data/tasks/jsonl.py")
     path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null where hub is given")
     hub: str | None = option(None, "a data set on the hub")
     hub_config: str | None = option(None, "configuration of the hub's data set")
@@ -97,59 +100,70 @@ class DataConfig:
     """How texts become batches."""
 
     batching: Literal["bucket", "pack"] = option(
-        "bucket", "bucket: one text a row, padded to one of few lengths; pack: many texts a row of `max_length` tokens"
+        "bucket",
+        "bucket: one text per row, padded to one of a few lengths; pack: many texts per row",
     )
     truncate: Literal["left", "right", "error"] = option(
-        "left", "the side on which a text beyond `max_length` is cut; error: refuse it", renamed={"refuse": "error"}
+        "left",
+        "side on which a text longer than `max_length` is truncated; error: refuse it",
+        renamed={"refuse": "error"},
     )
     chat_template: bool | None = option(
         None,
-        "use the model's own chat template: of chats the messages, else the prompt as a user's turn; null: for chats",
+        "apply the model's chat template, to messages, or to a prompt as a user turn; null: for chats only",
     )
-    cache: str | None = option(None, "directory that keeps tokenised data for the next run; null for none")
+    cache: str | None = option(None, "directory for tokenised data, reused by the next run; null for none")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run: the same values give the same adapters."""
+    """A run; the same values give the same adapters."""
 
     model: ModelConfig = section(ModelConfig, "the frozen base")
-    task: CompareSizesTask | ArcTask | QaTask | MathTask | JsonlTask = section(CompareSizesTask, "what is learnt")
+    task: CompareSizesTask | ArcTask | QaTask | MathTask | JsonlTask = section(CompareSizesTask, "the training task")
     data: DataConfig = section(DataConfig, "how texts become batches")
-    lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's words")
+    lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's terms")
     optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
     schedule: ScheduleConfig = section(Cosine, "the learning rate over the run")
-    freeze: tuple[str, ...] = option((), "parts of the adapters that stay: ends of names, such as layers.0 or lora_a")
+    freeze: tuple[str, ...] = option((), "frozen parts of the adapters: ends of names, such as layers.0 or lora_a")
     init_from: str | None = option(
         None, "adapter or run that a new run starts from; null: fresh adapters", was="adapter"
     )
     parallel: PmapConfig | MeshConfig = section(PmapConfig, "device parallelism")
-    distributed: DistributedConfig | None = section(lambda: None, "several processes as one run")
+    distributed: DistributedConfig | None = section(lambda: None, "several processes in one run")
     steps: int = option(300, "optimizer steps")
-    epochs: float | None = option(None, "passes over the training data, instead of steps; null: steps")
-    batch_size: int = option(32, "rows of a step, over all devices")
+    epochs: float | None = option(None, "passes over the training data, instead of steps; null: use steps")
+    batch_size: int = option(32, "rows per step, over all devices")
     gradient_accumulation_steps: int = option(1, "micro-batches of a step; the result is the same", was="accumulate")
-    max_length: int = option(256, "most tokens of a row; see data.truncate", was="length")
-    max_grad_norm: float | None = option(1.0, "largest global gradient norm; null for none", was="clip_norm")
-    max_consecutive_errors: int = option(5, "steps in a row whose loss or gradient is not finite, until the run stops")
-    seed: int = option(0, "of the adapters' start, the order of rows and dropout")
-    output: str | None = option(None, "run directory; null for runs/<task>-<digest of what decides the result>")
-    accept_changes: bool = option(False, "go on with a run although configuration, base or data are no longer its own")
-    checkpoint_every: int = option(100, "steps between checkpoints; one is always made at the end")
-    checkpoint_minutes: float | None = option(None, "minutes after which there is a checkpoint in any case; null: none")
-    keep_checkpoints: int = option(2, "newest checkpoints that stay on disk; that of the best evaluation stays as well")
-    evaluate: bool = option(True, "measure validation loss, and accuracy of choices, before and after training")
+    max_length: int = option(256, "maximum tokens per row; see data.truncate", was="length")
+    max_grad_norm: float | None = option(1.0, "clip the global gradient norm; null for none", was="clip_norm")
+    max_consecutive_errors: int = option(5, "stop after this many consecutive steps that are not finite")
+    seed: int = option(0, "seed of the initial adapters, the order of rows, and dropout")
+    output: str | None = option(None, "run directory; null for runs/<task>-<digest of the configuration>")
+    accept_changes: bool = option(False, "resume a run although configuration, base or data have changed")
+    checkpoint_every: int = option(100, "steps between checkpoints; the last step is always saved")
+    checkpoint_minutes: float | None = option(None, "minutes between further checkpoints; null for none")
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep; the best evaluation's is kept as well")
+    evaluate: bool = option(True, "evaluate validation loss, and accuracy of choices, before and after training")
     evaluate_every: int | None = option(None, "steps between further evaluations during training; null for none")
     evaluate_minutes: float | None = option(None, "minutes between further evaluations; null for none")
-    metric: Literal["loss", "acc", "acc_norm"] = option("loss", "of an evaluation, for patience and select")
-    patience: int | None = option(None, "stop after so many evaluations without a better one; null: never")
-    select: Literal["last", "best"] = option("last", "whose adapter is kept: of the last step or the best evaluation")
+    metric: Literal["loss", "acc", "acc_norm"] = option("loss", "evaluation metric for patience and select")
+    patience: int | None = option(None, "stop after this many evaluations without improvement; null: never")
+    select: Literal["last", "best"] = option("last", "which adapter to keep: the last step's or the best evaluation's")
     stability_every: int | None = option(None, "steps between measurements of the stability terms; null for none")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(("tensorboard",), "metric loggers")
-    num_samples: int = option(4, "validation questions to print with the answers before and after", was="show")
+    num_samples: int = option(4, "validation questions to print, with answers before and after", was="show")
+
+    def __new__(cls, *_: Any, **given: Any) -> RunConfig:
+        """Refuse the names of older versions."""
+        for old, name in old_names(cls).items():
+            if old in given:
+                raise InputError(f"RunConfig: {old} is now called {name}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check what the types cannot say."""
+        """Read sections that are dicts, and check what the types do not express."""
+        coerced(self)
         positive = (
             "steps",
             "batch_size",
@@ -199,7 +213,7 @@ class RunConfig:
 
 
 def takes_template(config: RunConfig) -> bool:
-    """Whether prompts are put into the model's chat template: unless the configuration says so, those of chats are."""
+    """Whether prompts use the model's chat template: by default, for chats only."""
     asked = config.data.chat_template
     return is_chat(config) if asked is None else asked
 

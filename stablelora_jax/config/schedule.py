@@ -41,7 +41,7 @@ REST = "null for all that are left after the warm-up"
 
 @dataclass(frozen=True)
 class Warmup:
-    """What every shape but ``one_cycle`` begins with."""
+    """The warm-up of every schedule but ``one_cycle``."""
 
     name: str
     warmup_steps: int = option(0, "steps of linear rise from warmup_start to the peak")
@@ -57,7 +57,7 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Constant(Warmup):
-    """The peak."""
+    """Constant at the peak."""
 
     name: Literal["constant"] = option("constant", "the peak for good")
 
@@ -68,7 +68,7 @@ class Constant(Warmup):
 
 @dataclass(frozen=True)
 class Linear(Warmup):
-    """A straight line down."""
+    """Linear decay."""
 
     name: Literal["linear"] = option("linear", "a straight line from the peak to end")
     end: float = option(0.0, "share of the peak that it comes down to")
@@ -80,7 +80,7 @@ class Linear(Warmup):
 
 @dataclass(frozen=True)
 class Cosine(Warmup):
-    """Half a cosine down."""
+    """Cosine decay."""
 
     name: Literal["cosine"] = option("cosine", "half a cosine from the peak to end")
     end: float = option(0.0, "share of the peak that it comes down to")
@@ -94,7 +94,7 @@ class Cosine(Warmup):
 
 @dataclass(frozen=True)
 class Polynomial(Warmup):
-    """A power of the way that is left."""
+    """Polynomial decay."""
 
     name: Literal["polynomial"] = option("polynomial", "end + (1 - end) (1 - t / decay_steps)^power")
     power: float = option(1.0, "1 is a straight line")
@@ -109,7 +109,7 @@ class Polynomial(Warmup):
 
 @dataclass(frozen=True)
 class Exponential(Warmup):
-    """Exponential decay, continuous or in stairs."""
+    """Exponential decay, continuous or stepwise."""
 
     name: Literal["exponential"] = option("exponential", "decay_rate^(t / decay_steps), not below end")
     decay_rate: float = option(0.1, "what decay_steps steps leave of the rate")
@@ -127,7 +127,7 @@ class Exponential(Warmup):
 
 @dataclass(frozen=True, kw_only=True)
 class Piecewise(Warmup):
-    """Given shares at given steps."""
+    """Piecewise: given fractions of the peak at given steps."""
 
     name: Literal["piecewise"] = option("piecewise", "given shares of the peak at given steps")
     points: Mapping[int, float] = option(
@@ -234,7 +234,7 @@ class Wsd(Warmup):
 
 @dataclass(frozen=True)
 class OneCycle:
-    """Up and down once; the rise is its warm-up (arXiv 1708.07120)."""
+    """One cycle: up and down once; the rise is its warm-up (arXiv 1708.07120)."""
 
     name: Literal["one_cycle"] = option("one_cycle", "from start up to the peak and down to end")
     between: Literal["cosine", "linear"] = option("cosine", "cosine: one fall; linear: to start, then to end")

@@ -57,6 +57,13 @@ class LoraSpec:
     parametrization: Literal["lora", "dora"] = _help("lora", "how the pair changes a kernel")
     init: Literal["kaiming"] = _help("kaiming", "how a pair starts; kaiming is PEFT's default")
 
+    def __new__(cls, *_: Any, **given: Any) -> LoraSpec:
+        """Refuse the names that fields had before they were PEFT's."""
+        for f in fields(cls):
+            if f.metadata["was"] in given:
+                raise InputError(f"LoraSpec: {f.metadata['was']} is now called {f.name}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Check every field and bring lists and maps into their canonical, hashable form."""
         for name in ("target_modules", "exclude_modules", "stacked", "modules_to_save"):

@@ -119,7 +119,7 @@ def test_the_command_has_it():
     assert done.returncode == 2 and "steps must be at least 1" in done.stderr
     with pytest.raises(InputError, match="a batch of 7 rows does not divide over 8 devices"):
         dry_run(RunConfig(batch_size=7))
-    with pytest.raises(InputError, match="length 100000 is more than"):
-        dry_run(RunConfig(length=100_000))
+    with pytest.raises(InputError, match="max_length 100000 is more than"):
+        dry_run(RunConfig(max_length=100_000))
     with pytest.raises(InputError, match="splash attention needs a tpu, and here is a cpu: choose auto"):
         dry_run(RunConfig(model=ModelConfig(attention="splash")))

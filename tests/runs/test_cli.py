@@ -69,10 +69,10 @@ def test_a_model_is_chosen(tmp_path):
 
 
 def test_every_option_arrives(monkeypatch):
-    from stablelora_jax.interop import load_adapted as load_adapted_model
+    from stablelora_jax.interop import load_adapted
 
     given = []
-    monkeypatch.setattr(load_adapted_model, "attach", lambda *a, **k: given.append((*map(str, a), k)))
+    monkeypatch.setattr(load_adapted, "load_adapted_model", lambda *a, **k: given.append((*map(str, a), k)))
     load_model(parsed("base", "--adapter", "there", "--merged", "--untie", "--dtype", "bfloat16"))
     load_model(parsed("base", "--adapter", "there", "--strict"))
     assert given == [

@@ -46,7 +46,7 @@ def signalled(monkeypatch, after):
 
         yield received
 
-    monkeypatch.setattr(module, "listening", catch_signals)
+    monkeypatch.setattr(module, "catch_signals", catch_signals)
 
 
 @pytest.fixture(scope="module")
