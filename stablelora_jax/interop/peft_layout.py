@@ -9,8 +9,8 @@ PEFT                                  shape                   ours, at the modul
 ``<m>.lora_embedding_A``, ``_B``      (r, vocab), (D, r)      the same, for an embedding (vocab, D)
 ``<m>.lora_magnitude_vector``         (out,)                  ``lora_magnitude_vector`` (out,)
 ``<m>.lora_B.bias``                   (out,)                  ``lora_bias`` (out,)
-``<m>.weight``, ``<m>.bias``          as in the base          ``full``: ``modules_to_save``, ``bias="all"``
-``<m>.base_layer.bias``               (out,)                  ``full``: the bias of an adapted module
+``<m>.weight``, ``<m>.bias``          as in the base          ``lora_full``: ``modules_to_save``, ``bias="all"``
+``<m>.base_layer.bias``               (out,)                  ``lora_full``: the bias of an adapted module
 ====================================  ======================  =============================================
 
 Where the head of the base is tied to its embedding, one adapter (or one trained copy) changes both. PEFT calls this

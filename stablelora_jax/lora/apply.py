@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax.lora.contraction import contract
 from stablelora_jax.lora.full_parameters import apply_full_parameters, trained_parameters, unknown_full_parameters
-from stablelora_jax.lora.pairs import TargetModule
+from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, kernel_axes, match_target_modules, require_leaves, to_matrix
@@ -61,6 +61,9 @@ class Adapted:
           *args: passed on to the model.
           rngs: as for any Linen model, a dict or one key; ``"dropout"`` may hold one key, or one key per batch row.
           **kwargs: passed on to ``model.apply`` (``method``, ``mutable``) and from there to the model.
+
+        The low-rank path is differentiable in forward and reverse mode. So is this package's decoder with
+        ``attention="xla"``; its other kernels and ``summed_loss`` have reverse mode, and forward over reverse, only.
 
         Raises:
           InputError: adapters that do not fit the model, or that no module of it has read.
@@ -109,10 +112,10 @@ def adapted(model: nn.Module, spec: LoraSpec) -> Adapted:
 def _lay(
     params: dict[str, Any], adapters: Any, numbers: Any, targets: Mapping[Path, TargetModule], keys: Any, spec: LoraSpec
 ) -> dict[str, Any]:
-    """``params`` with each site's pair, scale and, where dropout acts, its rate and keys as further leaves."""
+    """``params`` with each target module's pair, scale and, where dropout acts, its rate and keys as further leaves."""
     for path, target in targets.items():
         given = tree.get_in(numbers, path) or {}
-        own = {name: leaf for name, leaf in tree.get_in(adapters, path).items() if name != "full"}
+        own = {name: leaf for name, leaf in tree.get_in(adapters, path).items() if name != FULL}
         extra = {**own, "lora_scale": given.get("lora_scale", target.scale())}
         if keys is not None:
             rate = jnp.asarray(given.get("lora_dropout", spec.dropout))

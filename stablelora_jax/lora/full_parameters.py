@@ -1,10 +1,10 @@
 """Parameters trained in full beside the pairs: PEFT's ``modules_to_save`` and ``bias``.
 
-They lie in the adapter tree, float32 like the pairs, under the key ``full`` of their module, and take the place of the
-base's own::
+They are in the adapter tree, float32 like the pairs, under the key ``lora_full`` of their module, and replace
+those of the base::
 
-    adapters = {"lm_head": {"full": {"kernel": (D, V)}},
-                "model": {"layers": {"input_layernorm": {"full": {"scale": (n, D)}}}}}
+    adapters = {"lm_head": {"lora_full": {"kernel": (D, V)}},
+                "model": {"layers": {"input_layernorm": {"lora_full": {"scale": (n, D)}}}}}
 
 In a stack of layers only the n chosen layers are there, in order, on one leading axis: nothing is stored, decayed or
 averaged for a layer that is not trained.
@@ -21,6 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
+from stablelora_jax.lora.pairs import FULL
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, kernel_leaf
 from stablelora_jax.quantization import dequantize_tree
@@ -40,8 +41,8 @@ class TrainedParameter(NamedTuple):
 
     @property
     def place(self) -> Path:
-        """Where it lies in the adapter tree."""
-        return (*self.path[:-1], "full", self.path[-1])
+        """Its path in the adapter tree."""
+        return (*self.path[:-1], FULL, self.path[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,9 +91,9 @@ def apply_full_parameters(
 
 
 def unknown_full_parameters(adapters: Any, leaves: Mapping[Path, TrainedParameter]) -> list[Path]:
-    """Leaves under ``full`` in ``adapters`` that are none of ``leaves``."""
+    """Leaves under ``lora_full`` in ``adapters`` that are none of ``leaves``."""
     known = {leaf.place for leaf in leaves.values()}
-    return [path for path in flatten_dict(as_dict(adapters)) if "full" in path[:-1] and path not in known]
+    return [path for path in flatten_dict(as_dict(adapters)) if FULL in path[:-1] and path not in known]
 
 
 def _rows(value: jax.Array, leaf: TrainedParameter) -> jax.Array:

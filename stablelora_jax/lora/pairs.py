@@ -1,4 +1,4 @@
-"""What an adapter is: the spec, the pair, and the sites of a model that a spec selects.
+"""What an adapter is: the pair, and the target modules of a model that a spec selects.
 
 ``y = x W0 + s (x A) B`` for a Flax kernel ``W0`` (in, out), with A = ``lora_a`` (in, r), B = ``lora_b`` (r, out) and
 ``s = alpha / r`` (LoRA, arXiv 2106.09685) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732). ::
@@ -11,7 +11,7 @@ independent pairs. Where layers differ in rank or are not adapted, the stack is 
 in *both* factors, which every gradient then keeps at zero.
 
 A dict may hold more that is trained: what the parametrisation adds (DoRA: ``lora_magnitude_vector`` (..., out)), and
-under ``full`` the parameters that :mod:`stablelora_jax.lora.full_parameters` replaces in the base.
+under ``lora_full`` the parameters that :mod:`stablelora_jax.lora.full_parameters` replaces in the base.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
 
+FULL = "lora_full"  # the key, beside a pair's, of what is trained in full
+
 
 class TargetModule(NamedTuple):
-    """One place of the parameter tree that carries adapters: one module, or a stack of them."""
+    """One module that carries adapters, or a stack of them."""
 
     path: Path
     names: tuple[str, ...]  # dotted module names, one for each element of the stack, C order
@@ -71,7 +73,7 @@ def pairs(adapters: Any) -> dict[Path, Mapping[str, Any]]:
 def make_target_module(
     path: Path, stack: tuple[int, ...], size: tuple[int, int], spec: LoraSpec, leaf: str = "kernel"
 ) -> TargetModule:
-    """The site at ``path`` as ``spec`` sees it; its ranks are all 0 where nothing is selected.
+    """The target module at ``path`` under ``spec``; its ranks are all 0 where nothing is selected.
 
     ``all-linear`` means kernels, as in PEFT: an embedding has to be named.
     """
@@ -85,7 +87,7 @@ def make_target_module(
 
 
 def adapter_target_modules(adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
-    """The sites of existing ``adapters``.
+    """The target modules of existing ``adapters``.
 
     Raises:
       InputError: there are no pairs, or a pair does not have the shape that ``spec`` gives it.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
-from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules, make_target_module
+from stablelora_jax.lora.pairs import FULL, TargetModule, adapter_target_modules, make_target_module
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec, items, shown
 from stablelora_jax.quantization import dequantize_tree
@@ -43,7 +43,7 @@ def find_target_modules(params: Any, spec: LoraSpec) -> dict[Path, TargetModule]
 
 
 def match_target_modules(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
-    """The sites of ``params`` under ``spec``, checked against ``adapters``.
+    """The target modules of ``params`` under ``spec``, checked against ``adapters``.
 
     Raises:
       InputError: adapters at a path that the model or the spec does not have, missing ones, or ones of another shape.
@@ -88,7 +88,7 @@ def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: Lo
     """
     for path, target in targets.items():
         node, wanted, name = tree.get_in(adapters, path), extra_leaves(target, spec), ".".join(path)
-        if unknown := sorted(set(node) - {"lora_a", "lora_b", "full", *wanted}):
+        if unknown := sorted(set(node) - {"lora_a", "lora_b", FULL, *wanted}):
             raise InputError(f"{name}: {unknown[0]} has no meaning for parametrization {spec.parametrization!r}")
         for leaf, shape in wanted.items():
             if leaf not in node or jnp.shape(node[leaf]) != shape:
@@ -98,15 +98,15 @@ def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: Lo
                 )
 
 
-def kernel_axes(site_path: Path, module: Mapping[str, Any], spec: LoraSpec) -> tuple[int, tuple[int, ...]]:
+def kernel_axes(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> tuple[int, tuple[int, ...]]:
     """``(number of stack axes, contracted axes)`` of a module's kernel; contracted axes count from after the stack.
 
     They come from ``spec.in_axes``, else from the bias, whose shape is the shape of the outputs, else the first axis.
     """
-    depth, leaf = tree.stack_depth(site_path, spec.stacked), module[kernel_leaf(module) or "kernel"]
+    depth, leaf = tree.stack_depth(path, spec.stacked), module[kernel_leaf(module) or "kernel"]
     depth = depth if len(leaf.shape) >= depth + 2 else 0
     shape, bias = leaf.shape[depth:], module.get("bias")
-    name = ".".join(site_path)
+    name = ".".join(path)
     declared = tree.first_match(items(spec.in_axes), name)
     if declared is not None:
         if not all(0 <= axis < len(shape) for axis in declared) or not 0 < len(declared) < len(shape):

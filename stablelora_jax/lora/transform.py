@@ -59,7 +59,7 @@ def init_adapters(
 
     Returns:
       A nested dict that mirrors ``params``: ``lora_a`` (..., in, r) and ``lora_b`` (..., r, out) at adapted modules,
-      beside them what the parametrisation adds, and under ``full`` what ``modules_to_save`` and ``bias`` train.
+      beside them what the parametrisation adds, and under ``lora_full`` what ``modules_to_save`` and ``bias`` train.
 
     Raises:
       InputError: a pattern matches nothing, or the dtype is narrower than float32.
@@ -73,7 +73,7 @@ def init_adapters(
     params = as_dict(params)
     adapters: dict[str, Any] = {}
     for path, target in find_target_modules(params, spec).items():
-        pair = _init_site(key, target, spec, dtype)
+        pair = _init_pair(key, target, spec, dtype)
         adapters = tree.set_in(adapters, path, pair | _init_extra(params, pair, target, spec))
     for leaf in trained_parameters(params, spec).values():
         adapters = tree.set_in(adapters, leaf.place, init_trained_parameter(params, leaf, dtype))
@@ -148,7 +148,7 @@ def _require_key(key: jax.Array) -> None:
         raise InputError(f"key must be one PRNG key, such as jax.random.key(0), not {key.dtype} {key.shape}")
 
 
-def _init_site(key: jax.Array, target: TargetModule, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
+def _init_pair(key: jax.Array, target: TargetModule, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
     keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names])
     kernel = jax.ShapeDtypeStruct(target.size, dtype)
     start = INITIALIZERS[spec.init] if target.leaf == "kernel" else embedding

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from stablelora_jax import config
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import TrainState
+
+
+KEYS = {"lora_full": "full"}  # of what is trained in full; those checkpoints have the second
 
 
 class OldTrainState(NamedTuple):
@@ -42,7 +47,22 @@ def restore(
     if renamed == saved:
         return checkpoint.restore(checkpoints, like, step=step, metadata=metadata, accept_changes=accept_changes)
     metadata = {**metadata, "run": saved} if renamed == metadata["run"] else metadata
-    old = OldTrainState(*like)
-    return TrainState(
-        *checkpoint.restore(checkpoints, old, step=step, metadata=metadata, accept_changes=accept_changes)
-    )
+    old = OldTrainState(*_with_old_keys(tuple(like)))
+    found = checkpoint.restore(checkpoints, old, step=step, metadata=metadata, accept_changes=accept_changes)
+    return TrainState(*_with_new_keys(tuple(like), tuple(found)))
+
+
+def _with_old_keys(tree: Any) -> Any:
+    def node(own: Any) -> Any:
+        return {KEYS.get(key, key): _with_old_keys(own[key]) for key in own} if isinstance(own, dict) else own
+
+    return jax.tree.map(node, tree, is_leaf=lambda x: isinstance(x, dict))
+
+
+def _with_new_keys(like: Any, tree: Any) -> Any:
+    """The inverse of :func:`_with_old_keys` for a tree of the structure of ``like``."""
+
+    def node(own: Any, old: Any) -> Any:
+        return {k: _with_new_keys(own[k], old[KEYS.get(k, k)]) for k in own} if isinstance(own, dict) else old
+
+    return jax.tree.map(node, like, tree, is_leaf=lambda x: isinstance(x, dict))

@@ -125,7 +125,7 @@ def test_what_llama_cpp_cannot_apply_is_refused_by_name(tmp_path):
     refused(
         r"q_proj\.lora_magnitude_vector.*merged", LoraSpec(rank=2, target_modules=["q_proj"], parametrization="dora")
     )
-    refused(r"model\.norm\.full\.scale.*merged", LoraSpec(rank=2, modules_to_save=["norm"]))
+    refused(r"model\.norm\.lora_full\.scale.*merged", LoraSpec(rank=2, modules_to_save=["norm"]))
     at = ("model", "layers", "self_attn", "k_proj", "lora_b")
     for value in (np.nan, np.inf, 1e39):
         spoil = lambda x, v=value: tree.set_in(x, at, np.full(tree.get_in(x, at).shape, v))

@@ -383,7 +383,7 @@ def test_a_missing_or_strange_leaf_is_named():
     with pytest.raises(InputError, match="lora_magnitude_vector has no meaning for parametrization 'lora'"):
         apply(plain, adapters[dora])
     full = LoraSpec(rank=2, modules_to_save=["norm"])
-    with pytest.raises(InputError, match="model.norm.full.scale of the adapters must have the shape"):
+    with pytest.raises(InputError, match="model.norm.lora_full.scale of the adapters must have the shape"):
         apply(full, adapters[plain])
-    with pytest.raises(InputError, match="model.norm.full.scale is trained in full, but the spec does not say so"):
+    with pytest.raises(InputError, match="model.norm.lora_full.scale is trained in full, but the spec does not say so"):
         apply(plain, init_adapters(jax.random.key(0), params, full))

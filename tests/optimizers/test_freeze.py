@@ -162,7 +162,7 @@ MASK = {  # pairs of one shape, so that one batch holds them all
     "only_b": {"lora_a": False, "lora_b": True},
     "free": {"lora_a": False, "lora_b": False, "bias": True},
     "layers": {"lora_a": [True, False, False], "lora_b": [True, False, False]},
-    "norm": {"full": {"scale": True}},
+    "norm": {"lora_full": {"scale": True}},
 }
 PARTS = {  # the same without what is frozen
     "free": lambda t: {name: t["free"][name] for name in ("lora_a", "lora_b")},
@@ -181,7 +181,7 @@ def problem(half=True):
     rng = np.random.default_rng(3)
     adapters = {name: pair(rng, (3,) * (name == "layers")) for name in MASK if name != "norm"}
     adapters["free"]["bias"] = jnp.array([-0.0, 0.5, 1.0])
-    adapters["norm"] = {"full": {"scale": jnp.array([1.0, -0.0])}}
+    adapters["norm"] = {"lora_full": {"scale": jnp.array([1.0, -0.0])}}
     mask = {k: v for k, v in MASK.items() if half or "only" not in k}
     adapters = {k: v for k, v in adapters.items() if k in mask}
     one = lambda path, leaf: np.array(tree.get_in(mask, tuple(p.key for p in path))).reshape(-1, *[1] * (leaf.ndim - 1))

@@ -1,11 +1,14 @@
 """The two products of the low-rank path: values, gradients, dtypes, and what the backward pass keeps."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
 
 from stablelora_jax import LoraSpec, adapted, freeze_a, init_adapters
 from stablelora_jax.training.flops import dots
@@ -234,3 +237,94 @@ def test_gradients_on_a_mesh_with_explicit_axes(name):
         assert gradient.sharding.is_equivalent_to(
             jax.sharding.NamedSharding(gradient.sharding.mesh, spec or PartitionSpec()), gradient.ndim
         )
+
+
+# -- forward mode
+def tangents(x, factor, dx, dfactor):
+    return jax.jvp(matmul, (x, factor), (dx, dfactor))[1]
+
+
+@pytest.mark.parametrize("shape,m", SHAPES[1:4])
+def test_tangents_are_those_of_a_matrix_product(shape, m, x64):
+    (x, factor, _), (dx, dfactor, _) = drawn(shape, m), drawn(shape, m, seed=1)
+    np.testing.assert_allclose(tangents(x, factor, dx, dfactor), dx @ factor + x @ dfactor, rtol=1e-12, atol=1e-12)
+    check_grads(matmul, (x, factor), order=2, modes=("fwd", "rev"))  # finite differences
+
+
+def test_a_tangent_of_bfloat16_activations_is_float32():
+    (x, factor, _), (_, dfactor, _) = drawn((3, 4), 6, np.float32), drawn((3, 4), 6, np.float32, seed=1)
+    x, zero = x.astype(jnp.bfloat16), jnp.zeros((3, 4), jnp.bfloat16)
+    found = jax.jit(tangents)(x, factor, zero, dfactor)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, by_hand(x, dfactor.astype(jnp.bfloat16), found)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_constant_has_no_tangent_product():
+    x, factor, _ = drawn((3, 4), 6, np.float32)
+    count = lambda f, *given: str(jax.make_jaxpr(lambda *v: jax.jvp(f, v, v))(*given)).count("thin_matmul[")
+    assert count(matmul, x, factor) == 2
+    assert count(lambda x: matmul(x, factor), x) == count(lambda a: matmul(x, a), factor) == 1
+
+
+def seconds(f, *given):
+    """A product of the Hessian and a vector, by three orders of differentiation."""
+    vector = jax.tree.map(jnp.cos, given)
+    along = lambda *given: jax.jvp(f, given, vector)[1]
+    slope = lambda *given: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grad(*given), vector)))
+    every = tuple(range(len(given)))
+    grad = jax.grad(f, every)
+    return jax.jvp(grad, given, vector)[1], jax.grad(along, every)(*given), jax.grad(slope, every)(*given)
+
+
+def close(trees, others, **tolerance):
+    for one, other in zip(jax.tree.leaves(trees), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(one, other, **tolerance)
+
+
+def test_products_with_the_hessian_under_vmap_scan_and_checkpoint(x64):
+    x, factors = drawn((2, 3, 4), 4)[0], drawn((3, 4), 4)[0][:, :, None] * jnp.eye(4)
+
+    def loss(product):
+        def layers(x, factors):
+            body = jax.checkpoint(lambda c, a: (jnp.sin(product(c, a)), None))
+            return jax.lax.scan(body, x, factors)[0]
+
+        def experts(x, factors):
+            one = lambda x, a: product(x, a)
+            shared, own = jax.vmap(one, (None, 0))(x, factors), jax.vmap(one, (0, None), 1)(x, factors[0])
+            both = jax.vmap(jax.vmap(one, (0, None)), (None, 0))(x, jnp.sin(factors))
+            return jnp.sin(shared).sum() + jnp.cos(own).sum() + jnp.sin(both).sum()
+
+        return lambda x, a: jnp.square(layers(x, a)).sum() + experts(x, a)
+
+    found = jax.jit(partial(seconds, loss(matmul)))(x, factors)
+    wanted = jax.jit(lambda *given: seconds(loss(jnp.matmul), *given)[0])(x, factors)
+    close(found, [wanted] * 3, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_forward_mode_inside_shard_map(check):
+    x, a, _ = drawn((8, 3, 6), 2, np.float32)
+    b = drawn((2,), 6, np.float32)[1]
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+
+    def along(a, b, x):
+        return jax.lax.psum(jax.jvp(of_pair, (a, b, x), (b.T, a.T, jnp.cos(x)))[1], "rows")
+
+    specs = (PartitionSpec(), PartitionSpec(), PartitionSpec("rows"))
+    mapped = jax.shard_map(along, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check)
+    wanted = jax.jvp(of_pair, (a, b, x), (b.T, a.T, jnp.cos(x)))[1]
+    np.testing.assert_allclose(jax.jit(mapped)(a, b, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rows and tokens", "the inputs of A", "what knows no mesh"])
+def test_forward_mode_on_a_mesh_with_explicit_axes(name):
+    x, a, _ = drawn((8, 4, 6), 2, np.float32)
+    b = drawn((2,), 6, np.float32)[1]
+    product = jax.jit(lambda *given: jax.jvp(jax.grad(of_pair, (0, 1, 2)), given, jax.tree.map(jnp.cos, given))[1])
+    wanted = product(a, b, x)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)):
+        specs = [None if axes is None else PartitionSpec(*axes) for axes in EXPLICIT[name]]
+        x, a, b = (v if s is None else jax.device_put(v, s) for v, s in zip((x, a, b), specs, strict=True))
+        found = product(a, b, x)
+    close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stablelora_jax.lora.combine.union import common_sites, exactly, plain_sites, union_spec
+from stablelora_jax.lora.combine.union import common_target_modules, exactly, plain_target_modules, union_spec
 from stablelora_jax.lora.pairs import TargetModule, pairs
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import match_target_modules
@@ -56,7 +56,7 @@ def make_bank(
     Raises:
       InputError: adapters that do not fit the base, are not plain LoRA, or have no room.
     """
-    targets = common_sites(parts)
+    targets = common_target_modules(parts)
     for i, (adapters, spec) in enumerate(parts):
         try:
             match_target_modules(params, adapters, spec)
@@ -89,7 +89,7 @@ def replace_adapter(bank: Bank, index: int, adapters: Mapping[str, Any], spec: L
     """
     if not 0 <= index < bank.size:
         raise InputError(f"there is no adapter {index} in a bank of {bank.size}: numbers go from 0 to {bank.size - 1}")
-    targets = plain_sites(adapters, spec, "the new adapter")
+    targets = plain_target_modules(adapters, spec, "the new adapter")
     if spec.stacked != bank.spec.stacked:
         raise InputError(f"the new adapter has stacked {spec.stacked}, the bank {bank.spec.stacked}")
     shapes = {

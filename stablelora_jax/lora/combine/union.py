@@ -22,8 +22,8 @@ from stablelora_jax.utils.patterns import whole
 from stablelora_jax.utils.tree import Path, keys_of
 
 
-def plain_sites(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, TargetModule]:
-    """The sites of ``adapters``, which must be plain LoRA or rsLoRA: nothing but ``lora_a`` and ``lora_b``.
+def plain_target_modules(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, TargetModule]:
+    """The target modules of ``adapters``, which must be plain LoRA or rsLoRA: nothing but ``lora_a`` and ``lora_b``.
 
     Raises:
       InputError: another parametrization, a leaf outside the pairs, or adapters that do not fit ``spec``; the message
@@ -42,15 +42,15 @@ def plain_sites(adapters: Any, spec: LoraSpec, label: str) -> dict[Path, TargetM
         raise InputError(f"{label}: {error}") from None
 
 
-def common_sites(parts: Sequence[tuple[Any, LoraSpec]]) -> list[dict[Path, TargetModule]]:
-    """The sites of each of ``parts``, ``(adapters, spec)`` of one base.
+def common_target_modules(parts: Sequence[tuple[Any, LoraSpec]]) -> list[dict[Path, TargetModule]]:
+    """The target modules of each of ``parts``, ``(adapters, spec)`` of one base.
 
     Raises:
       InputError: there are none, one is not plain LoRA, or two are made for modules of different shapes.
     """
     if not parts:
         raise InputError("there are no adapters: give a list of (adapters, spec)")
-    targets = [plain_sites(adapters, spec, f"adapter {i}") for i, (adapters, spec) in enumerate(parts)]
+    targets = [plain_target_modules(adapters, spec, f"adapter {i}") for i, (adapters, spec) in enumerate(parts)]
     known: dict[Path, tuple[int, TargetModule]] = {}
     for i, ((_, spec), found) in enumerate(zip(parts, targets, strict=True)):
         if spec.stacked != parts[0][1].stacked:

@@ -27,7 +27,7 @@ import numpy as np
 from stablelora_jax.lora.combine.arguments import check
 from stablelora_jax.lora.combine.lowrank import svd_of_product, truncated
 from stablelora_jax.lora.combine.prune import RULES, Rule, keep_largest, keep_random, mix
-from stablelora_jax.lora.combine.union import common_sites, union_spec
+from stablelora_jax.lora.combine.union import common_target_modules, union_spec
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec, items
 from stablelora_jax.utils import tree
@@ -37,7 +37,7 @@ from stablelora_jax.utils.tree import Path
 
 
 class Part(NamedTuple):
-    """What one adapter has at one site; P is the number of its modules."""
+    """What one adapter has at one target module; P is the number of its modules."""
 
     number: int  # of the adapter
     target: TargetModule
@@ -47,9 +47,9 @@ class Part(NamedTuple):
 
 
 class Module(NamedTuple):
-    """What N adapters have at one module; with one more axis in front, at all modules of a site."""
+    """What N adapters have at one module; with one more axis in front, at all of a stack."""
 
-    a: list[jax.Array]  # of (in, r), each padded to its own site's rank
+    a: list[jax.Array]  # of (in, r), each padded to its own stack's rank
     b: list[jax.Array]  # of (r, out)
     scales: jax.Array  # (N,)
     counts: jax.Array  # (N, 2) entries of A and of B that pruning keeps
@@ -103,7 +103,7 @@ def combine(
         out of range or of no use to ``method``.
     """
     check(len(adapters), weights, method, rank, density, sign, key, clamp)
-    targets, specs = common_sites(adapters), [spec for _, spec in adapters]
+    targets, specs = common_target_modules(adapters), [spec for _, spec in adapters]
     method = "linear" if len(adapters) == 1 else method
     rule = RULES[method.removesuffix("_svd")] if method not in ("cat", "svd") else RULES["linear"]
     options = Options(rule, _new_rank(specs, method, rank), density or 1.0, sign if rule.elect else None, clamp)
@@ -172,7 +172,7 @@ def _concatenated(parts: Sequence[Part], rank: int) -> tuple[jax.Array, jax.Arra
 
 
 def _modules(parts: Sequence[Part], options: Options, key: jax.Array | None) -> Module:
-    """The modules of a site, and a key for each of them and each adapter, made of names and numbers alone."""
+    """The modules of a stack, and a key for each of them and each adapter, made of names and numbers alone."""
     scales = np.array([part.target.scales for part in parts]).T
     counts = [[[int(options.density * r * n) for n in p.target.size] for r in p.target.ranks] for p in parts]
     marks = jnp.array([zlib.crc32(name.encode()) for name in parts[0].target.names], jnp.uint32)
