@@ -15,7 +15,7 @@ from stablelora_jax.data.batch import loss_positions
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.parallel import mesh_layout, pmap_layout
-from stablelora_jax.quantization import dense, quantize_params
+from stablelora_jax.quantization import dequantize_tree, quantize_params
 from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from stablelora_jax.training.loss import summed_loss
 from stablelora_jax.training.stability import stability
@@ -287,7 +287,7 @@ def test_a_step_in_bfloat16_runs_and_is_near_that_in_float32(name, layout):
     spec, options = HALVES[name]
     model, params = tiny_decoder(jnp.bfloat16)
     params = quantize_params(params, name) if name in ("nf4", "int8") else params
-    widened = jax.tree.map(lambda x: x.astype(jnp.float32), dense(params))
+    widened = jax.tree.map(lambda x: x.astype(jnp.float32), dequantize_tree(params))
     place = LAYOUTS[layout]()
     (batch,), begun, moved = batches(1), trained(init_adapters(jax.random.key(0), params, spec), spec), []
     for own, base in ((model.clone(dtype=jnp.float32), widened), (model, params)):
