@@ -14,7 +14,7 @@ from jaxtyping import Int, Shaped
 from stablelora_jax.data import Batch
 from stablelora_jax.lora.apply import Adapted
 from stablelora_jax.models.decoder import head_path
-from stablelora_jax.models.inputs import integers, places
+from stablelora_jax.models.inputs import integers, token_indices
 from stablelora_jax.training.cross_entropy import chunk_length, chunked_cross_entropy
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import get_in, set_in
@@ -42,7 +42,7 @@ def summed_loss(
     rngs = None if keys is None else {"dropout": keys}
     inputs = (batch.tokens, batch.positions, batch.segment_ids)
     reads = None if batch.loss_positions is None else jnp.maximum(at - 1, 0)
-    x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
+    x = model.apply(variables, *inputs, logit_positions=reads, rngs=rngs, method="hidden")
     targets = jnp.take_along_axis(batch.tokens, at, axis=1)
     config = model.model.config
     chunk = chunk_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
@@ -83,7 +83,7 @@ def _checked(batch: Batch) -> Batch:
     """``batch`` as JAX arrays, with shapes and dtypes checked."""
     tokens = integers(batch.tokens, "tokens")
     segments, positions = (integers(getattr(batch, name), name, tokens.shape) for name in ("segment_ids", "positions"))
-    at = None if batch.loss_positions is None else places(batch.loss_positions, tokens)
+    at = None if batch.loss_positions is None else token_indices(batch.loss_positions, "loss_positions", tokens)
     shape, kind = jnp.shape(batch.loss_mask), jnp.result_type(batch.loss_mask)
     if shape != tokens.shape or not (kind == np.bool_ or jnp.issubdtype(kind, jnp.number)):
         raise InputError(f"loss_mask must be 1 or 0 for each of the tokens {tokens.shape}, not {kind} {shape}")

@@ -17,7 +17,7 @@ from stablelora_jax.models.attention_kernels import cudnn as attention_cudnn
 from stablelora_jax.models.attention_kernels import cudnn_packed
 from stablelora_jax.models.attention_kernels.cudnn_packed import segments_of
 from stablelora_jax.models.attention_kernels.splash import splash
-from stablelora_jax.models.attention_kernels.tiles import pairs, tile, tiled_ids
+from stablelora_jax.models.attention_kernels.tiles import pairs, tile_size, tiled_ids
 from stablelora_jax.models.remat import saveable
 from stablelora_jax.training.flops import dots
 from stablelora_jax.utils.errors import InputError
@@ -196,8 +196,8 @@ def test_tiles_multiply_half_of_all_pairs_and_little_more(length):
     """Two products forwards and five backwards, each of T (T + t / 2) / 2 pairs of tokens; ``do * out`` is one of T."""
     q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length=length, groups=1))
     run = jax.value_and_grad(lambda q, k, v: jnp.sin(self_attention(q, k, v, kind="blockwise")).sum(), (0, 1, 2))
-    seen = length * (length + tile(length) / 2) / 2
-    assert dots(jax.make_jaxpr(run)(q, k, v)) == (7 * seen + length) * 2 * math.prod([2, 4, 16])
+    visited = length * (length + tile_size(length) / 2) / 2
+    assert dots(jax.make_jaxpr(run)(q, k, v)) == (7 * visited + length) * 2 * math.prod([2, 4, 16])
 
 
 def equations(jaxpr):

@@ -92,9 +92,12 @@ OTHERS = {
     "positions": ({"positions": row(0)}, "positions must have the shape of the tokens"),
     "positions of floats": ({"positions": jnp.ones((1, 2))}, "positions must be whole numbers"),
     "segments": ({"segment_ids": row(1)}, "segment_ids must have the shape of the tokens"),
-    "places of nothing": ({"at": jnp.zeros((1, 0), jnp.int32)}, "at must be whole numbers"),
-    "places of floats": ({"at": jnp.ones((1, 1))}, "at must be whole numbers"),
-    "places of other rows": ({"at": jnp.ones((3, 1), jnp.int32)}, "at must name places in each of 1 rows"),
+    "places of nothing": ({"logit_positions": jnp.zeros((1, 0), jnp.int32)}, "logit_positions must be whole numbers"),
+    "places of floats": ({"logit_positions": jnp.ones((1, 1))}, "logit_positions must be whole numbers"),
+    "places of other rows": (
+        {"logit_positions": jnp.ones((3, 1), jnp.int32)},
+        "a row for each of 1 rows of tokens, not 3",
+    ),
 }
 
 
