@@ -100,7 +100,7 @@ def by_hand(kernel, x, targets, weights):
 TILES = [(3, 7, 1), (3, 7, 3), (3, 7, 7), (3, 7, 50), (1, 1, 1), (2, 1, 4), (1, 8, 2)]
 
 
-@pytest.mark.parametrize("B,K,tile", TILES)
+@pytest.mark.parametrize("B,K,chunk", TILES)
 def test_tiles_give_the_loss_and_its_gradient(B, K, chunk):
     kernel, x, targets, weights = drawn(B, K)
     loss = lambda x: 3 * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, chunk)
