@@ -63,6 +63,7 @@ def models(compare, stories, adapter):
     return StableLoraLM(stories, adapter, batch_size=8), compare.their_model(stories, adapter, 1)
 
 
+@pytest.mark.long
 def test_the_paper_s_sets_row_by_row(compare, stories, shared):
     lines = compare.compare(stories, shared("data"), dict.fromkeys(NAMES, 20))
     for line in lines:
@@ -70,6 +71,7 @@ def test_the_paper_s_sets_row_by_row(compare, stories, shared):
         assert 0 < line["largest"] < 2e-4
 
 
+@pytest.mark.long
 def test_generations(compare, stories, shared):
     (line,) = compare.compare(stories, shared("data"), {"gsm8k": 3}, batch_size=1)
     assert line["rows"] == 3 and line["different"] == []

@@ -59,6 +59,7 @@ def ran(output, *measurements, minutes=5.0, **more):
     return rows_of(output)
 
 
+@pytest.mark.long
 def test_every_row_of_the_list_runs(tmp_path):
     """Without torch, peft or tunix their rows say so; all others are done, and what must hold holds."""
     from bench.gpu.suite import suite
@@ -86,6 +87,7 @@ def test_every_row_of_the_list_runs(tmp_path):
     }
 
 
+@pytest.mark.long
 def test_without_torch_peft_and_datasets_the_rest_is_measured(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDDEN)
     peers = "train.qwen2-0.5b.peft-eager,train.qwen2-0.5b.peft-compile,train.llama3.2-1b.tunix"
@@ -103,6 +105,7 @@ def test_without_torch_peft_and_datasets_the_rest_is_measured(tmp_path):
     assert "- right.logits\n" in report.split("## What was not reached")[1]
 
 
+@pytest.mark.long
 def test_rows_that_are_spoilt_on_purpose_hinder_no_other(tmp_path):
     spoilt = ["serve.generation=crash", "serve.loading=hang", "train.qwen2-0.5b.adamw=memory"]
     flags = [word for text in spoilt for word in ("--spoil", text)]

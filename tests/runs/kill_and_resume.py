@@ -58,7 +58,8 @@ def command(directory: Path, optimizer: str, steps: int) -> list[str]:
 
 def environment(scratch: Path) -> dict[str, str]:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(scratch / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    two = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": two, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **flags, **cache}
 
 

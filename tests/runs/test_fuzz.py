@@ -48,7 +48,7 @@ VALUE = st.recursive(
 )
 
 
-@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.long)])
+@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.soak)])
 def drawn(request):
     """Run a check on drawn values: ``drawn(kind, check, strategy...)``."""
 

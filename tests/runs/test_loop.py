@@ -225,7 +225,7 @@ def test_a_directory_has_one_writer(whole, tmp_path):
     assert {path.name for path in (tmp_path / "r").iterdir()} == {".lock"}
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_two_thousand_steps_leak_nothing(tmp_path, monkeypatch):
     """Neither memory nor compilations grow, with evaluations, asynchronous checkpoints and a log."""
     compiled, seen, write = [], {}, log.RunLog.write_step

@@ -101,7 +101,7 @@ def test_without_dropout_there_is_one_more_program():
 
 @pytest.mark.parametrize(
     "name",
-    ["stable_lora", "lora_pro", *(pytest.param(name, marks=pytest.mark.long) for name in ("adamw", "lora_rite"))],
+    ["stable_lora", *(pytest.param(name, marks=pytest.mark.long) for name in ("adamw", "lora_pro", "lora_rite"))],
 )
 def test_one_compilation_gives_what_constants_give(name):
     """Learning rate, alphas, a pattern of them and dropout rates, traced; against steps with each as a constant."""
