@@ -110,7 +110,7 @@ def ready(work: Work, layout: Layout, params: Any = None) -> Ready:
     rows = work.batch // (layout.parts * work.accumulate)
     sizes: dict[str, Any] = {"rows": rows, "length": work.length, "dtype": model.dtype, "attention": model.attention}
     model = model.clone(remat=work.remat or choose_remat(model.config, params, adapters, **sizes))
-    run = RunConfig(lora=spec, optimizer=CONFIGS[work.optimizer](), schedule=Constant(), clip_norm=None)
+    run = RunConfig(lora=spec, optimizer=CONFIGS[work.optimizer](), schedule=Constant(), max_grad_norm=None)
     tx, trained = make_training(run, params, adapters)
     numbers = numbers_of(run, adapters)
     step = make_train_step(adapted(model, spec), tx, layout, trained=trained, accumulate=work.accumulate)

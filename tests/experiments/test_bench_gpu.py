@@ -46,7 +46,7 @@ def measurement(function, name=None, **more):
     from bench.gpu.suite import SERVING, Measurement
 
     given = {"seconds": 60.0, "arguments": {}, **more}
-    return Measurement(name or function, SERVING, f"tests.gpu_rows:{function}", **given)
+    return Measurement(name or function, SERVING, f"tests.experiments.gpu_rows:{function}", **given)
 
 
 def ran(output, *measurements, minutes=5.0, **more):
@@ -255,7 +255,7 @@ def test_retry_measures_what_failed_and_nothing_else(tmp_path, monkeypatch):
 def test_nothing_measured_on_a_cpu_counts_as_a_gpus(tmp_path, monkeypatch):
     from bench.gpu.child import answer
 
-    arguments = {"function": "tests.gpu_rows:on_a_cpu", "arguments": {}}
+    arguments = {"function": "tests.experiments.gpu_rows:on_a_cpu", "arguments": {}}
     assert answer(**arguments, gpu=False) == {"status": "done", "measured": {"device": "cpu"}}
     found = answer(**arguments, gpu=True)
     assert found["status"] == "failed" and "no GPU was seen" in found["why"]
