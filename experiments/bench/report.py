@@ -81,7 +81,7 @@ def format_versions(sides: dict[str, dict[str, Any]]) -> str:
     return ", ".join(f"{key} {value}" for key, value in found.items())
 
 
-def table(sides: dict[str, dict[str, Any]], whole: dict[str, Any]) -> str:
+def table(sides: dict[str, dict[str, Any]], combined: dict[str, Any]) -> str:
     """The sides as a Markdown table, followed by the ratios."""
     lines = ["| | tokens/s | step, ms (quartiles) | MFU | peak memory, MB | compile, s |", "| --- " * 6 + "|"]
     for name, side in sides.items():
@@ -96,7 +96,7 @@ def table(sides: dict[str, dict[str, Any]], whole: dict[str, Any]) -> str:
         share = "-" if mfu is None else f"{100 * mfu:.1f} %"
         row = (name, f"{side['tokens_per_second']:,.0f}", step, share, peak, f"{side['compile_seconds']:.1f}")
         lines.append(f"| {' | '.join(row)} |")
-    found = [format_ratios(name, peer) for name, peer in whole.get("peers", {}).items()]
+    found = [format_ratios(name, peer) for name, peer in combined.get("peers", {}).items()]
     return "\n\n".join(["\n".join(lines), *found])
 
 

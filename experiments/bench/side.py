@@ -3,7 +3,7 @@
 A worker creates its model, warms up, and sends its metadata. Each line of stdin is then a number of steps to time
 (after one untimed step); an empty line asks for its memory and ends it. Output of libraries goes to stderr.
 
-On a CPU, memory is the resident set of the process, measured three times: the peak of the whole process, imports and
+On a CPU, memory is the resident set of the process, measured three times: the peak of the process, imports and
 compilation included; the peak since the warm-up (Linux resets the counter on request); and the value before the model
 was created, since the sides import different packages.
 """

@@ -101,14 +101,14 @@ def bench(given: argparse.Namespace) -> None:
     found = measure_sides(names, work, given.steps, given.rounds, given.apart, interpreters)
     known = peak_flops(found[OURS]["device"]) if work.dtype == "bfloat16" else None
     sides = {name: summary(side, work, given.peak_flops or known) for name, side in found.items()}
-    whole = result(sides, work)
+    combined = result(sides, work)
     title = (
         f"{work.shape}, {work.batch} x {work.length} tokens, {work.documents} per row, r={work.rank} {given.target}, "
     )
-    title += f"loss on {work.loss_fraction:.0%}, {work.dtype}, {work.optimizer}; {whole['device']}"
-    title += f" as {whole['devices']} devices" if whole["devices"] > 1 else ""
+    title += f"loss on {work.loss_fraction:.0%}, {work.dtype}, {work.optimizer}; {combined['device']}"
+    title += f" as {combined['devices']} devices" if combined["devices"] > 1 else ""
     title += f"; {format_versions(sides)}"
-    text = f"{title}\n\n{table(sides, whole)}"
+    text = f"{title}\n\n{table(sides, combined)}"
     print(text, file=sys.stderr if given.json else sys.stdout)
     if given.json:
-        print(json.dumps(whole))
+        print(json.dumps(combined))
