@@ -60,7 +60,7 @@ def models(compare, stories, adapter):
     from stablelora_jax.evaluation.lm_eval import StableLoraLM
 
     pytest.importorskip("peft")
-    return StableLoraLM(stories, adapter, batch_size=8), compare.their_model(stories, adapter, 1)
+    return StableLoraLM(stories, adapter, batch_size=8), compare.harness_model(stories, adapter, 1)
 
 
 @pytest.mark.long
@@ -123,8 +123,8 @@ def test_generate_until(models):
 
 
 def test_a_task_of_the_harness_on_our_model(models, compare, shared):
-    rows, means = compare.their_rows(models[0], "arc_easy", shared("data"), 5)
-    theirs, expected = compare.their_rows(models[1], "arc_easy", shared("data"), 5)
+    rows, means = compare.harness_rows(models[0], "arc_easy", shared("data"), 5)
+    theirs, expected = compare.harness_rows(models[1], "arc_easy", shared("data"), 5)
     assert [row["acc_norm"] for row in rows] == [row["acc_norm"] for row in theirs]
     assert means["acc,none"] == expected["acc,none"]
 
