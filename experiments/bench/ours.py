@@ -30,7 +30,7 @@ from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.parallel import Layout, pmap_layout
 from stablelora_jax.quantization import is_linear, quantize
-from stablelora_jax.runs.build import make_training, make_hyperparams
+from stablelora_jax.runs.build import make_hyperparams, make_training
 from stablelora_jax.training.remat_policy import choose_remat
 from stablelora_jax.training.step import init_state, make_train_step
 from stablelora_jax.utils.tree import keys_of
@@ -81,7 +81,9 @@ def batch_of(work: Workload) -> Batch:
     """The batch; where only some tokens have a loss, with their positions, as the data loader provides them."""
     found = arrays(work)
     mask = found["loss_mask"]
-    return Batch(**found, loss_positions=None if work.loss_fraction == 1 else positions_of_mask(mask, int(mask.sum(1).max())))
+    return Batch(
+        **found, loss_positions=None if work.loss_fraction == 1 else positions_of_mask(mask, int(mask.sum(1).max()))
+    )
 
 
 def local_devices(work: Workload) -> list[jax.Device]:

@@ -53,9 +53,9 @@ LoglikelihoodFn = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
 def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]:
     """``(params, others, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``, the rows spread over all devices.
 
-    ``model`` is a ``Decoder``, or an adapted one; ``params`` are placed by ``layout.base_sharding``, ``others`` are all other
-    collections (``{"lora": adapters}`` or none), placed by ``layout.place_state``; every process passes all rows. Logits
-    exist for a chunk of the scored tokens at a time; one compilation for each (B, T, K). A token outside the
+    ``model`` is a ``Decoder``, or an adapted one; ``params`` are placed by ``layout.base_sharding``, ``others`` are all
+    other collections (``{"lora": adapters}`` or none), placed by ``layout.place_state``; every process passes all rows.
+    Logits exist for a chunk of the scored tokens at a time; one compilation for each (B, T, K). A token outside the
     vocabulary is an InputError.
     """
 
@@ -74,8 +74,8 @@ def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple
     def run(params: Any, others: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         require_known(rows.tokens, vocabulary)
         require_known(rows.targets, vocabulary)
-        answers: tuple[np.ndarray, np.ndarray] = layout.fetch(compiled(params, others, layout.split(rows)))
-        return answers
+        answers: Any = layout.fetch(compiled(params, others, layout.split(rows)))
+        return answers[0], answers[1]
 
     return run
 

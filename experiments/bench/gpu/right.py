@@ -25,7 +25,7 @@ from stablelora_jax.models.architecture import decoder_config
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout
 from stablelora_jax.quantization import FORMATS, dequantize, quantize
-from stablelora_jax.runs.build import make_training, make_hyperparams
+from stablelora_jax.runs.build import make_hyperparams, make_training
 
 FLOAT32_TOLERANCE, UPDATE_TOLERANCE = 1e-3, 1e-2  # relative: of float32 values; of the change of the adapters
 STEPS = 3
