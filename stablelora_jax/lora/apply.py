@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax.lora.contraction import contract
-from stablelora_jax.lora.full_parameters import apply_full_parameters, trained_parameters, unknown_full_parameters
+from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, kernel_axes, match_target_modules, require_leaves, to_matrix
+from stablelora_jax.lora.target_modules import as_dict, match_target_modules, require_leaves, to_matrix
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -80,8 +80,7 @@ class Adapted:
         off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
         laid = _lay(params, variables["lora"], variables.get("lora_hp"), targets, None if off else keys, self.spec)
         reads = dict.fromkeys(targets, 0)
-        axes = {path: kernel_axes(path, tree.get_in(params, path), self.spec)[1] for path in targets}
-        with nn.intercept_methods(_interceptor(self, axes, reads, keys)):
+        with nn.intercept_methods(_interceptor(self, targets, reads, keys)):
             out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
         unread = [path for path, count in reads.items() if not count]
         if unread and kwargs.get("method") is None:
@@ -95,9 +94,7 @@ class Adapted:
         self, params: dict[str, Any], adapters: Any, targets: Mapping[Path, TargetModule]
     ) -> dict[str, Any]:
         """``params`` with what is trained in full; an observer may have laid more beside the pairs."""
-        leaves = trained_parameters(params, self.spec)
-        if strange := unknown_full_parameters(adapters, leaves):
-            raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
+        leaves = match_trained_parameters(params, adapters, self.spec)
         if self.observe is None:
             require_leaves(targets, adapters, self.spec)
         return apply_full_parameters(params, adapters, leaves, cast=False)
@@ -127,7 +124,7 @@ def _lay(
     return params
 
 
-def _interceptor(model: Adapted, axes: Mapping[Path, tuple[int, ...]], reads: dict[Path, int], keys: Any) -> Any:
+def _interceptor(model: Adapted, targets: Mapping[Path, TargetModule], reads: dict[Path, int], keys: Any) -> Any:
     member = PARAMETRIZATIONS[model.spec.parametrization]
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -135,7 +132,7 @@ def _interceptor(model: Adapted, axes: Mapping[Path, tuple[int, ...]], reads: di
         path: Any = module.path if module.scope is not None else None
         mine = isinstance(module, LINEAR) if method == "__call__" else False
         mine = mine or (isinstance(module, nn.Embed) and method in ("__call__", "attend"))
-        if path not in axes or not mine:
+        if path not in targets or not mine:
             return next_fun(*args, **kwargs)
         before = reads[path]
         own = module.variables["params"]
@@ -146,14 +143,14 @@ def _interceptor(model: Adapted, axes: Mapping[Path, tuple[int, ...]], reads: di
         if reads[path] > before:  # a subclass that calls its parent: the innermost call has added the change
             return y
         reads[path] += 1
-        x = args[0] if args else kwargs["inputs"]
+        x, in_axes = args[0] if args else kwargs["inputs"], targets[path].in_axes
         if dropped := "lora_key" in own and not isinstance(module, nn.Embed):
             x = _dropout(
                 x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
             )
-        down = lambda a: contract(module, x, _kernel(own), a, axes[path], args[1:], kwargs)  # noqa: E731
+        down = lambda a: contract(module, x, _kernel(own), a, in_axes, args[1:], kwargs)  # noqa: E731
         with jax.named_scope(SCOPE):
-            y = _changed(member, module, y, own, axes[path], down, dropped)
+            y = _changed(member, module, y, own, in_axes, down, dropped)
         return y if model.observe is None else model.observe(y, own, lambda a: down(a)[0])
 
     return intercept

@@ -64,6 +64,18 @@ def trained_parameters(params: Any, spec: LoraSpec) -> dict[Path, TrainedParamet
     return {leaf.path: leaf for leaf in leaves if leaf.chosen}
 
 
+def match_trained_parameters(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, TrainedParameter]:
+    """:func:`trained_parameters`, beside which ``adapters`` hold nothing that is trained in full.
+
+    Raises:
+      InputError: they do; as :func:`trained_parameters` besides.
+    """
+    leaves = trained_parameters(params, spec)
+    if unknown := unknown_full_parameters(adapters, leaves):
+        raise InputError(f"{'.'.join(unknown[0])} is trained in full, but the spec does not say so")
+    return leaves
+
+
 def init_trained_parameter(params: Any, leaf: TrainedParameter, dtype: DTypeLike) -> jax.Array:
     """The base's own values at ``leaf``, as its training starts."""
     value = tree.get_in(params, leaf.path)

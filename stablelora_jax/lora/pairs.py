@@ -40,6 +40,7 @@ class TargetModule(NamedTuple):
     scales: tuple[float, ...]  # likewise
     size: tuple[int, int]  # (in, out) with all contracted and all other kernel axes flattened
     leaf: str = "kernel"  # the parameter that the pair changes: "kernel", or "embedding" (vocabulary, features)
+    in_axes: tuple[int, ...] = (0,)  # that the kernel contracts, after the stack; adapters alone do not tell
 
     @property
     def rank(self) -> int:
@@ -71,7 +72,12 @@ def pairs(adapters: Any) -> dict[Path, Mapping[str, Any]]:
 
 
 def make_target_module(
-    path: Path, stack: tuple[int, ...], size: tuple[int, int], spec: LoraSpec, leaf: str = "kernel"
+    path: Path,
+    stack: tuple[int, ...],
+    size: tuple[int, int],
+    spec: LoraSpec,
+    leaf: str = "kernel",
+    in_axes: tuple[int, ...] = (0,),
 ) -> TargetModule:
     """The target module at ``path`` under ``spec``; its ranks are all 0 where nothing is selected.
 
@@ -83,14 +89,30 @@ def make_target_module(
     ]
     ranks = tuple(spec.rank_of(n) if c else 0 for n, c in zip(names, chosen, strict=True))
     scales = tuple(spec.scale_of(n) if c else 0.0 for n, c in zip(names, chosen, strict=True))
-    return TargetModule(path, names, stack, ranks, scales, size, leaf)
+    return TargetModule(path, names, stack, ranks, scales, size, leaf, in_axes)
 
 
 def adapter_target_modules(adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
-    """The target modules of existing ``adapters``.
+    """The target modules of existing ``adapters``, where the base is not at hand.
 
     Raises:
       InputError: there are no pairs, or a pair does not have the shape that ``spec`` gives it.
+    """
+    found = {}
+    for path, (stack, rank, size) in pair_shapes(adapters).items():
+        target = make_target_module(path, stack, size, spec)
+        if not target.rank:
+            raise InputError(f"there are adapters at {'.'.join(path)}, which the spec does not select")
+        require_rank(target, rank)
+        found[path] = target
+    return found
+
+
+def pair_shapes(adapters: Any) -> dict[Path, tuple[tuple[int, ...], int, tuple[int, int]]]:
+    """``(stack axes, rank, (in, out))`` of every pair by path.
+
+    Raises:
+      InputError: there are no pairs, or two factors make none.
     """
     found = {}
     for path, pair in pairs(adapters).items():
@@ -99,12 +121,17 @@ def adapter_target_modules(adapters: Any, spec: LoraSpec) -> dict[Path, TargetMo
             raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} do not make a pair (in, r) and (r, out)")
         if 0 in (*a, *b):
             raise InputError(f"{'.'.join(path)}: lora_a {a} and lora_b {b} hold nothing: make them with init_adapters")
-        target = make_target_module(path, a[:-2], (a[-2], b[-1]), spec)
-        if not target.rank:
-            raise InputError(f"there are adapters at {'.'.join(path)}, which the spec does not select")
-        if target.rank != a[-1]:
-            raise InputError(f"{'.'.join(path)}: adapters have rank {a[-1]}, the spec says {target.rank}")
-        found[path] = target
+        found[path] = (a[:-2], a[-1], (a[-2], b[-1]))
     if not found:
         raise InputError("the adapter tree holds no pair (no dict with both lora_a and lora_b)")
     return found
+
+
+def require_rank(target: TargetModule, rank: int) -> None:
+    """Check that adapters at ``target`` have the rank of the spec.
+
+    Raises:
+      InputError: they have another.
+    """
+    if target.rank != rank:
+        raise InputError(f"{'.'.join(target.path)}: adapters have rank {rank}, the spec says {target.rank}")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
-from stablelora_jax.lora.pairs import FULL, TargetModule, adapter_target_modules, make_target_module
+from stablelora_jax.lora.pairs import FULL, TargetModule, make_target_module, pair_shapes, require_rank
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec, items, shown
 from stablelora_jax.quantization import dequantize_tree
@@ -48,19 +48,23 @@ def match_target_modules(params: Any, adapters: Any, spec: LoraSpec) -> dict[Pat
     Raises:
       InputError: adapters at a path that the model or the spec does not have, missing ones, or ones of another shape.
     """
-    wanted, found = find_target_modules(params, spec), adapter_target_modules(adapters, spec)
-    for path in found:
+    wanted, found = find_target_modules(params, spec), pair_shapes(adapters)
+    for path, (stack, rank, size) in found.items():
         if path not in wanted:
+            if not make_target_module(path, stack, size, spec).rank:
+                raise InputError(f"there are adapters at {'.'.join(path)}, which the spec does not select")
             raise InputError(f"adapters at {'.'.join(path)}, but the model has no kernel there that the spec selects")
+        require_rank(wanted[path], rank)
     for path, target in wanted.items():
         if path not in found:
             raise InputError(
                 f"{'.'.join(path)} is selected by the spec but has no adapters; make them with init_adapters"
             )
-        if (target.stack, target.size) != (found[path].stack, found[path].size):
+        stack, _, size = found[path]
+        if (target.stack, target.size) != (stack, size):
             raise InputError(
                 f"{'.'.join(path)}: the kernel is {target.stack + target.size}, "
-                f"the adapters are made for {found[path].stack + found[path].size}"
+                f"the adapters are made for {stack + size}"
             )
     return wanted
 
@@ -151,7 +155,7 @@ def _target(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> TargetModu
     shape = module[leaf].shape
     rows = math.prod(shape[depth + axis] for axis in in_axes)
     columns = math.prod(size for axis, size in enumerate(shape[depth:]) if axis not in in_axes)
-    target = make_target_module(path, shape[:depth], (rows, columns), spec, leaf)
+    target = make_target_module(path, shape[:depth], (rows, columns), spec, leaf, in_axes)
     if target.rank and not rows * columns:
         raise InputError(
             f"{'.'.join(path)}: a kernel of shape {shape} holds nothing to adapt: leave it out of target_modules"

@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from stablelora_jax.lora.full_parameters import (
     apply_full_parameters,
     init_trained_parameter,
+    match_trained_parameters,
     trained_parameters,
-    unknown_full_parameters,
 )
 from stablelora_jax.lora.initializers import INITIALIZERS, embedding
 from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
@@ -30,7 +30,6 @@ from stablelora_jax.lora.target_modules import (
     extra_leaves,
     find_target_modules,
     from_matrix,
-    kernel_axes,
     match_target_modules,
     require_leaves,
     to_matrix,
@@ -101,9 +100,7 @@ def merge(
       InputError: adapters that do not fit the parameters or the spec; a kernel that is not finite (``safe``).
     """
     params = as_dict(params)
-    leaves = trained_parameters(params, spec)
-    if strange := unknown_full_parameters(adapters, leaves):
-        raise InputError(f"{'.'.join(strange[0])} is trained in full, but the spec does not say so")
+    leaves = match_trained_parameters(params, adapters, spec)
     return _fold(apply_full_parameters(params, adapters, leaves, cast=True), adapters, spec, +1.0, safe)
 
 
@@ -169,7 +166,7 @@ def _init_extra(params: Any, pair: dict[str, jax.Array], target: TargetModule, s
         raise InputError(
             f"{spec.parametrization} starts from the values of {'.'.join(target.path)}, not only its shape"
         )
-    matrix = to_matrix(module[target.leaf], *kernel_axes(target.path, module, spec))
+    matrix = to_matrix(module[target.leaf], len(target.stack), target.in_axes)
     made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, target.scale())
     used = np.array(target.ranks).reshape(target.stack) > 0
     return {
@@ -184,7 +181,7 @@ def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -
     require_leaves(targets, adapters, spec)
     for path, target in targets.items():
         module, pair = tree.get_in(params, path), tree.get_in(adapters, path)
-        depth, in_axes = kernel_axes(path, module, spec)
+        depth, in_axes = len(target.stack), target.in_axes
         matrix = to_matrix(module[target.leaf], depth, in_axes)
         merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * target.scale())
         if safe:

@@ -44,7 +44,6 @@ from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import extra_leaves, match_target_modules
 from stablelora_jax.optimizers.batched_pairs import PairwiseState
 from stablelora_jax.optimizers.stable_lora import OFF, ON, ShrinkUntilStableState
-from stablelora_jax.optimizers.stiefel_lora import StiefelState
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -107,7 +106,7 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransfo
     from the start where A is frozen.
 
     Raises:
-      InputError: in ``init``, Stiefel-LoRA with one factor of a pair frozen alone.
+      InputError: in ``init``, one factor of a pair frozen alone for an optimizer that moves both (Stiefel-LoRA).
     """
     if not any(one.any() for one in jax.tree.leaves(mask)):
         return tx
@@ -143,14 +142,17 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransfo
 
 
 def _require_whole_pairs(state: Any, mask: Any) -> None:
-    """Refuse Stiefel-LoRA's state at a pair of which one factor is frozen alone."""
+    """Refuse a state with ``moves_both``, the name of its optimizer, at a pair of which one factor is frozen alone."""
+    moves_both = lambda node: hasattr(node, "moves_both")  # noqa: E731
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PairwiseState))
     for pairs in (node.pairs for node in nodes if isinstance(node, PairwiseState)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(pairs, is_leaf=lambda n: isinstance(n, StiefelState)):
-            pair: Any = tree.get_in(mask, tree.keys_of(path)) if isinstance(leaf, StiefelState) else None
+        for path, leaf in jax.tree_util.tree_leaves_with_path(pairs, is_leaf=moves_both):
+            pair: Any = tree.get_in(mask, tree.keys_of(path)) if moves_both(leaf) else None
             if is_pair(pair) and (pair["lora_a"] != pair["lora_b"]).any():
                 name = ".".join(tree.keys_of(path))
-                raise InputError(f"freeze: stiefel_lora moves both factors of {name} at once: freeze both or neither")
+                raise InputError(
+                    f"freeze: {leaf.moves_both} moves both factors of {name} at once: freeze both or neither"
+                )
 
 
 def _freezes(patterns: Sequence[str], name: str) -> bool:

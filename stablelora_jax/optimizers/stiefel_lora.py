@@ -34,6 +34,11 @@ class StiefelState(NamedTuple):
     mu: Pair  # first moments of A and B
     nu: jax.Array  # second moment of A (..., n, r)
 
+    @property
+    def moves_both(self) -> str:
+        """Read by ``freeze``, which refuses to freeze one factor alone: the optimizer that moves both at once."""
+        return "stiefel_lora"
+
 
 def stiefel_lora(
     learning_rate: optax.ScalarOrSchedule,

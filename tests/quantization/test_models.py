@@ -115,7 +115,7 @@ def test_quantised_kernels_can_be_trained_in_full(kind, layers):
     names = ["o_proj"] if layers is None else [f"layers.{i}.self_attn.o_proj" for i in layers]
     spec = LoraSpec(rank=2, target_modules=["q_proj"], modules_to_save=names)
     adapters = init_adapters(jax.random.key(0), params, spec)
-    own = adapters["model"]["layers"]["self_attn"]["o_proj"]["full"]["kernel"]
+    own = adapters["model"]["layers"]["self_attn"]["o_proj"]["lora_full"]["kernel"]
     kernel = dequantize_tree(params["model"]["layers"]["self_attn"]["o_proj"]["kernel"])
     np.testing.assert_allclose(own, kernel if layers is None else kernel[np.array(layers)], rtol=1e-6)
     step, x, numbers = jit(jax.value_and_grad(loss_of(model, spec))), tokens(), lora_hyperparams(spec, adapters)
