@@ -76,8 +76,9 @@ def encode(weight: Float[Array, "*stack out in_"], dtype: DTypeLike) -> NF4:
 
     Example::
 
-        >>> decode(encode(jnp.array([[1.0, -0.7, 0.1]]), jnp.float32)).round(3)
-        Array([[ 1.   , -0.696,  0.08 ]], dtype=float32)
+        >>> leaf = encode(jnp.array([[1.0, -0.7, 0.1]]), jnp.float32)
+        >>> leaf.packed  # levels 15 and 1, then 8 and a spare 7
+        Array([241, 135], dtype=uint8)
     """
     *stack, rows, columns = weight.shape
     blocks, absmax = _blocks(jnp.asarray(weight, jnp.float32).reshape(*stack, -1), BLOCK)
