@@ -82,14 +82,17 @@ class Layout:
         """Parameters, or any tree that no compiled function changes, placed by :attr:`base_sharding`."""
 
         def place(path: Any, x: Any) -> jax.Array:
-            return jax.device_put(x, self.base_sharding(keys_of(path), jnp.shape(x)))
+            placed: jax.Array = jax.device_put(x, self.base_sharding(keys_of(path), jnp.shape(x)))
+            return placed
 
-        return jax.tree_util.tree_map_with_path(place, params)
+        placed_params: T = jax.tree_util.tree_map_with_path(place, params)
+        return placed_params
 
     def split(self, tree: T) -> T:
         """Host arrays (B, ...) that every process holds whole, split by row."""
         leaves = jax.tree.leaves(tree)
-        return self.place_rows(lambda part: jax.tree.map(lambda x: x[part], tree), len(leaves[0]))
+        rows: T = self.place_rows(lambda part: jax.tree.map(lambda x: x[part], tree), len(leaves[0]))
+        return rows
 
     def require_rows(self, rows: int, accumulate: int = 1) -> None:
         """Check that so many rows can be cut into parts and micro-batches.
@@ -134,4 +137,5 @@ def to_host(tree: T) -> T:
 
         return np.asarray(process_allgather(x, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    host: T = jax.tree.map(whole, tree)
+    return host

@@ -62,7 +62,8 @@ def chunked_cross_entropy(
       weights: 0 where nothing is to be predicted, whatever the target is. Not differentiated.
       chunk: tokens of a row whose logits exist at a time, see :func:`chunk_length`.
     """
-    return _loss_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=False)[0]
+    loss: jax.Array = _loss_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=False)[0]
+    return loss
 
 
 def _forward(
@@ -105,7 +106,8 @@ def token_scores(
         return _log_probs(z, targets), jnp.argmax(z, axis=-1) == targets
 
     scores = jax.lax.map(score, (split_chunks(x, chunk), split_chunks(targets, chunk)))
-    return jax.tree.map(lambda x: join_chunks(x, targets.shape[1]), scores)
+    joined: tuple[jax.Array, jax.Array] = jax.tree.map(lambda x: join_chunks(x, targets.shape[1]), scores)
+    return joined
 
 
 def chunk_length(rows: int, length: int, vocabulary: int, whole: int | None = None) -> int:

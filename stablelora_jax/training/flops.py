@@ -58,7 +58,8 @@ def flops_per_token(config: Any, lora: int, length: float, *, loss_fraction: flo
     attention = 2 * heads + 2 * config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (attention + 3 * config.intermediate_size)
     base = config.num_hidden_layers * layer + loss_fraction * config.vocab_size * config.hidden_size
-    return 4 * base + 6 * lora - 2 * frozen + 6 * config.num_hidden_layers * length * heads
+    flops: float = 4 * base + 6 * lora - 2 * frozen + 6 * config.num_hidden_layers * length * heads
+    return flops
 
 
 def dots(jaxpr: ClosedJaxpr | Jaxpr) -> int:
@@ -85,14 +86,16 @@ def _dots_of(equation: Any) -> int:
     if name == "cond":
         return max(inner)
     times = {"scan": lambda: params["length"], "shard_map": lambda: math.prod(params["mesh"].shape.values())}
-    return times.get(name, lambda: 1)() * sum(inner)
+    total: int = times.get(name, lambda: 1)() * sum(inner)
+    return total
 
 
 def _product(equation: Any) -> int:
     """Two for each entry of the result and of the contracted axes."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    flops: int = 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    return flops
 
 
 def _inside(params: Any) -> list[Any]:

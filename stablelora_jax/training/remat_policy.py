@@ -98,6 +98,7 @@ def _bytes(tree: Any) -> int:
     def size(x: Any) -> int:
         split = getattr(x, "sharding", None)
         shape = split.shard_shape(x.shape) if split is not None else x.shape
-        return int(jnp.dtype(x.dtype).itemsize) * math.prod(shape)
+        size_bytes: int = int(jnp.dtype(x.dtype).itemsize) * math.prod(shape)
+        return size_bytes
 
     return sum(size(x) for x in jax.tree.leaves(tree))

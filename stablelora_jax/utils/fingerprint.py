@@ -82,7 +82,8 @@ def _sums(x: jax.Array, rounded: bool = False) -> tuple[jax.Array, jax.Array]:
     both = lambda p, q: (p[0] + q[0], p[1] + q[1])  # noqa: E731
     start = (jnp.uint32(0), jnp.uint32(0))
     # one reduction for both sums: XLA on CPU fuses all before it into that, but into neither of two
-    return jax.lax.reduce(mixed, start, both, tuple(range(words.ndim)))
+    sums: tuple[jax.Array, jax.Array] = jax.lax.reduce(mixed, start, both, tuple(range(words.ndim)))
+    return sums
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -330,7 +330,7 @@ def test_the_schedule_warms_up_and_ends_at_zero():
         (dict(data=DataConfig(chat_template=True)), "has no chat template"),
         (dict(data=DataConfig(truncate="error"), max_length=16), "more than max_length=16: raise max_length"),
         (dict(stability_every=0), "stability_every must be at least 1"),
-        (dict(lora=LoraSpec(target_modules=["q_prj"])), "target 'q_prj' matches no module"),
+        (dict(lora=LoraSpec(target_modules=["q_prj"])), "target_modules 'q_prj' matches no module"),
     ],
 )
 def test_unusable_input_is_refused_before_training(tmp_path, change, message):

@@ -102,7 +102,7 @@ CHUNKS = [(3, 7, 1), (3, 7, 3), (3, 7, 7), (3, 7, 50), (1, 1, 1), (2, 1, 4), (1,
 
 @pytest.mark.parametrize("B,K,chunk", CHUNKS)
 def test_chunks_give_the_loss_and_its_gradient(B, K, chunk):
-    kernel, x, targets, weights = drawn(B, K)
+    kernel, x, targets, weights = map(jnp.asarray, drawn(B, K))
     loss = lambda x: 3 * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, chunk)
     value, gradient = jit(jax.value_and_grad(loss))(x)
     expected, _, dx = by_hand(kernel, x, targets, weights)
