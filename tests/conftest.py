@@ -21,7 +21,12 @@ if OWN_CACHE:  # of the first process; workers and scripts that tests start inhe
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+SHAPED: list[str] = []  # modules of the package whose annotated shapes are checked at each call, in tests only
+if SHAPED:
+    jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("test_laws", "test_processes", "test_kill", "test_step", "test_bad_runs", "test_main_job", "test_layouts")
@@ -35,10 +40,12 @@ def pytest_addoption(parser):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests stay on one worker, which builds its fixtures and compiles its programs once."""
-    from xdist.scheduler import LoadFileScheduling, LoadScheduling
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False  # in the order of pytest_collection_modifyitems
-    return {"load": LoadFileScheduling}.get(config.option.dist, LoadScheduling)(config, log)
+    return LoadFileScheduling(config, log)
 
 
 def pytest_unconfigure():

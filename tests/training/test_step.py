@@ -275,13 +275,13 @@ def test_the_loss_of_a_base_without_adapters():
 EVERY = LoraSpec(target_modules="all-linear", rank=2)
 HALVES = {
     "lora": (EVERY, {}),
-    "blocks": (EVERY, {"attention": "blocks"}),
-    "nothing kept": (EVERY, {"remat": "nothing", "attention": "blocks"}),
+    "blocks": (EVERY, {"attention": "blockwise"}),
+    "nothing kept": (EVERY, {"remat": "nothing", "attention": "blockwise"}),
     "packed": (EVERY, {"segments": 2}),
     "dora": (replace(EVERY, parametrization="dora"), {}),
     "head": (LoraSpec(target_modules=["lm_head", "v_proj"], rank=2, modules_to_save=["embed_tokens"]), {}),
     "nf4": (EVERY, {}),
-    "int8": (EVERY, {"attention": "blocks"}),
+    "int8": (EVERY, {"attention": "blockwise"}),
 }
 
 
