@@ -74,7 +74,8 @@ def load(
         if not equals or not key.strip():
             _fail(text, "", "an override is KEY=VALUE, such as seed=3")
         layers.append(_Layer(text, tuple(key.strip().split(".")), _parse(value, text), is_file=False))
-    return _section(cls, layers, "", MISSING)
+    made: T = _section(cls, layers, "", MISSING)
+    return made
 
 
 def coerced(config: Any) -> None:

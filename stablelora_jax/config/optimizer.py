@@ -116,7 +116,7 @@ def _make(name: str, function: Callable[..., Any]) -> type:
     text = inspect.getdoc(function) or ""
     title = text.split("\n")[0].replace("``", "").rstrip(".")
     names = (name, *(alias for alias, meant in ALIASES.items() if meant == name))
-    fields: list[Any] = [("name", Literal[names], option(name, title))]  # type: ignore[valid-type]
+    fields: list[Any] = [("name", Literal[names], option(name, title))]
     hints = get_type_hints(function)
     for key, parameter in inspect.signature(function).parameters.items():
         if key not in NOT_IN_A_FILE:

@@ -113,9 +113,9 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    ).input_ids
+    how = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    ids: list[list[int]] = tokenizer(texts, verbose=False, **how).input_ids
+    return ids
 
 
 def _agreement(given: list[int], whole: list[int]) -> int:

@@ -180,7 +180,7 @@ def _matching_bias(bias: str, params: Mapping[str, Any], dropped: list[str]) -> 
 
 def _flat(params: Mapping[str, Any]) -> dict[tree.Path, Any]:
     """The leaves of ``params`` by path; a quantised kernel is one leaf."""
-    return flatten_dict(params)  # type: ignore[no-untyped-call,no-any-return]
+    return flatten_dict(params)  # type: ignore[no-any-return]
 
 
 def _names(params: Mapping[str, Any]) -> list[str]:

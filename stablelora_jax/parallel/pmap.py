@@ -70,7 +70,7 @@ def _rows(known: Devices, read: Callable[[slice], Any], count: int) -> Any:
 
 def _abstract(known: Devices, tree: Any, takes: Takes) -> Any:
     n, place = known.own.size, known.whole if takes == "base" else known.split
-    shapes = {
+    shapes: dict[str, Callable[[Any], tuple[int, ...]]] = {
         "base": lambda x: x.shape,
         "state": lambda x: (n, *x.shape),
         "rows": lambda x: (n, x.shape[0] // len(known.every), *x.shape[1:]),
@@ -82,4 +82,6 @@ def _compiled(
     known: Devices, function: Callable[..., Any], takes: Sequence[Takes], donate: Sequence[int] = ()
 ) -> Callable[..., Any]:
     axes = tuple(None if one == "base" else 0 for one in takes)
-    return jax.pmap(function, axis_name=AXIS, in_axes=axes, donate_argnums=tuple(donate), devices=known.every)
+    given: Any = {"in_axes": axes, "donate_argnums": tuple(donate), "devices": known.every}
+    compiled: Callable[..., Any] = jax.pmap(function, axis_name=AXIS, **given)
+    return compiled

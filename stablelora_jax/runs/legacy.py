@@ -44,7 +44,8 @@ def restore(
     saved = checkpoint.read_metadata(checkpoints, step).get("run")
     renamed = config.with_new_names(RunConfig, saved)
     if renamed == saved:
-        return checkpoint.restore(checkpoints, like, step=step, metadata=metadata, accept_changes=accept_changes)
+        found = checkpoint.restore(checkpoints, like, step=step, metadata=metadata, accept_changes=accept_changes)
+        return TrainState(*found)
     metadata = {**metadata, "run": saved} if renamed == metadata["run"] else metadata
     old = OldTrainState(*_with_old_keys(tuple(like)))
     found = checkpoint.restore(checkpoints, old, step=step, metadata=metadata, accept_changes=accept_changes)

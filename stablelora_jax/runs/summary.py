@@ -39,7 +39,8 @@ def summarize(config: RunConfig, log: RunLog, steps: int, adapter_step: int, sec
         "processes": jax.process_count(),
         "jax": jax.__version__,
     }
-    return plain(summary)
+    made: dict[str, Any] = plain(summary)
+    return made
 
 
 def summary_lines(

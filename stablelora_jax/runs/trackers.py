@@ -191,7 +191,7 @@ def _new_mlflow_run(client: Any, directory: Path) -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
     experiment = client.get_experiment_by_name(name)
     number = experiment.experiment_id if experiment else client.create_experiment(name)
-    run_id = client.create_run(number, run_name=directory.name).info.run_id
+    run_id: str = client.create_run(number, run_name=directory.name).info.run_id
     _remember(directory, "mlflow", run_id)
     params = [Param(key, str(value)[:500]) for key, value in settings(directory).items()]
     for first in range(0, len(params), 100):  # the service takes no more at once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,7 @@ def summed_loss(
     def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
         variables, drops = frozen
         variables = {**variables, "lora": set_in(variables["lora"], path, head)} if head else variables
-        apply = partial(model.apply, variables, method="logits")
+        apply: Callable[..., jax.Array] = partial(model.apply, variables, method="logits")
         if drops is None:
             return apply(x)
         keys, at = drops

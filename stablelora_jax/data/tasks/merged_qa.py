@@ -39,4 +39,5 @@ def part_questions(name: str, split: str, path: str | None) -> list[Question]:
     if name in arc.HUB:
         return arc.questions(name, split, path)
     module = {"hellaswag": hellaswag, "social_i_qa": social_i_qa, "openbookqa": openbookqa}[name]
-    return module.questions(split, path)
+    found: list[Question] = module.questions(split, path)
+    return found

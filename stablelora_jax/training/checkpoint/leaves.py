@@ -39,14 +39,18 @@ def form(leaf: Any) -> tuple[list[int], str]:
     return list(np.shape(leaf)), str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
 
 
+def _is_split(x: Any) -> bool:
+    """Whether it is an array of which each process holds only a part."""
+    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+
+
 def fetched(named: Mapping[str, Any]) -> dict[str, Any]:
     """Each leaf on the host if this process holds it whole; only arrays sharded over processes stay as they are."""
     data = {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in named.items()}
-    apart = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)  # noqa: E731
     for leaf in data.values():
-        if isinstance(leaf, jax.Array) and not apart(leaf):
+        if isinstance(leaf, jax.Array) and not _is_split(leaf):
             leaf.copy_to_host_async()
-    data = {name: leaf if apart(leaf) else np.asarray(leaf) for name, leaf in data.items()}
+    data = {name: leaf if _is_split(leaf) else np.asarray(leaf) for name, leaf in data.items()}
     if odd := [name for name, leaf in data.items() if leaf.dtype.kind in "OSUMm"]:
         raise InputError(f"{odd[0]} of the state is no array of numbers")
     return data

@@ -27,8 +27,9 @@ def latest(where: Where) -> int | None:
 
 def steps(where: Where) -> list[int]:
     """All steps of ours on the disk, rising; one that is being written, or was left half-written, is not there."""
-    complete = lambda p: "://" not in str(p) or (p / "commit_success.txt").exists()  # noqa: E731  (buckets rename not)
-    return sorted(step for step, p in _entries(where).items() if kind_of(p) == "whole" and complete(p))
+    whole = {step: p for step, p in _entries(where).items() if kind_of(p) == "whole"}
+    in_bucket = {step for step, p in whole.items() if "://" in str(p)}  # buckets have no rename, but a marker file
+    return sorted(s for s, p in whole.items() if s not in in_bucket or (p / "commit_success.txt").exists())
 
 
 def require_undamaged(where: Where) -> None:
@@ -157,8 +158,8 @@ def _read(path: Any, step: int, state: Any, record: Record) -> dict[str, Any]:
     if problem is not None:
         raise _damaged(path, step, f"state: {problem[:120]}")
     values = iter(jax.tree.leaves(tree))
-    empty = lambda name: np.zeros(np.shape(named[name]), named[name].dtype)  # noqa: E731  (Orbax keeps none)
-    return {name: empty(name) if like is None else next(values) for name, like in asked.items()}
+    empty = {name: np.zeros(np.shape(named[name]), named[name].dtype) for name, like in asked.items() if like is None}
+    return {name: empty[name] if name in empty else next(values) for name in asked}  # Orbax stores no empty arrays
 
 
 def _damaged(path: Any, step: int, reason: str) -> InputError:

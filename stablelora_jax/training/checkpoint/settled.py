@@ -43,14 +43,14 @@ def _handlers() -> Any:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    class SettledNumpyHandler(ocp.type_handlers.NumpyHandler):
+    class SettledNumpyHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
         async def _background_serialize(self, *args: Any, **kwargs: Any) -> None:
             await settled(super()._background_serialize(*args, **kwargs))
 
     own = (np.ndarray, SettledNumpyHandler()), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
     types = ocp.type_handlers.create_type_handler_registry(*own)
 
-    class SettledTreeHandler(ocp.BasePyTreeCheckpointHandler):
+    class SettledTreeHandler(ocp.BasePyTreeCheckpointHandler):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(type_handler_registry=types)
 
