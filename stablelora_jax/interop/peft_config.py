@@ -10,6 +10,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
+from stablelora_jax.lora.names import hits, layer_number, matches, module_names, stack_depth, suffixes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec, shown
 from stablelora_jax.lora.target_modules import find_target_modules
@@ -152,12 +153,12 @@ def _refuse(raw: Mapping[str, Any]) -> None:
 
 def _live(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -> Any:
     if isinstance(patterns, str):
-        dead = key == "exclude_modules" and not any(tree.matches(patterns, name) for name in modules)
+        dead = key == "exclude_modules" and not any(matches(patterns, name) for name in modules)
         dropped += [f"{key} {patterns!r:.80}"] * dead
         return () if dead else patterns
     if not isinstance(patterns, Mapping | list | tuple) or not all(isinstance(p, str) for p in patterns):
         raise InputError(f"{key} must be names, not {patterns!r:.60}")
-    there = tree.hits(patterns, modules) if key.endswith("pattern") else tree.suffixes(modules) & set(patterns)
+    there = hits(patterns, modules) if key.endswith("pattern") else suffixes(modules) & set(patterns)
     dropped += [f"{key} {p!r:.80}" for p in patterns if p not in there]
     alive = [p for p in patterns if p in there]
     return {p: patterns[p] for p in alive} if isinstance(patterns, Mapping) else alive
@@ -167,7 +168,7 @@ def _live_layers(layers: Any, modules: Sequence[str], dropped: list[str]) -> Any
     if layers is None or layers == []:
         return None
     layers = layers if isinstance(layers, list) else [layers]
-    there = {tree.layer_number(name, ("layers",)) for name in modules}
+    there = {layer_number(name, ("layers",)) for name in modules}
     dropped += [
         f"layers_to_transform {shown(layer)}" for layer in layers if isinstance(layer, int) and layer not in there
     ]
@@ -187,8 +188,8 @@ def _names(params: Any) -> list[str]:
     paths = {path[:-1]: leaf.shape for path, leaf in flatten_dict(params).items()}
     names: dict[str, None] = {}
     for path, shape in sorted(paths.items()):
-        depth = tree.stack_depth(path, ("layers",))
-        for name in tree.names(path, shape[:depth], ("layers",)):
+        depth = stack_depth(path, ("layers",))
+        for name in module_names(path, shape[:depth], ("layers",)):
             parts = name.split(".")
             names |= dict.fromkeys(".".join(parts[: i + 1]) for i in range(len(parts)))
     return list(names)
@@ -201,8 +202,8 @@ def _to_saved(spec: LoraSpec, params: Any) -> list[str] | None:
     names = _names(params)
     stacks = {name for name in names if any(n.removeprefix(f"{name}.").isdigit() for n in names)}  # PEFT takes none
     layers = {name: name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in stacks}
-    ours = [n for n in names if n not in stacks and tree.matches(spec.modules_to_save, n)]
-    ours += [n for n, stack in layers.items() if tree.matches(spec.modules_to_save, stack)]
+    ours = [n for n in names if n not in stacks and matches(spec.modules_to_save, n)]
+    ours += [n for n, stack in layers.items() if matches(spec.modules_to_save, stack)]
     theirs = [name for name in names if name.endswith(spec.modules_to_save)]
     return list(spec.modules_to_save) if ours == theirs else ours
 
@@ -216,7 +217,7 @@ def _from_saved(entries: Any, params: Any, dropped: list[str]) -> tuple[str, ...
     there = set(alive)
     dropped += [f"modules_to_save {entry!r:.80}" for entry in dict.fromkeys(entries) if entry not in there]
     theirs = [name for name in names if alive and name.endswith(alive)]
-    ours = [name for name in names if tree.matches(alive, name)]
+    ours = [name for name in names if matches(alive, name)]
     return alive if ours == theirs else tuple(theirs)
 
 
