@@ -1,4 +1,4 @@
-"""``python experiments/bench.py train|curves|optimizers|gpu ...``: see ``experiments/bench/``."""
+"""Benchmarks: ``python experiments/bench.py train|curves|optimizers|gpu ...``; see ``experiments/bench/``."""
 
 import sys
 

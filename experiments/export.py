@@ -1,4 +1,4 @@
-"""Write a trained adapter for another program: ``python experiments/export.py RUN --to peft|vllm|gguf|merged``."""
+"""Export a trained adapter: ``python experiments/export.py RUN --to peft|vllm|gguf|merged``."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from stablelora_jax.runs.cli import exit_code
 
 
 def main() -> int:
-    """Parse the command line, export, and turn unusable input into one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Write a trained adapter for another program.")
+    """Parse the command line and export; returns the exit code, after a one-line error message if it is not 0."""
+    parser = argparse.ArgumentParser(description="Export a trained adapter in the format of another program.")
     parser.add_argument("run", metavar="RUN", help="run directory of experiments/train.py, or a PEFT adapter")
-    parser.add_argument("--to", required=True, choices=KINDS, help="merged: a whole model; gguf: for llama.cpp")
-    parser.add_argument("--output", metavar="PATH", help="where to; RUN/export/KIND unless given; must not exist")
-    parser.add_argument("--base", metavar="MODEL", help="the base, if RUN does not name it: directory, .gguf, hub id")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a merged model; the run's unless given")
-    parser.add_argument("--untie", action="store_true", help="for an adapter that changes one of a tied pair alone")
-    parser.add_argument("--strict", action="store_true", help="refuse a base that the adapter was not made on")
+    parser.add_argument("--to", required=True, choices=KINDS, help="merged: a full model; gguf: for llama.cpp")
+    parser.add_argument("--output", metavar="PATH", help="output path (default: RUN/export/KIND); must not exist")
+    parser.add_argument("--base", metavar="MODEL", help="base model, if RUN does not name it: directory, .gguf, hub id")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of a merged model (default: the run's)")
+    parser.add_argument(
+        "--untie", action="store_true", help="untie the head, for an adapter of only one of a tied pair"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a base other than the one the adapter was made on"
+    )
     given = parser.parse_args()
-    where = {"output": given.output, "base": given.base, "dtype": given.dtype, "apart": given.untie}
-    where["strict"] = given.strict
-    return exit_code(lambda: export(given.run, given.to, **where))
+    options = {"output": given.output, "base": given.base, "dtype": given.dtype, "untie": given.untie}
+    options["strict"] = given.strict
+    return exit_code(lambda: export(given.run, given.to, **options))
 
 
 if __name__ == "__main__":

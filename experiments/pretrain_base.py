@@ -1,10 +1,10 @@
-"""Make the base model that the package ships: text, tokenizer, pretraining, directory.
+"""Creates the base model that ships with the package: text, tokenizer, pretraining, model directory.
 
-Everything follows from the seed. The same seed, steps, versions and machine give the same files, byte for byte:
+It is deterministic: the same seed, steps, package versions and machine give the same files, byte for byte.
 
     python experiments/pretrain_base.py --output runs/base
 
-The text is ``stablelora_jax/data/tasks/small_world.py``; the model is a Llama small enough to train on a laptop's CPU.
+The text comes from ``stablelora_jax/data/tasks/small_world.py``; the model is a Llama small enough for a laptop's CPU.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from stablelora_jax.runs.cli import exit_code
 from stablelora_jax.utils.errors import InputError
 
 SPECIAL = BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # ids 0, 1, 2
-LENGTH = 128  # tokens in a row
-BATCH = 8  # rows in a step
+LENGTH = 128  # tokens per row
+BATCH = 8  # rows per step
 STEPS = 1800
 LEARNING_RATE, WARMUP = 4e-3, 50
 TOKENIZER_TEXTS = 5000  # paragraphs that the tokenizer is trained on
 HELD_OUT_ROWS = 160
-THREADS = "2"  # XLA splits its sums over NPROC threads, by default one a processor; another number rounds differently
+THREADS = (
+    "2"  # NPROC: XLA splits sums over this many threads (default: one per core); another number rounds differently
+)
 
 
 def texts(seed: int, *, held_out: bool) -> Iterator[str]:
-    """Paragraphs without end, for training or held out; a paragraph's checksum decides which of the two it may be."""
+    """An infinite stream of paragraphs, for training or held out; the checksum of a paragraph decides which."""
     from stablelora_jax.data.tasks.small_world import paragraphs
 
     stream = paragraphs(f"{'held out' if held_out else 'train'} {seed}")
@@ -44,7 +46,7 @@ def texts(seed: int, *, held_out: bool) -> Iterator[str]:
 
 
 def train_tokenizer(seed: int) -> Any:
-    """A byte-level BPE tokenizer that has seen the training text, and can write any other text too."""
+    """A byte-level BPE tokenizer trained on the training text; it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +65,7 @@ def train_tokenizer(seed: int) -> Any:
 
 
 def pack(tokenizer: Any, stream: Iterator[str], count: int) -> np.ndarray:
-    """``count`` rows (count, 3, LENGTH) int32 of whole paragraphs: tokens, segment ids (0: padding) and positions."""
+    """Pack whole paragraphs into rows, (count, 3, LENGTH) int32: tokens, segment ids (0: padding) and positions."""
     rows = np.zeros((count, 3, LENGTH), np.int32)
     rows[:, 0] = tokenizer.pad_token_id
     row, used, segment = 0, 0, 1
@@ -79,7 +81,7 @@ def pack(tokenizer: Any, stream: Iterator[str], count: int) -> np.ndarray:
 
 
 def new_model(tokenizer: Any) -> Any:
-    """The decoder before training."""
+    """The decoder; its parameters are not initialised here."""
     from stablelora_jax.models.architecture import DecoderConfig
     from stablelora_jax.models.decoder import Decoder
 
@@ -101,19 +103,19 @@ def new_model(tokenizer: Any) -> Any:
 
 
 def loss(model: Any, params: Any, rows: Any) -> Any:
-    """Mean cross-entropy, in nats a token, of predicting each token from those before it in its paragraph."""
+    """The mean cross-entropy in nats per token; each token is predicted from those before it in its paragraph."""
     import jax
     import jax.numpy as jnp
 
     tokens, segments, positions = rows[:, 0], rows[:, 1], rows[:, 2]
     logits = model.apply({"params": params}, tokens[:, :-1], positions[:, :-1], segments[:, :-1])
-    right = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - right) * counts) / jnp.sum(counts)
+    label_logits = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - label_logits) * mask) / jnp.sum(mask)
 
 
 def pretrain(model: Any, rows: np.ndarray, seed: int) -> Any:
-    """Train all parameters with AdamW, one batch of ``rows`` after the other; each row is seen once."""
+    """Train all parameters with AdamW for one epoch over ``rows``, in order; returns the parameters."""
     import jax
     import optax
     from tqdm import tqdm
@@ -138,7 +140,7 @@ def pretrain(model: Any, rows: np.ndarray, seed: int) -> Any:
 
 
 def held_out_loss(model: Any, params: Any, seed: int) -> float:
-    """The loss on paragraphs that pretraining from ``seed`` cannot have seen."""
+    """The loss on held-out paragraphs, which pretraining from any seed never uses."""
     import jax
 
     rows = pack(model.tokenizer, texts(seed, held_out=True), HELD_OUT_ROWS)
@@ -146,7 +148,11 @@ def held_out_loss(model: Any, params: Any, seed: int) -> float:
 
 
 def make_base(output: Path, seed: int, steps: int) -> float:
-    """Make the base model in the empty or new directory ``output``; returns its held-out loss."""
+    """Create the base model in the new or empty directory ``output``; returns its held-out loss in nats per token.
+
+    Raises:
+      InputError: ``output`` is not empty, or ``seed`` or ``steps`` is out of range.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty directory; choose another --output")
     if steps < 1 or seed < 0:
@@ -171,20 +177,22 @@ def make_base(output: Path, seed: int, steps: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the command line, make the model, say how good it is."""
+    """Parse the command line and create the model; returns the exit code."""
     parser = argparse.ArgumentParser(description="Pretrain the small base model on generated text and save it.")
     parser.add_argument("--output", type=Path, default=Path("runs/base"), help="new or empty directory (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the text and of the first parameters (%(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} rows of {LENGTH} tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the text and the initialisation (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"training steps of {BATCH} rows of {LENGTH} tokens (%(default)s)"
+    )
     args = parser.parse_args(argv)
     os.environ["NPROC"] = THREADS
     return exit_code(lambda: work(args))
 
 
 def work(args: argparse.Namespace) -> None:
-    """Make the model and say how good it is."""
+    """Create the model and print its held-out loss."""
     value = make_base(args.output, args.seed, args.steps)
-    print(f"held-out loss {value:.4f} nats a token; the model is in {args.output}")
+    print(f"held-out loss {value:.4f} nats per token; the model is in {args.output}")
 
 
 if __name__ == "__main__":

@@ -15,37 +15,37 @@ from stablelora_jax.runs.cli import exit_code
 
 
 def main() -> int:
-    """Parse the command line, run, and turn what goes wrong into one line and an exit code."""
+    """Parse the command line and run; returns the exit code, after a one-line error message if it is not 0."""
     parser = argparse.ArgumentParser(
-        description="Fine-tune a language model with Stable-LoRA. Without arguments: the small base model that ships "
-        "with the package learns a generated task in a few minutes on a CPU.",
-        epilog="keys, for the YAML file and as key.sub=value on the command line:\n\n" + config.help_text(RunConfig),
+        description="Fine-tune a language model with Stable-LoRA. Without arguments: fine-tunes the small base model "
+        "that ships with the package on a generated task, in a few minutes on a CPU.",
+        epilog="keys, in the YAML file or as key.sub=value on the command line:\n\n" + config.help_text(RunConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config",
         metavar="YAML",
-        help="file with any of the keys below; configs/default.yaml unless given",
+        help="YAML file with any of the keys below (default: configs/default.yaml)",
         default=str(Path(__file__).parents[1] / "configs" / "default.yaml"),
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="compile the step from shapes, without weights and data, and print the memory and FLOPs that it needs",
+        help="compile the step from shapes, without weights or data, and print its memory and FLOPs",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that replace those of the file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that override those of the file")
     arguments = parser.parse_args()
     code = exit_code(
-        lambda: work(arguments), interrupted="interrupted: the same command goes on from the newest checkpoint"
+        lambda: work(arguments), interrupted="interrupted: the same command resumes from the newest checkpoint"
     )
     if code in (1, 2) and jax.distributed.is_initialized():
         sys.stderr.flush()
-        os._exit(code)  # jax would wait for the other processes, which wait for this one
+        os._exit(code)  # a normal exit would deadlock: jax waits for the other processes, and they for this one
     return code
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Load the configuration, and train or try it dry."""
+    """Load the configuration, then train or do a dry run."""
     run_config = config.load(RunConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         from stablelora_jax.runs.dry_run import dry_run
@@ -58,7 +58,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def log_fn(text: str) -> None:
-    """Print; where that is no longer read, or cannot be kept, training goes on in silence."""
+    """Print a line; if stdout is closed or full, training continues without output."""
     try:
         print(text, flush=True)
     except OSError:

@@ -3,8 +3,11 @@
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 QUICK, EIGHT = "--xla_backend_optimization_level=1", "--xla_force_host_platform_device_count=8"  # LLVM's level
+if version("jaxlib").startswith("0.10."):  # older emitters compile in half of the time; jaxlib 0.12 has no such flag
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} {EIGHT}"  # what comes last wins
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -18,14 +21,31 @@ if OWN_CACHE:  # of the first process; workers and scripts that tests start inhe
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+SHAPED: list[str] = []  # modules of the package whose annotated shapes are checked at each call, in tests only
+if SHAPED:
+    jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
+
 ROOT = Path(__file__).parents[1]
+SLOW = ("test_laws", "test_processes", "test_kill", "test_step", "test_bad_runs", "test_main_job", "test_layouts")
 
 
 def pytest_addoption(parser):
     """``--long`` runs everything; without it, what is marked ``long`` is left out."""
-    parser.addoption("--long", action="store_true", help="also the long forms of tests, about ten minutes more")
+    parser.addoption("--long", action="store_true", help="also the tests marked long, which .ci/run runs, and soak")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay on one worker, which builds its fixtures and compiles its programs once."""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # in the order of pytest_collection_modifyitems
+    return LoadFileScheduling(config, log)
 
 
 def pytest_unconfigure():
@@ -34,11 +54,15 @@ def pytest_unconfigure():
         shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Skip what is marked ``long`` unless it is asked for."""
+    """Slow files first; tests of a real model are ``long``; ``long`` and ``soak`` are skipped without ``--long``."""
+    items.sort(key=lambda item: not item.path.name.startswith(SLOW))
     for item in items:
-        if item.get_closest_marker("long") and not config.getoption("--long"):
-            item.add_marker(pytest.mark.skip(reason="long: run with --long"))
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("long")
+        if {"long", "soak"} & {mark.name for mark in item.iter_markers()} and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="run with --long"))
 
 
 @pytest.fixture(autouse=True, scope="module")

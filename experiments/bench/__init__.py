@@ -1,1 +1,1 @@
-"""What things cost. :mod:`bench.front` is the command line."""
+"""Benchmarks of speed, memory and compile time. :mod:`bench.front` is the command line."""

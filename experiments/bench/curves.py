@@ -1,8 +1,8 @@
-"""``bench.py curves``: how the cost of a training step grows with rows, length, layers and rank.
+"""``bench.py curves``: how the cost of a training step scales with rows, length, layers and rank.
 
-Each point is a process of its own that does what ``bench.py train`` measures, with one number of the shape changed: its
-step time (median of the rounds), the time to compile the step, and the highest memory since the warm-up beyond what the
-process held before there was a model (on an accelerator: all that its allocator has given).
+Each point is measured as ``bench.py train`` measures a step, in a separate process and with one dimension changed. It
+gives the step time (median over the rounds), the compile time of the step, and the peak memory after the warm-up minus
+the memory before the model was created (on an accelerator: the allocator's peak).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from bench.report import quartiles
 from bench.shapes import SHAPES
 from bench.train import add_options as add_train_options
 from bench.train import work_of
-from bench.turns import OURS, measured
-from bench.work import Work
+from bench.turns import OURS, measure_sides
+from bench.work import Workload
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import write_new
 from stablelora_jax.utils.outputs import require_new
 
 AXES = ("batch", "length", "layers", "rank")
 FACTORS = (0.5, 1, 2, 4)
-PANELS = {"step": "s a step", "compile": "s to compile", "memory": "GB"}
+PANELS = {"step": "step time, s", "compile": "compile time, s", "memory": "memory, GB"}
 
 
 class Point(NamedTuple):
-    """A measured step."""
+    """The measurement of one step."""
 
     axis: str
     value: int
@@ -44,46 +44,46 @@ class Point(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags of ``bench.py curves``."""
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="where curves.md, curves.json and curves.png go")
-    add("--shape", choices=sorted(SHAPES), default="llama-15m", help="the architecture in the middle (llama-15m)")
-    add("--batch", type=int, default=4, metavar="B", help="its rows (default 4)")
-    add("--length", type=int, default=128, metavar="T", help="its tokens of a row (default 128)")
-    add("--rank", type=int, default=8, metavar="R", help="its rank (default 8)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base and of products")
-    add("--steps", type=int, default=2, metavar="N", help="timed steps of a round (default 2)")
-    add("--rounds", type=int, default=3, metavar="N", help="rounds (default 3)")
+    add("--output", type=Path, required=True, metavar="DIR", help="directory for curves.md, curves.json and curves.png")
+    add("--shape", choices=sorted(SHAPES), default="llama-15m", help="architecture of the reference point (llama-15m)")
+    add("--batch", type=int, default=4, metavar="B", help="rows per step at the reference point (default 4)")
+    add("--length", type=int, default=128, metavar="T", help="tokens per row at the reference point (default 128)")
+    add("--rank", type=int, default=8, metavar="R", help="LoRA rank at the reference point (default 8)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the base and of the matmuls")
+    add("--steps", type=int, default=2, metavar="N", help="timed steps per round (default 2)")
+    add("--rounds", type=int, default=3, metavar="N", help="number of rounds (default 3)")
 
 
-def works(given: argparse.Namespace) -> list[tuple[str, int, Work]]:
-    """``(axis, value, work)`` of all points: each axis at :data:`FACTORS` of its value, the others as they are.
+def workloads(given: argparse.Namespace) -> list[tuple[str, int, Workload]]:
+    """``(axis, value, workload)`` of all points: one axis scaled by :data:`FACTORS`, the others at the reference point.
 
     Raises:
-      InputError: a number out of range.
+      InputError: a number is out of range.
     """
     parser = argparse.ArgumentParser()
     add_train_options(parser)
     flags = {key: getattr(given, key) for key in ("shape", "batch", "length", "rank", "dtype")}
-    middle = work_of(argparse.Namespace(**{**vars(parser.parse_args([])), **flags, "devices": 1}))
-    here = {axis: getattr(middle, axis, middle.config["num_hidden_layers"]) for axis in AXES}
+    reference = work_of(argparse.Namespace(**{**vars(parser.parse_args([])), **flags, "devices": 1}))
+    values = {axis: getattr(reference, axis, reference.config["num_hidden_layers"]) for axis in AXES}
     found = []
     for axis in AXES:
-        for value in sorted({max(1, round(here[axis] * factor)) for factor in FACTORS}):
-            layers = value if axis == "layers" else here["layers"]
-            config = {**middle.config, "num_hidden_layers": layers}
+        for value in sorted({max(1, round(values[axis] * factor)) for factor in FACTORS}):
+            layers = value if axis == "layers" else values["layers"]
+            config = {**reference.config, "num_hidden_layers": layers}
             changed = {} if axis == "layers" else {axis: value}
-            found.append((axis, value, dataclasses.replace(middle, config=config, **changed)))
+            found.append((axis, value, dataclasses.replace(reference, config=config, **changed)))
     return found
 
 
-def point(axis: str, value: int, work: Work, steps: int, rounds: int) -> Point:
-    """Measure one."""
-    found = measured([OURS], work, steps, rounds, True)[OURS]
-    held = found["steps_bytes"] - found["before_bytes"] if found.get("steps_bytes") else found["peak_memory_bytes"]
-    return Point(axis, value, quartiles(found["round_seconds"])[1], found["compile_seconds"], (held or 0) / 1e9)
+def point(axis: str, value: int, work: Workload, steps: int, rounds: int) -> Point:
+    """Measure one point."""
+    found = measure_sides([OURS], work, steps, rounds, True)[OURS]
+    memory = found["steps_bytes"] - found["before_bytes"] if found.get("steps_bytes") else found["peak_memory_bytes"]
+    return Point(axis, value, quartiles(found["round_seconds"])[1], found["compile_seconds"], (memory or 0) / 1e9)
 
 
 def table(points: Sequence[Point]) -> str:
-    """The points as Markdown."""
+    """The points as a Markdown table."""
     lines = ["| axis | value | step, ms | compile, s | memory, MB |", "| --- " * 5 + "|"]
     for p in points:
         lines.append(f"| {p.axis} | {p.value} | {1e3 * p.step:.1f} | {p.compile:.2f} | {1e3 * p.memory:.0f} |")
@@ -91,7 +91,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def figure(points: Sequence[Point], title: str) -> Any:
-    """A column for each axis, a row for each of :data:`PANELS`, all from zero."""
+    """The plot: one column per axis, one row per entry of :data:`PANELS`; all axes start at zero."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(11, 6), layout="constrained")
@@ -106,20 +106,20 @@ def figure(points: Sequence[Point], title: str) -> Any:
         grid[row, 0].set_ylim(0, 1.08 * max(getattr(p, name) for p in points) or 1)
         grid[row, 0].set_ylabel(unit)
     for ax, axis in zip(grid[-1], AXES, strict=True):
-        ax.set_xlabel({"batch": "rows", "length": "tokens of a row"}.get(axis, axis))
+        ax.set_xlabel({"batch": "rows", "length": "tokens per row"}.get(axis, axis))
     made.suptitle(title, fontsize=10)
     return made
 
 
 def bench(given: argparse.Namespace) -> None:
-    """Measure, print, and write the table, the numbers and the picture."""
+    """Measure all points, print the table, and write ``curves.md``, ``curves.json`` and ``curves.png``."""
     if not given.output.parent.is_dir():
-        raise InputError(f"--output: there is no folder {given.output.parent}: make it first")
+        raise InputError(f"--output: directory {given.output.parent} does not exist: create it first")
     if min(given.steps, given.rounds) < 1:
         raise InputError("--steps and --rounds must be at least 1")
     for name in ("curves.md", "curves.json", "curves.png"):
         require_new(given.output / name)
-    todo = works(given)
+    todo = workloads(given)
     given.output.mkdir(exist_ok=True)
     points: list[Point] = []
     for number, (axis, value, work) in enumerate(todo, 1):
@@ -127,7 +127,7 @@ def bench(given: argparse.Namespace) -> None:
         points.append(point(axis, value, work, given.steps, given.rounds))
     text = table(points)
     title = f"{given.shape}, {given.batch} x {given.length} tokens, r={given.rank}, all-linear, {given.dtype}"
-    title += "; along each axis the rest stays"
+    title += "; one axis varies, the others are fixed"
     print(f"{title}\n\n{text}", end="")
     write_new(given.output / "curves.md", f"{title}\n\n{text}".encode())
     write_new(given.output / "curves.json", (json.dumps([p._asdict() for p in points]) + "\n").encode())

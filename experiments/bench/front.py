@@ -1,8 +1,8 @@
-"""Measure what things cost: ``python experiments/bench.py train|curves|optimizers|gpu ...``; each has its ``--help``.
+"""Run a benchmark: ``python experiments/bench.py train|curves|optimizers|gpu ...``; each has its own ``--help``.
 
-``train``: tokens a second, memory and compile time of the training step, alone or in turn with PEFT or tunix.
-``curves``: how these grow with tokens, length, layers and rank. ``optimizers``: what an update of each optimizer costs.
-``gpu``: everything that is to be known of a GPU, in one call that may be started again.
+``train``: tokens per second, memory and compile time of the training step, alone or interleaved with PEFT or tunix.
+``curves``: how these scale with rows, length, layers and rank. ``optimizers``: the cost of an update of each optimizer.
+``gpu``: the complete GPU suite in one command, which resumes where it was interrupted.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 
 from stablelora_jax.runs.cli import exit_code
 
-WHAT = ("train", "curves", "optimizers", "gpu")
+COMMANDS = ("train", "curves", "optimizers", "gpu")
 
 
-def parser(**about: Any) -> argparse.ArgumentParser:
-    """One that says what is wrong in one line, as the other scripts do."""
-    made = argparse.ArgumentParser(**about, allow_abbrev=False)
+def parser(**options: Any) -> argparse.ArgumentParser:
+    """An argument parser that reports an error in one line, as the other scripts do."""
+    made = argparse.ArgumentParser(**options, allow_abbrev=False)
     made.error = lambda message: made.exit(2, f"error: {message}\n")  # type: ignore[assignment,method-assign]
     return made
 
 
 def main() -> int:
-    """Parse the command line and measure."""
-    about = (__doc__ or "").split("\n")
-    front = parser(description=about[0], epilog=" ".join(about[2:]))
-    front.add_argument("what", choices=WHAT)
-    what = front.parse_args(sys.argv[1:2]).what
-    module = import_module(f"bench.{what}")
-    own = parser(prog=f"bench.py {what}", description=(module.__doc__ or "").split("\n")[0])
-    module.add_options(own)
-    given = own.parse_args(sys.argv[2:])
+    """Parse the command line and run the benchmark; returns the exit code."""
+    lines = (__doc__ or "").split("\n")
+    front = parser(description=lines[0], epilog=" ".join(lines[2:]))
+    front.add_argument("command", choices=COMMANDS)
+    command = front.parse_args(sys.argv[1:2]).command
+    module = import_module(f"bench.{command}")
+    subparser = parser(prog=f"bench.py {command}", description=(module.__doc__ or "").split("\n")[0])
+    module.add_options(subparser)
+    given = subparser.parse_args(sys.argv[2:])
     return exit_code(lambda: module.bench(given))

@@ -1,4 +1,4 @@
-"""The shapes that ``bench.py train`` knows by name, as the ``config.json`` of each model says them."""
+"""The model shapes of ``bench.py train`` by name, with the values of each model's ``config.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LLAMA_15M: Mapping[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "vocab_size": 32000,
-    "max_position_embeddings": 8192,  # of the trained one 256; rotary positions have no end
+    "max_position_embeddings": 8192,  # the trained model has 256; RoPE allows any
     "tie_word_embeddings": True,
 }
 SMOLLM2_135M: Mapping[str, Any] = {  # HuggingFaceTB/SmolLM2-135M

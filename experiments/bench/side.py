@@ -1,10 +1,11 @@
-"""One side of ``bench.py train`` as a process of its own: told on stdin what to do, answers lines of JSON on stdout.
+"""One side of ``bench.py train`` as a worker process: requests on stdin, replies as lines of JSON on stdout.
 
-A side makes its model, warms up, says ``about``, and then runs as many steps as each line of stdin says (after one that
-is not timed), until an empty line asks for its memory. Whatever libraries print goes to stderr.
+A worker creates its model, warms up, and sends its metadata. Each line of stdin is then a number of steps to time
+(after one untimed step); an empty line asks for its memory and ends it. Output of libraries goes to stderr.
 
-On a CPU memory is the process's resident set: its highest ever, with imports and compilation; the same since the
-warm-up (Linux forgets the first on request); and what it was before there was a model, since imports differ.
+On a CPU, memory is the resident set of the process, measured three times: the peak of the process, imports and
+compilation included; the peak since the warm-up (Linux resets the counter on request); and the value before the model
+was created, since the sides import different packages.
 """
 
 from __future__ import annotations
@@ -19,51 +20,51 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.work import Work, loaded
+from bench.work import Workload, from_json
 
 
 class Side(NamedTuple):
-    """A step that is ready."""
+    """A compiled training step with its metadata."""
 
-    run: Callable[[int], float]  # does so many steps, waits for the last, gives its loss
-    about: dict[str, Any]
-    memory: Callable[[], dict[str, Any]]  # peak_memory_bytes, and what else is known
-    rest: Callable[[], None] = lambda: None  # after each round: makes room for the other side
+    run: Callable[[int], float]  # runs this many steps, waits for the last, returns its loss
+    metadata: dict[str, Any]
+    memory: Callable[[], dict[str, Any]]  # returns peak_memory_bytes and optional further counters
+    release_memory: Callable[[], None] = lambda: None  # called after each round: frees caches for the other sides
 
 
-def serve(prepare: Callable[[Work], Side]) -> None:
-    """Be the side that ``prepare`` makes of the work on the command line."""
-    answers = os.fdopen(os.dup(1), "w")
+def serve(prepare: Callable[[Workload], Side]) -> None:
+    """Run the worker loop with the side that ``prepare`` returns for the workload on the command line."""
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(**what: Any) -> None:
-        print(json.dumps(what), file=answers, flush=True)
+    def reply(**values: Any) -> None:
+        print(json.dumps(values), file=replies, flush=True)
 
     try:
-        side = prepare(loaded(sys.argv[1]))
+        side = prepare(from_json(sys.argv[1]))
     except (ImportError, ValueError) as error:
-        if isinstance(error, ImportError) or type(error).__name__ == "InputError":  # not imported: it brings jax along
-            return answer(error=str(error))
+        if isinstance(error, ImportError) or type(error).__name__ == "InputError":  # by name: its module imports jax
+            return reply(error=str(error))
         raise
-    answer(**side.about)
+    reply(**side.metadata)
     for line in sys.stdin:
         if not line.strip():
-            return answer(**side.memory())
-        side.run(1)  # memory and caches are again as in training
+            return reply(**side.memory())
+        side.run(1)  # brings memory and caches back to their state in training
         began = time.perf_counter()
         loss = side.run(int(line))
         seconds = time.perf_counter() - began
-        side.rest()
-        answer(seconds=seconds, loss=loss)
+        side.release_memory()
+        reply(seconds=seconds, loss=loss)
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resident(peak: bool = False) -> int | None:
-    """Bytes of this process in memory, now or at most; None where the system does not say."""
+    """The resident set of this process in bytes, current or peak; None where the system does not report it."""
     try:
         found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
         return 1024 * int(found[1]) if found else None
@@ -71,8 +72,8 @@ def resident(peak: bool = False) -> int | None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak else None  # macOS counts bytes
 
 
-def forget_peak() -> bool:
-    """Let the highest resident set be today's; False where it cannot be."""
+def reset_peak() -> bool:
+    """Reset the peak of the resident set to its current value; False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -81,13 +82,13 @@ def forget_peak() -> bool:
 
 
 def host_memory(before: int | None) -> Callable[[], dict[str, Any]]:
-    """Called once after the warm-up; what it gives is called at the end."""
+    """Reset the peak; to be called after the warm-up. The returned function reads the memory at the end."""
     warm = resident(peak=True)
-    forgotten = forget_peak()
+    was_reset = reset_peak()
 
     def memory() -> dict[str, Any]:
         steps = resident(peak=True)
         total = max(warm or 0, steps or 0)
-        return {"peak_memory_bytes": total, "steps_bytes": steps if forgotten else None, "before_bytes": before}
+        return {"peak_memory_bytes": total, "steps_bytes": steps if was_reset else None, "before_bytes": before}
 
     return memory

@@ -1,7 +1,7 @@
-"""Batches as the model takes them, and rows of one text each, padded to one of few lengths.
+"""Batches as the model takes them, with one text a row, padded to one of few lengths.
 
-A batch is ``(B, T)`` int32 throughout. Rows are padded at the end, where causality hides pads from every real token,
-and pads are told by length, never by token id: a tokenizer whose pad is its end-of-sequence still trains the end.
+A batch is ``(B, T)`` int32. Rows are padded at the end, where causality hides pads from every real token. Pads are
+known by position, never by token id, so a tokenizer whose pad is its end-of-sequence token still trains the end.
 """
 
 from __future__ import annotations
@@ -10,30 +10,51 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from stablelora_jax.data.encoding import Example
 from stablelora_jax.utils.errors import InputError
 
-SHORTEST = 32  # rows are padded to 32, 64, 96, 128, 192, 256, 384, 512, ...: a run compiles a handful of shapes
+SHORTEST = 32  # rows are padded to 32, 48, 64, 96, 128, 192, 256, 384, ...: a run compiles a handful of shapes
 
 
 class Batch(NamedTuple):
     """Rows of tokens as the model takes them; every field but the last is (B, T) int32."""
 
-    tokens: np.ndarray
-    loss_mask: np.ndarray  # 1 where the token is to be predicted
-    segment_ids: np.ndarray  # 1, 2, ... on the tokens of a row's texts, 0 on pads
-    positions: np.ndarray  # 0, 1, 2, ... in each segment
-    at: np.ndarray | None = None  # (B, K) int32: where loss_mask is 1, then 0s; the head then reads nothing else
+    tokens: Int[np.ndarray, "B T"]
+    loss_mask: Shaped[np.ndarray, "B T"]  # 1 on loss tokens, the tokens to be predicted
+    segment_ids: Int[np.ndarray, "B T"]  # 1, 2, ... on the tokens of a row's texts, 0 on pads
+    positions: Int[np.ndarray, "B T"]  # 0, 1, 2, ... in each segment
+    # positions of the loss tokens, in order, then 0s; given, the head computes logits for these alone
+    loss_positions: Int[np.ndarray, "B K"] | None = None
 
 
 def make_batch(
-    examples: Sequence[Example], rows: int | None = None, longest: int | None = None, learnt: int | None = None
+    examples: Sequence[Example],
+    rows: int | None = None,
+    longest: int | None = None,
+    max_loss_tokens: int | None = None,
 ) -> Batch:
-    """Pad ``examples`` to one batch, one a row; further empty rows up to ``rows`` count for nothing.
+    """Pad ``examples`` to one batch, one a row.
 
-    T is :func:`bucket` of ``longest``, by default of the longest example here; a host that holds a part of a batch
-    passes the longest of the whole. ``learnt`` is the K of ``at``; None: no ``at``.
+    Args:
+      examples: one for each row.
+      rows: B; rows beyond the examples are empty. None: as many as there are examples.
+      longest: T is :func:`bucket` of it; None: of the longest example here. A host that holds a part of a batch passes
+        the longest of the whole.
+      max_loss_tokens: the K of ``loss_positions``; None: no ``loss_positions``.
+
+    Raises:
+      InputError: no examples, token ids that are no int32, examples that do not fit into B rows of T, or a row with
+        more loss tokens than ``max_loss_tokens``.
+
+    Example::
+
+      >>> batch = make_batch([Example((5, 6, 7), answer=2)], max_loss_tokens=2)
+      >>> batch.tokens.shape, batch.tokens[0, :4].tolist(), batch.loss_mask[0, :4].tolist()
+      ((1, 32), [5, 6, 7, 0], [0, 0, 1, 0])
+      >>> batch.loss_positions.tolist()
+      [[2, 0]]
     """
     if not isinstance(examples, Sequence) or not examples:
         raise InputError("a batch needs at least one example")
@@ -48,7 +69,7 @@ def make_batch(
         tokens[i, :n], segments[i, :n] = text, 1
         mask[i, max(1, example.answer) : n] = 1  # nothing predicts the first token
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
-    at = None if learnt is None else loss_positions(mask, learnt)
+    at = None if max_loss_tokens is None else positions_of_mask(mask, max_loss_tokens)
     return Batch(tokens, mask, segments, np.ascontiguousarray(positions), at)
 
 
@@ -65,19 +86,34 @@ def _ids(example: Example, number: int) -> np.ndarray:
     return ids
 
 
-def loss_positions(loss_mask: np.ndarray, most: int) -> np.ndarray:
-    """Where ``loss_mask`` (B, T) is 1, in order, and then 0s: (B, most) int32; where ``most`` is 0, (B, 1)."""
-    most = max(1, most)
+def positions_of_mask(loss_mask: Shaped[np.ndarray, "B T"], count: int) -> Int[np.ndarray, "B K"]:
+    """The positions at which ``loss_mask`` is 1, in order and padded with 0s; K is ``count``, at least 1.
+
+    Raises:
+      InputError: a row has more than K ones.
+
+    Example::
+
+      >>> positions_of_mask(np.array([[0, 1, 0, 1], [0, 0, 1, 0]]), 3).tolist()
+      [[1, 3, 0], [2, 0, 0]]
+    """
+    count = max(1, count)
     counts = loss_mask.sum(axis=1)
-    if counts.max(initial=0) > most:
-        raise InputError(f"a row learns {counts.max()} tokens, and there is room for {most}")
-    order = np.argsort(1 - loss_mask, axis=1, kind="stable")[:, :most]
-    order = np.pad(order, ((0, 0), (0, most - order.shape[1])))
-    return np.where(np.arange(most) < counts[:, None], order, 0).astype(np.int32)
+    if counts.max(initial=0) > count:
+        raise InputError(f"a row has {counts.max()} loss tokens, more than {count}")
+    order = np.argsort(1 - loss_mask, axis=1, kind="stable")[:, :count]
+    order = np.pad(order, ((0, 0), (0, count - order.shape[1])))
+    return np.where(np.arange(count) < counts[:, None], order, 0).astype(np.int32)
 
 
 def bucket(length: int) -> int:
-    """The padded length for a row of ``length`` tokens: at most half as long again, and one of few."""
+    """The padded length of a row of ``length`` tokens: 32, 48, 64, 96, 128, 192, 256, 384, ...
+
+    Example::
+
+      >>> [bucket(length) for length in (1, 33, 50, 100, 200)]
+      [32, 48, 64, 128, 256]
+    """
     T = SHORTEST
     while T < length:
         T = T // 2 * 3 if T & (T - 1) == 0 else T // 3 * 4

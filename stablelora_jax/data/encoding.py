@@ -1,7 +1,7 @@
-"""From texts to tokens: what a text is, where its loss begins, what is cut where it is too long, chat templates.
+"""Tokenisation of texts: prompt and completion, truncation, chat templates.
 
-Only the answer is learnt, with the end-of-sequence token that the model needs to stop. Prompt and answer are tokenised
-in one piece, since a tokenizer may join what an answer tokenised alone would hold apart.
+The loss is computed on the answer alone, with the end-of-sequence token that the model needs to stop. Prompt and answer
+are tokenised in one piece, since a tokenizer may merge characters across their border.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AT_ONCE = 1024  # texts of one call of the tokenizer: bounds the memory, and kee
 
 
 class Text(NamedTuple):
-    """One text to learn: the loss is on ``answer``, ``id`` is for messages."""
+    """One text to train on: the loss is on ``answer``; ``id`` is for error messages."""
 
     prompt: str
     answer: str
@@ -30,7 +30,7 @@ class Text(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One tokenised text; the tokens from ``answer`` on are the ones to be learnt or scored."""
+    """One tokenised text; its loss is on the tokens from position ``answer`` on."""
 
     tokens: Sequence[int] | np.ndarray
     answer: int
@@ -48,26 +48,34 @@ def _text_of(item: Question | Problem | Chat) -> Text:
     return Text(item.prompt, item.answer, item.id, item.messages if isinstance(item, Chat) else None)
 
 
-def encode(tokenizer: Any, prompt: str, answer: str, *, end: bool, length: int, truncate: Truncate = "left") -> Example:
+def encode(
+    tokenizer: Any, prompt: str, answer: str, *, end: bool, max_length: int, truncate: Truncate = "left"
+) -> Example:
     """Tokenise ``prompt + answer`` in one piece; the answer begins where the prompt's own tokens stop agreeing.
 
     Args:
       tokenizer: a ``transformers`` tokenizer; it decides whether a text begins with a BOS token.
-      prompt: what the model sees.
-      answer: what it should say.
+      prompt: the input of the model.
+      answer: the expected completion.
       end: whether the end-of-sequence token belongs to the answer (in training, so that the model learns to stop).
-      length: the most tokens kept.
-      truncate: the side on which a longer text loses tokens, or that it is refused.
+      max_length: the maximum of tokens kept.
+      truncate: the side on which a longer text loses tokens, or ``error`` to refuse it.
 
     Raises:
       InputError: the answer is empty, or nothing of it or of its prompt would be left, or the text is too long.
     """
-    (example,) = encode_many(tokenizer, [Text(prompt, answer, "")], end=end, length=length, truncate=truncate)
+    (example,) = encode_many(tokenizer, [Text(prompt, answer, "")], end=end, max_length=max_length, truncate=truncate)
     return example._replace(tokens=tuple(example.tokens))
 
 
 def encode_many(
-    tokenizer: Any, texts: Iterable[Text], *, end: bool, length: int, truncate: Truncate = "left", chat: bool = False
+    tokenizer: Any,
+    texts: Iterable[Text],
+    *,
+    end: bool,
+    max_length: int,
+    truncate: Truncate = "left",
+    chat: bool = False,
 ) -> Iterator[Example]:
     """:func:`encode` for many texts, lazily and :data:`AT_ONCE` at a time; with ``chat`` each is :func:`templated`."""
     start, texts = [] if chat else _start(tokenizer), iter(texts)  # a template writes its own
@@ -78,7 +86,7 @@ def encode_many(
         given = _ids(tokenizer, [text.prompt for text in chunk])
         whole = _ids(tokenizer, [text.prompt + text.answer for text in chunk])
         for text, g, w in zip(chunk, given, whole, strict=True):
-            yield _cut(start + w + close, len(start) + _agreement(g, w), length, truncate, text.id)
+            yield _cut(start + w + close, len(start) + _agreement(g, w), max_length, truncate, text.id)
 
 
 def templated(tokenizer: Any, texts: Sequence[Text]) -> list[Text]:
@@ -111,23 +119,24 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _agreement(given: list[int], whole: list[int]) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     if whole[: len(given)] == given:
         return len(given)
     return next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), min(len(given), len(whole)))
 
 
-def _cut(tokens: list[int], answer: int, length: int, truncate: Truncate, id: str) -> Example:
-    over, where = max(0, len(tokens) - length), f" of {id}" if id else ""
+def _cut(tokens: list[int], answer: int, max_length: int, truncate: Truncate, id: str) -> Example:
+    over, where = max(0, len(tokens) - max_length), f" of {id}" if id else ""
     if over and truncate == "error":
         raise InputError(
-            f"the text{where} has {len(tokens)} tokens, more than max_length={length}: raise max_length, "
+            f"the text{where} has {len(tokens)} tokens, more than max_length={max_length}: raise max_length, "
             "or set data.truncate to left or right"
         )
-    kept = tokens[:length] if truncate == "right" else tokens[over:]
+    kept = tokens[:max_length] if truncate == "right" else tokens[over:]
     first = answer if truncate == "right" else answer - over
     if first >= len(kept) or first < (1 if over else 0):
         raise InputError(
-            f"the answer{where}, {len(tokens) - answer} tokens, does not fit into max_length={length} with its prompt"
+            f"the answer{where}, {len(tokens) - answer} tokens, "
+            f"does not fit into max_length={max_length} with its prompt"
         )
     return Example(kept, first, over)

@@ -12,18 +12,20 @@ from stablelora_jax.data.order import rows_of_step
 from stablelora_jax.data.packing import Plan, pack, plan_of
 from stablelora_jax.data.token_cache import TokenStore
 
-STEP = 16  # room for learnt tokens is a multiple of it
+ROUND_TO = 16  # the number of loss positions of a row is a multiple of it
 
 
 class Loader(NamedTuple):
-    """What batches are made of; nothing in it changes while a run goes on."""
+    """The data of a run and how it is batched; nothing in it changes during a run."""
 
     store: TokenStore
     plan: Plan | None  # the texts of each row; None: one text a row
-    length: int  # of a packed row, the most of another
+    max_length: int  # tokens of a packed row; the maximum of another
     batch_size: int  # rows of a step, over all hosts
     seed: int
-    learnt: Mapping[int, int]  # T -> the most learnt tokens of a row of T, rounded up: one shape for each T
+    max_loss_tokens: Mapping[
+        int, int
+    ]  # T -> the maximum of loss tokens of a row of T, rounded up: one shape for each T
 
     @property
     def rows(self) -> int:
@@ -32,11 +34,11 @@ class Loader(NamedTuple):
 
 
 def make_loader(
-    store: TokenStore, *, batching: Literal["bucket", "pack"], length: int, batch_size: int, seed: int
+    store: TokenStore, *, batching: Literal["bucket", "pack"], max_length: int, batch_size: int, seed: int
 ) -> Loader:
-    """A loader over ``store``, whose texts have at most ``length`` tokens."""
+    """A loader over ``store``, whose texts have at most ``max_length`` tokens."""
     plan = plan_of(store.rows) if batching == "pack" else None
-    return Loader(store, plan, length, batch_size, seed, _most_learnt(store, plan, length))
+    return Loader(store, plan, max_length, batch_size, seed, _max_loss_tokens(store, plan, max_length))
 
 
 def batch_of_step(loader: Loader, step: int, part: slice = slice(None)) -> Batch:
@@ -48,9 +50,9 @@ def batch_of_step(loader: Loader, step: int, part: slice = slice(None)) -> Batch
     if loader.plan is None:
         longest = int(store.lengths[rows].max())
         examples = [store.example(row) for row in rows[part]]
-        return make_batch(examples, longest=longest, learnt=loader.learnt[bucket(longest)])
+        return make_batch(examples, longest=longest, max_loss_tokens=loader.max_loss_tokens[bucket(longest)])
     packed = [[store.example(i) for i in texts] for texts in texts_of_rows(loader, rows[part])]
-    return pack(packed, loader.length, learnt=loader.learnt[loader.length])
+    return pack(packed, loader.max_length, loader.max_loss_tokens[loader.max_length])
 
 
 def texts_of_rows(loader: Loader, rows: Sequence[int]) -> list[list[int]]:
@@ -62,16 +64,16 @@ def texts_of_rows(loader: Loader, rows: Sequence[int]) -> list[list[int]]:
 
 
 def most_segments(loader: Loader) -> int:
-    """The most segments of a row, the pads of a packed one included; 1 where a row is a text."""
+    """The maximum number of segments of a row, with the pads of a packed row as one; 1 where a row is one text."""
     return 1 if loader.plan is None else int(np.diff(loader.plan.starts).max()) + 1
 
 
 def longest_row(loader: Loader) -> int:
-    """The greatest T of a batch."""
-    return max(loader.learnt)
+    """The largest T of a batch."""
+    return max(loader.max_loss_tokens)
 
 
-def _most_learnt(store: TokenStore, plan: Plan | None, length: int) -> dict[int, int]:
+def _max_loss_tokens(store: TokenStore, plan: Plan | None, length: int) -> dict[int, int]:
     lengths = np.asarray(store.lengths)
     counts = lengths - np.maximum(np.asarray(store.answers), 1)
     if plan is not None:
@@ -81,17 +83,17 @@ def _most_learnt(store: TokenStore, plan: Plan | None, length: int) -> dict[int,
 
 
 def _rounded(count: int, most: int) -> int:
-    return min(most, -(-max(count, 1) // STEP) * STEP)
+    return min(most, -(-max(count, 1) // ROUND_TO) * ROUND_TO)
 
 
 def statistics(loader: Loader, steps: int) -> dict[str, Any]:
-    """What a run of ``steps`` steps goes through: counts of one epoch, epochs, and the share of pads.
+    """Statistics of a run of ``steps`` steps: counts of one epoch, the number of epochs, and the share of pads.
 
     The pads are counted exactly: over all rows where they are packed, else over the steps of the first epoch.
     """
     lengths, answers = np.asarray(loader.store.lengths), np.asarray(loader.store.answers)
     if loader.plan is not None:
-        kept, space = int(lengths.sum()), loader.rows * loader.length
+        kept, space = int(lengths.sum()), loader.rows * loader.max_length
     else:
         first = range(min(steps, -(-loader.rows // loader.batch_size)))
         rows = [lengths[rows_of_step(step, loader.batch_size, loader.rows, loader.seed)] for step in first]

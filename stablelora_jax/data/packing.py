@@ -1,12 +1,12 @@
-"""Many texts a row: first-fit, with a segment for each text and positions that begin anew.
+"""Packing of many texts a row by first-fit, with a segment for each text and positions that restart at 0.
 
-The plan is made once, over the data set in its own order: each text goes into the first row that still has room for
-it. So it depends on the lengths and the row's length alone, not on seed, step or number of hosts, and lies in the cache
-beside the tokens. An epoch shuffles rows, not texts: texts that share a row do so in every epoch, which no text
-notices, since it sees only its own segment and the loss is a sum over tokens.
+The plan is made once, in the order of the data set: each text goes into the first row that still has room for it. It
+depends on the lengths and the row length alone, not on seed, step or number of hosts, and is cached with the tokens.
+An epoch shuffles rows, not texts: texts that share a row share it in every epoch. This changes no text's loss, since a
+text attends to its own segment alone and the loss is a sum over tokens.
 
-First-fit needs at most 1.7 times the rows of the best packing (Dosa and Sgall, STACS 2013), and wastes a few percent
-where texts are short beside the row.
+First-fit needs at most 1.7 times the rows of the best packing (Dosa and Sgall, STACS 2013). It wastes a few percent
+where texts are short compared with the row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stablelora_jax.data.batch import Batch, loss_positions
+from stablelora_jax.data.batch import Batch, positions_of_mask
 from stablelora_jax.data.encoding import Example
 from stablelora_jax.utils.errors import InputError
 
@@ -29,12 +29,17 @@ class Plan(NamedTuple):
 
 
 def first_fit(lengths: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
-    """The row of each text, (N,) int32: the first of endlessly many rows of ``room`` tokens that it still fits into.
+    """The row of each text, (N,) int32: the first row of ``room`` tokens that still has room for it.
 
     A tree of maxima over the room left in the rows finds it in log2(N) steps.
 
     Raises:
       InputError: a text is longer than a row.
+
+    Example::
+
+      >>> first_fit([5, 4, 3, 2], room=8).tolist()
+      [0, 1, 0, 1]
     """
     needs = [int(n) for n in lengths]
     if needs and max(needs) > room:
@@ -59,16 +64,16 @@ def first_fit(lengths: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
 
 
 def plan_of(row_of: np.ndarray) -> Plan:
-    """The rows of :func:`first_fit` turned round: from the row of each text to the texts of each row."""
+    """The plan of the rows that :func:`first_fit` gives: the inverse map, from each row to its texts."""
     counts = np.bincount(row_of)
     return Plan(np.argsort(row_of, kind="stable"), np.concatenate([[0], np.cumsum(counts)]))
 
 
-def pack(rows: Sequence[Sequence[Example]], length: int, learnt: int | None = None) -> Batch:
+def pack(rows: Sequence[Sequence[Example]], length: int, max_loss_tokens: int | None = None) -> Batch:
     """One batch of ``(len(rows), length)``: the texts of each row one after another, segments 1, 2, ... and then pads.
 
-    A text's first token is never learnt: what stands before it belongs to another text. ``learnt`` is the K of ``at``;
-    None: no ``at``.
+    A text's first token is no loss token, since the token before it belongs to another text. ``max_loss_tokens`` is
+    the K of ``loss_positions``; None: no ``loss_positions``.
     """
     batch = Batch(*(np.zeros((len(rows), length), np.int32) for _ in range(4)))
     for i, examples in enumerate(rows):
@@ -79,4 +84,6 @@ def pack(rows: Sequence[Sequence[Example]], length: int, learnt: int | None = No
             batch.positions[i, start:end] = np.arange(end - start)
             batch.loss_mask[i, start + max(1, example.answer) : end] = 1
             start = end
-    return batch if learnt is None else batch._replace(at=loss_positions(batch.loss_mask, learnt))
+    if max_loss_tokens is None:
+        return batch
+    return batch._replace(loss_positions=positions_of_mask(batch.loss_mask, max_loss_tokens))

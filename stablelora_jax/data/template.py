@@ -92,7 +92,8 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
             _end(process)
             raise
         if answer.endswith("\n"):
-            return json.loads(answer)
+            found: dict[str, Any] = json.loads(answer)
+            return found
         _end(process)
     return {"at": 0, "error": "it takes more than 5 seconds, or too much memory"}
 

@@ -14,20 +14,22 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 SECONDS = 5.0
 MEMORY = 2 << 30  # bytes of address space, of which Python and transformers take a tenth
 LONGEST = 1 << 24  # characters of a text
 
 
-def main():
+def main() -> None:
     """Answer until the standard input ends, with the process that started this one."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # nothing that a library prints is an answer
     sys.path[:] = json.loads(sys.stdin.readline())
     for heavy in ("torch", "tensorflow", "jax", "flax"):
-        sys.modules[heavy] = None
+        sys.modules[heavy] = None  # type: ignore[assignment]
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with suppress(ValueError, OSError):  # a system without this limit
@@ -40,7 +42,7 @@ def main():
         answers.flush()
 
 
-def respond(render, request):
+def respond(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request."""
     texts = []
     for at, chat in enumerate(request["chats"]):

@@ -2,12 +2,12 @@
 
     CACHE/<digest>/about.json   format, counts, checksums     CACHE/<digest>/tokens.bin    all texts, end to end
     CACHE/<digest>/lengths.bin  tokens of each text           CACHE/<digest>/answers.bin   where each text's loss begins
-    CACHE/<digest>/rows.bin     the row of each text, packed into rows of ``length`` (``packing.first_fit``)
+    CACHE/<digest>/rows.bin     the row of each text, packed into rows of ``max_length`` (``packing.first_fit``)
 
-The digest is of everything that shapes the arrays: the texts themselves (so of the task, its split, its limit and its
-files), the tokenizer's content, the chat template where it is used, ``length``, ``truncate`` and the format's number.
-A directory is written beside its place and renamed, so it is whole or absent; one whose sizes or checksums are wrong is
-made again. Building holds one chunk of texts and the lengths in memory, never all tokens.
+The digest is of everything that determines the arrays: the texts themselves (so of the task, its split, its limit and
+its files), the tokenizer's content, the chat template where it is used, ``max_length``, ``truncate`` and the format's
+number. A directory is written under another name and renamed, so it is complete or absent; one whose sizes or checksums
+are wrong is built again. Building holds one chunk of texts and the lengths in memory, never all tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TokenStore(NamedTuple):
 
     tokens: np.ndarray  # (sum of lengths,)
     lengths: np.ndarray  # (N,)
-    answers: np.ndarray  # (N,): the first token that is learnt
+    answers: np.ndarray  # (N,): the position of its first loss token
     rows: np.ndarray  # (N,): the row of each text where texts are packed
     ends: np.ndarray  # (N,) int64: where each text ends in ``tokens``
     cut: int  # texts that lost tokens
@@ -60,14 +60,14 @@ class _Chunk(NamedTuple):
     cut: int
 
 
-def digest(tokenizer: Any, texts: Iterable[Text], *, length: int, truncate: Truncate, chat: bool) -> str:
-    """SHA-256 of everything that shapes the arrays, 64 hexadecimal digits."""
+def digest(tokenizer: Any, texts: Iterable[Text], *, max_length: int, truncate: Truncate, chat: bool) -> str:
+    """SHA-256 of everything that determines the arrays, 64 hexadecimal digits."""
     shape = {
         "format": FORMAT,
         "tokenizer": _content(tokenizer),
         "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer("").input_ids],
         "template": [CHATS, tokenizer.chat_template] if chat else None,
-        "length": length,
+        "length": max_length,
         "truncate": truncate,
     }
     made = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
@@ -83,7 +83,7 @@ def tokenize_dataset(
     tokenizer: Any,
     texts: Sequence[Text],
     *,
-    length: int,
+    max_length: int,
     truncate: Truncate = "left",
     chat: bool = False,
     cache: str | Path | None = None,
@@ -97,21 +97,21 @@ def tokenize_dataset(
     if not texts:
         raise InputError("there is no text to train on")
     directory = None if cache is None else as_path(cache, "data.cache")
-    key = digest(tokenizer, texts, length=length, truncate=truncate, chat=chat)
-    examples = encode_many(tokenizer, texts, end=True, length=length, truncate=truncate, chat=chat)
+    key = digest(tokenizer, texts, max_length=max_length, truncate=truncate, chat=chat)
+    examples = encode_many(tokenizer, texts, end=True, max_length=max_length, truncate=truncate, chat=chat)
     if directory is None:
         parts = list(_chunks(examples))
         tokens, lengths, answers = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        rows = first_fit(lengths, length)
+        rows = first_fit(lengths, max_length)
         return _store([tokens, lengths, answers, rows], sum(part.cut for part in parts), key)
     place = directory / key
     try:
         store, damage = _open(place, key)
         if store is None:
             if damage:
-                log_fn(f"{place} is damaged ({damage}) and made again")
+                log_fn(f"{place} is damaged ({damage}) and built again")
                 shutil.rmtree(place)
-            _write(place, examples, length)
+            _write(place, examples, max_length)
             store, damage = _open(place, key)
     except OSError as error:
         raise InputError(f"the token cache {place} cannot be used: {error.strerror or error}") from None
@@ -135,8 +135,8 @@ def _store(arrays: Sequence[np.ndarray], cut: int, key: str) -> TokenStore:
     return TokenStore(tokens, lengths, answers, rows, np.cumsum(lengths, dtype=np.int64), cut, key)
 
 
-def _write(place: Path, examples: Iterator[Example], length: int) -> None:
-    """Build the directory under another name, then rename it; where another process was faster, its own stays."""
+def _write(place: Path, examples: Iterator[Example], max_length: int) -> None:
+    """Build the directory under another name, then rename it; the directory of a faster process is kept."""
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -150,7 +150,7 @@ def _write(place: Path, examples: Iterator[Example], length: int) -> None:
                 cut += chunk.cut
         every = np.concatenate(lengths)
         every.tofile(partial / "lengths.bin")
-        first_fit(every, length).tofile(partial / "rows.bin")
+        first_fit(every, max_length).tofile(partial / "rows.bin")
         sums = {name: _checksum(partial / f"{name}.bin") for name in ARRAYS}
         about = {"format": FORMAT, "texts": len(every), "tokens": int(every.sum()), "cut": cut, "crc32": sums}
         write_whole(partial / "about.json", json.dumps(about, indent=2) + "\n")
@@ -161,7 +161,7 @@ def _write(place: Path, examples: Iterator[Example], length: int) -> None:
 
 
 def _open(place: Path, key: str) -> tuple[TokenStore | None, str]:
-    """What lies at ``place``, or None and what is wrong with it (nothing, where there is nothing)."""
+    """The store in ``directory``, or None and the damage (empty where nothing is there)."""
     if not place.exists():
         return None, ""
     try:

@@ -1,7 +1,7 @@
-"""Text up to a stop, as lm-evaluation-harness has its Hugging Face models write it (``generate_until``).
+"""Generate text up to a stop string, as lm-evaluation-harness does with Hugging Face models (``generate_until``).
 
-A context keeps its last ``max_length - max_new_tokens`` tokens; the end-of-sequence token and its text are stops, too;
-new tokens are decoded by themselves, without special ones, and cut before each stop.
+A context keeps its last ``max_length - max_new_tokens`` tokens; the end-of-sequence token and its text are stops, too.
+New tokens are decoded by themselves, without special ones, and cut before each stop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def generate_until(
     progress: bool = False,
     **sampling: Any,
 ) -> list[str]:
-    """What the model says after each of ``contexts``; greedily, unless ``sampling`` (of ``generate``) says otherwise.
+    """The model's continuation of each of ``contexts``; greedy unless ``sampling`` sets a ``temperature``.
 
     Raises:
       InputError: ``max_new_tokens`` leaves no room for a context, or what ``generate`` raises.

@@ -1,7 +1,7 @@
 """Models of this package for EleutherAI's lm-evaluation-harness, with or without an adapter: any task it has.
 
     import lm_eval
-    from stablelora_jax.harness import StableLoraLM
+    from stablelora_jax.evaluation.lm_eval import StableLoraLM
 
     lm_eval.simple_evaluate(StableLoraLM("MODEL", adapter="RUN"), tasks=["piqa"])
 
@@ -29,8 +29,8 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 SAMPLING = ("temperature", "top_k", "top_p")
 
 
-class StableLoraLM(TemplateLM):
-    """A base and an adapter behind lm_eval's ``LM`` interface."""
+class StableLoraLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+    """A base and an adapter with lm_eval's ``LM`` interface."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class StableLoraLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdigit():
             raise InputError(f"batch_size must be a positive number, not {batch_size!r}")
-        model, variables = load_adapted_model(pretrained, adapter, dtype=jnp.dtype(dtype), merged=merged, apart=untie)
+        model, variables = load_adapted_model(pretrained, adapter, dtype=jnp.dtype(dtype), merged=merged, untie=untie)
         self.subject = subject(model, variables, batch_size=int(batch_size))
         self.name = pretrained
         self.tokenizer = decoder_of(model).tokenizer
@@ -73,11 +73,12 @@ class StableLoraLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The end-of-sequence token."""
-        return self.tokenizer.eos_token_id
+        token: int = self.tokenizer.eos_token_id
+        return token
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The context of a text without one."""
         return prefix_token(self.tokenizer)
 
     @property
@@ -89,7 +90,7 @@ class StableLoraLM(TemplateLM):
         """Token ids; None leaves special tokens to the tokenizer."""
         if add_special_tokens is None:
             return list(encode(self.tokenizer, string))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as one string, by the tokenizer's template."""

@@ -25,7 +25,7 @@ STEP = 16  # scored tokens of a row are padded to a multiple of it
 
 
 class Request(NamedTuple):
-    """How likely is ``continuation`` after ``context``?"""
+    """The log-likelihood of ``continuation`` after ``context`` is wanted."""
 
     context: tuple[int, ...]  # at least one token
     continuation: tuple[int, ...]  # at least one token
@@ -34,9 +34,9 @@ class Request(NamedTuple):
 class Rows(NamedTuple):
     """A batch of requests; K is the most scored tokens of a row. All int32."""
 
-    tokens: np.ndarray  # (B, T), padded at the end; the last token of a text is not read, only predicted
-    at: np.ndarray  # (B, K) indices into T
-    targets: np.ndarray  # (B, K): what comes after them
+    tokens: np.ndarray  # (B, T), padded at the end; without the last token of a text, which is only a target
+    logit_positions: np.ndarray  # (B, K) indices into T
+    targets: np.ndarray  # (B, K): the next tokens
     mask: np.ndarray  # (B, K): 1 where there is a target
 
 
@@ -44,7 +44,7 @@ class Likelihood(NamedTuple):
     """The answer to a request."""
 
     total: float  # sum of log-probabilities
-    greedy: bool  # whether each token of the continuation is the likeliest
+    greedy: bool  # whether each token of the continuation is the most likely
 
 
 LoglikelihoodFn = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
@@ -53,28 +53,31 @@ LoglikelihoodFn = Callable[[Rows], tuple[np.ndarray, np.ndarray]]
 def make_compute(model: Any, layout: Layout) -> Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]:
     """``(params, others, rows) -> ((B,) summed log-probabilities, (B,) all greedy)``, the rows spread over all devices.
 
-    ``model`` is a ``Decoder``, or an adapted one; ``params`` lie as ``layout.base`` says, ``others`` are all other
-    collections (``{"lora": adapters}`` or none), placed by ``layout.state``; every process passes all rows. Logits
-    exist for a tile of the scored tokens at a time; one compilation for each (B, T, K). A token outside the
+    ``model`` is a ``Decoder``, or an adapted one; ``params`` are placed by ``layout.base_sharding``, ``others`` are all
+    other collections (``{"lora": adapters}`` or none), placed by ``layout.place_state``; every process passes all rows.
+    Logits exist for a chunk of the scored tokens at a time; one compilation for each (B, T, K). A token outside the
     vocabulary is an InputError.
     """
 
     def compute(params: Any, others: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
         variables, parts = {"params": params, **others}, layout.parts if layout.axis is None else 1
-        x = model.apply(variables, rows.tokens, at=rows.at, method="hidden")
+        x = model.apply(variables, rows.tokens, logit_positions=rows.logit_positions, method="hidden")
         head = lambda x: model.apply(variables, x, method="logits")  # noqa: E731
-        log_probs, likeliest = token_scores(head, x, rows.targets, parts=parts)
-        greedy = likeliest | (rows.mask == 0)
-        return gather(((log_probs * rows.mask).sum(axis=1), greedy.all(axis=1)), layout.axis)
+        log_probs, most_likely = token_scores(head, x, rows.targets, parts=parts)
+        greedy = most_likely | (rows.mask == 0)
+        own = (log_probs * rows.mask).sum(axis=1), greedy.all(axis=1)
+        every: tuple[jax.Array, jax.Array] = gather(own, layout.axis)
+        return every
 
     compiled, vocabulary = layout.compile(compute, ("base", "state", "rows")), decoder_of(model).config.vocab_size
 
-    def door(params: Any, others: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    def run(params: Any, others: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         require_known(rows.tokens, vocabulary)
         require_known(rows.targets, vocabulary)
-        return layout.fetch(compiled(params, others, layout.split(rows)))
+        answers: Any = layout.fetch(compiled(params, others, layout.split(rows)))
+        return answers[0], answers[1]
 
-    return door
+    return run
 
 
 def likelihoods(
@@ -83,11 +86,11 @@ def likelihoods(
     """The answers to ``requests``, in their order.
 
     Args:
-      compute: what :func:`make_compute` gives, with its variables.
+      compute: the function of :func:`make_compute`, with its variables.
       requests: equal ones are computed once.
       rows: of a batch; a multiple of ``layout.parts``.
-      max_length: the most tokens that the model reads; of a longer text the beginning is cut.
-      progress: show a bar.
+      max_length: the most input tokens of the model; longer texts are truncated from the left.
+      progress: show a progress bar.
 
     Raises:
       InputError: a request without a token of context or continuation, or whose continuation alone is too long.
@@ -113,13 +116,13 @@ def likelihoods(
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The tokens of ``text`` with the tokenizer's own special ones, but no second BOS before one that is written."""
+    """The tokens of ``text`` with the tokenizer's own special ones, but no second BOS before a written one."""
     written = text.startswith(tokenizer.decode([prefix_token(tokenizer)]))
     return tuple(tokenizer.encode(text, add_special_tokens=False) if written else tokenizer.encode(text))
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> Request:
-    """Tokenise ``context + continuation`` in one piece; white space that ends the context goes to the continuation.
+    """Tokenise ``context + continuation`` together; trailing white space of the context goes to the continuation.
 
     Without a context, the continuation follows the BOS token, or the EOS where there is none.
 
@@ -145,7 +148,7 @@ def rolling(tokens: Sequence[int], prefix: int, max_length: int) -> list[Request
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """What stands before a text without context: the BOS token, or the EOS where there is none."""
+    """The context of a text without one: the BOS token, or the EOS where there is none."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -153,15 +156,15 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def _read(request: Request, max_length: int) -> tuple[int, ...]:
-    """What the model reads of a request."""
+    """Input tokens of a request."""
     return (request.context + request.continuation)[-(max_length + 1) : -1]
 
 
 def _rows(chunk: Sequence[Request], B: int, T: int, K: int, max_length: int) -> Rows:
     tokens = np.zeros((B, T), np.int32)
-    at, targets, mask = (np.zeros((B, K), np.int32) for _ in range(3))
+    positions, targets, mask = (np.zeros((B, K), np.int32) for _ in range(3))
     for i, request in enumerate(chunk):
         read, k = _read(request, max_length), len(request.continuation)
         tokens[i, : len(read)] = read
-        at[i, :k], targets[i, :k], mask[i, :k] = np.arange(len(read) - k, len(read)), request.continuation, 1
-    return Rows(tokens, at, targets, mask)
+        positions[i, :k], targets[i, :k], mask[i, :k] = np.arange(len(read) - k, len(read)), request.continuation, 1
+    return Rows(tokens, positions, targets, mask)

@@ -29,7 +29,7 @@ def choice_scores(
     Args:
       compute: ``make_compute(model)`` with its variables.
       tokenizer: a ``transformers`` tokenizer.
-      questions: what is asked.
+      questions: with their choices.
       max_length: the most tokens the model reads; of a longer text the beginning is cut.
       rows: of a batch; those of like length run together.
       progress: show a bar.

@@ -1,4 +1,4 @@
-"""The tasks by name, measured: one row a question, a mean and its standard error for each metric, files and a table.
+"""Evaluate tasks by name: a row for each question, mean and standard error of each metric, result files and a table.
 
 Definitions are lm-evaluation-harness's; a standard error is that of a mean, with ``n - 1`` (``mean_stderr``), absent
 for one row and for perplexities. A perplexity beyond float64 is None.
@@ -45,21 +45,21 @@ CHOICES = {
     "merged_qa": merged_qa.METRICS,
 }
 TASKS = (*CHOICES, "gsm8k", "text")
-MOST_ROWS = 2**16  # of a batch; all are computed, whether there are so many texts or not
+MOST_ROWS = 2**16  # of a batch, which is computed whole even for fewer texts
 SPLITS = {"gsm8k": "test"}  # the others: validation
 
 Metrics = dict[str, float | None]
 
 
 class TaskResult(NamedTuple):
-    """What came of one task."""
+    """The result of one task."""
 
-    rows: list[dict[str, Any]]  # with "index", from 0, and what the task's kind has
+    rows: list[dict[str, Any]]  # with "index", from 0, and keys of the task's kind
     summary: dict[str, Any]  # "split", "rows", and of each metric its value and "METRIC_stderr"
 
 
 class EvalModel(NamedTuple):
-    """What is measured, and how."""
+    """A model to evaluate."""
 
     model: Any  # a Decoder with a tokenizer, or an adapted one
     variables: Mapping[str, Any]
@@ -70,17 +70,17 @@ class EvalModel(NamedTuple):
 
 @checked
 def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, progress: bool = False) -> EvalModel:
-    """A model ready to be measured.
+    """Prepare a model for :func:`measure`.
 
     Args:
       model: a ``Decoder`` or an adapted one.
       variables: ``{"params": ...}``, with ``"lora"`` for an adapted model.
       batch_size: texts that run together; rounded up to a multiple of the devices.
-      progress: show bars.
+      progress: show progress bars.
 
     Raises:
-      InputError: the model has no tokenizer, the variables no parameters, or the batch is not positive or absurd; and
-        on measuring, where the model gives no finite numbers.
+      InputError: the model has no tokenizer, the variables no parameters, or the batch is not positive or absurd; when
+        measuring, numbers that are not finite.
     """
     if "params" not in variables:
         raise InputError('variables must hold "params", the parameters of the model')
@@ -92,7 +92,7 @@ def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, p
         raise InputError(f"batch_size must be at most {MOST_ROWS}, not {batch_size}")
     layout = pmap_layout()
     inner, placed = make_compute(model, layout), layout.place_base(variables["params"])
-    others = layout.state({name: own for name, own in variables.items() if name != "params"})
+    others = layout.place_state({name: own for name, own in variables.items() if name != "params"})
     n = layout.parts
 
     def compute(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Tokens after tokens: one pass over the prompts, then a compiled loop that runs one token a step out of the cache.
+"""Decoding with a cache: one pass over the prompts, then a compiled loop of one token a step.
 
-``variables`` is always an argument of what is compiled, and the cache is donated. Lengths are padded to the buckets of
-``data.bucket``, so that a handful of programs serves all prompts; temperature, top-k, top-p, stop ids and keys are
+``variables`` is always an argument of the compiled functions, and the cache is donated. Lengths are padded to the
+buckets of ``data.bucket``, so that a few programs serve all prompts; temperature, top-k, top-p, stop ids and keys are
 traced.
 """
 
@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from stablelora_jax.data import bucket
 from stablelora_jax.generation.sampling import Sampling, choose, row_keys
+from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.block import accum_dtype
 from stablelora_jax.models.cache import Cache, empty_cache, positions_of
 from stablelora_jax.models.decoder import Decoder
@@ -27,20 +28,20 @@ from stablelora_jax.utils.checked import as_dtype
 from stablelora_jax.utils.errors import InputError, brief
 
 Watch = Callable[[np.ndarray, np.ndarray], np.ndarray]
-CHUNK = 16  # steps between two looks at the text, where someone looks
+CHUNK = 16  # steps between two calls of ``watch``
 STOPS = 8  # stop ids are padded to a multiple of it
 
 
 class State(NamedTuple):
-    """What a step hands to the next."""
+    """The carry of a step."""
 
     cache: Cache
-    token: jax.Array  # (B,) int32: the newest, which the cache does not hold yet
-    position: jax.Array  # (B,) int32: its own
-    tokens: jax.Array  # (B, N) int32: all new ones, 0 behind the end
-    counts: jax.Array  # (B,) int32: how many of them are real
+    token: jax.Array  # (B,) int32: the newest, not yet in the cache
+    position: jax.Array  # (B,) int32: of that token
+    tokens: jax.Array  # (B, N) int32: all new ones, 0 after the end
+    counts: jax.Array  # (B,) int32: number of new tokens
     done: jax.Array  # (B,) bool
-    finite: jax.Array  # (B,) bool: whether all logits that a token was chosen from were
+    finite: jax.Array  # (B,) bool: whether all logits so far were finite
     step: jax.Array  # int32 scalar: columns of ``tokens`` that are filled
 
 
@@ -70,24 +71,24 @@ def generate_tokens(
     """Continue the prompts of a batch, padded on either side, as tokenizers give them.
 
     Args:
-      model: a ``Decoder``, or what has its ``apply`` and holds it as ``.model``; hashable.
+      model: a ``Decoder``, or an object with its ``apply`` and with it as ``.model``; hashable.
       variables: ``{"params": ...}`` and, for an adapted model, ``"lora"``.
       tokens: (B, T) int.
       mask: (B, T), 1 at tokens and 0 at pads; a row without a token stays empty.
-      max_new_tokens: at most so many tokens a row.
+      max_new_tokens: the most tokens of a row.
       settings: from :func:`stablelora_jax.generation.sampling.sampling`; None is greedy.
-      stop_ids: a row ends with the first of these, which is its last token.
+      stop_ids: a row ends with the first of these, included.
       key: a PRNG key, for sampling.
-      rows: (B,) int, the number of each row for its random draws; default ``0 .. B-1``.
-      cache_dtype: of keys and values; default the dtype of attention, with which the cache changes nothing.
+      rows: (B,) int, the number of each row, for its PRNG key; default ``0 .. B-1``.
+      cache_dtype: of keys and values; default the dtype of attention, with which the cache changes no logit.
       watch: called every few steps with the new tokens (B, N) and their counts (B,); gives (B,) bool, rows to end.
 
     Returns:
-      New tokens (B, N) int32, 0 behind each row's end, and their counts (B,).
+      New tokens (B, N) int32, 0 after each row's end, and their counts (B,).
 
     Raises:
-      InputError: a token outside the vocabulary, a row that would outgrow the model's positions, a cache of no floats,
-        an argument of another kind, or logits that are not finite.
+      InputError: a token outside the vocabulary, a row longer than the model's positions, a cache dtype that is no
+        float, an argument of another kind, or logits that are not finite.
     """
     decoder = decoder_of(model)
     if not isinstance(variables, Mapping) or not variables.get("params"):
@@ -132,13 +133,13 @@ def _start(
     keys: jax.Array,
     slots: int,
     new: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> State:
-    """Read the prompts (B, T) into an empty cache and choose the first new token of each."""
+    """Run the prompts (B, T) into an empty cache and choose the first new token of each."""
     config, (B, T) = decoder_of(model).config, tokens.shape
     last = T - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
     empty = empty_cache(config, B, slots, dtype)
-    logits, cache = model.apply(variables, tokens, positions_of(mask), cache=empty, at=last[:, None])
+    logits, cache = model.apply(variables, tokens, positions_of(mask), cache=empty, logit_positions=last[:, None])
     counts, zero = jnp.zeros((B,), jnp.int32), jnp.zeros((), jnp.int32)
     before = mask.sum(axis=1, dtype=jnp.int32) - 1
     done = ~mask.any(axis=1)
@@ -173,16 +174,16 @@ def _append(state: State, logits: jax.Array, settings: Sampling | None, stops: j
     )
 
 
-def _cache_dtype(given: Any, decoder: Decoder) -> Any:
+def _cache_dtype(given: DTypeLike | None, decoder: Decoder) -> np.dtype:
     """The dtype of keys and values."""
-    dtype = as_dtype(accum_dtype(decoder.dtype) if given is None else given, "cache_dtype")
+    dtype: np.dtype = as_dtype(accum_dtype(decoder.dtype) if given is None else given, "cache_dtype")
     if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise InputError(f"cache_dtype must be a float dtype that jax has here, not {dtype}")
     return dtype
 
 
 def token_ids(ids: Any, name: str) -> tuple[int, ...]:
-    """``ids``, a list or an array, as a tuple of int32; -1 is a token that never comes.
+    """``ids``, a list or an array, as a tuple of int32; -1 matches no token.
 
     Raises:
       InputError: it is something else.
@@ -207,7 +208,7 @@ def _keys(key: Any, rows: Any, count: int) -> jax.Array:
 
 @contextmanager
 def _fitting() -> Iterator[None]:
-    """Parameters that the model does not find, or finds in another shape, are one line."""
+    """Errors of missing or misshapen parameters as one line."""
     try:
         yield
     except FlaxError as error:
@@ -215,7 +216,7 @@ def _fitting() -> Iterator[None]:
 
 
 def _compact(tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The same rows with all pads at the end: where a prompt's pads were cannot change what follows it."""
+    """The same rows with all pads at the end, so that the side of padding changes nothing."""
     try:
         tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
     except (TypeError, ValueError):
@@ -229,7 +230,7 @@ def _compact(tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.where(mask, tokens, 0), mask
 
 
-def _check(config: Any, tokens: np.ndarray, mask: np.ndarray, new: int) -> None:
+def _check(config: DecoderConfig, tokens: np.ndarray, mask: np.ndarray, new: int) -> None:
     if isinstance(new, bool) or not isinstance(new, int) or new < 1:
         raise InputError(f"max_new_tokens must be a positive whole number, not {new!r}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:

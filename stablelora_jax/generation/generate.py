@@ -1,4 +1,4 @@
-"""Text after text: prompts as strings, token ids or chat messages, continued in batches until each has come to its end.
+"""Generate text: prompts as strings, token ids or chat messages, continued in batches until a stop condition.
 
 ``generate(model, {"params": params, "lora": adapters}, ["Once upon a time"])`` with ``model = adapted(base, spec)``, or
 the base itself with ``{"params": params}``, where ``params`` may be merged ones.
@@ -6,7 +6,7 @@ the base itself with ``{"params": params}``, where ``params`` may be merged ones
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from stablelora_jax.utils.errors import InputError
 
 
 class Generation(NamedTuple):
-    """What came of one prompt."""
+    """The continuation of one prompt."""
 
     prompt: tuple[int, ...]  # token ids
     tokens: tuple[int, ...]  # new token ids, the stop included
@@ -56,22 +56,22 @@ def generate(
       prompts: strings, which the model's tokenizer reads; lists of token ids; or lists of chat messages
         ``{"role": ..., "content": ...}``, to which its chat template is applied.
       max_new_tokens: at most so many tokens for each prompt.
-      temperature: 0 takes the likeliest token; else tokens are drawn from ``softmax(logits / temperature)``.
-      top_k: draw among the k likeliest tokens.
-      top_p: draw among the likeliest tokens that together have this probability.
+      temperature: 0 takes the most likely token; else tokens are sampled from ``softmax(logits / temperature)``.
+      top_k: sample among the k most likely tokens.
+      top_p: sample among the fewest most likely tokens whose probabilities sum to this.
       stop_ids: tokens that end a text; default those of the model's configuration.
       stop_strings: strings that end a text, and are not part of it.
-      seed: of the draws; those of a prompt depend on it and on the prompt's place in ``prompts`` alone.
-      batch_size: prompts that run together, those of like length; default all.
+      seed: of the sampling; a prompt's tokens depend on it and on the prompt's index in ``prompts`` only.
+      batch_size: prompts that run together, of similar length; default all.
       cache_dtype: of the cached keys and values; default the dtype of attention.
-      progress: show a bar.
+      progress: show a progress bar.
 
     Returns:
       One :class:`Generation` for each prompt, in their order.
 
     Raises:
-      InputError: a prompt that is empty, too long, outside the vocabulary or needs a tokenizer that is not there; a
-        setting out of its range.
+      InputError: a prompt that is empty, too long, outside the vocabulary or needs a missing tokenizer; a setting
+        out of its range.
     """
     decoder, settings = decoder_of(model), sampling(temperature, top_k, top_p)
     if not isinstance(variables, Mapping) or not variables.get("params"):
@@ -108,7 +108,7 @@ def generate(
             key=key,
             rows=numbers,
             cache_dtype=cache_dtype,
-            watch=partial(_seen, finish, [ids[i] for i in chosen]) if stop_strings else None,
+            watch=partial(_stopped, finish, [ids[i] for i in chosen]) if stop_strings else None,
         )
         for i, row, count in zip(chosen, new, counts, strict=False):
             results[i] = finish(ids[i], row[:count].tolist())
@@ -116,7 +116,7 @@ def generate(
 
 
 def _rows(batch_size: Any, prompts: int) -> int:
-    """How many prompts run together: no more than there are."""
+    """The number of prompts that run together: no more than there are."""
     if batch_size is None:
         return prompts
     whole = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
@@ -130,7 +130,7 @@ def _seed(seed: Any) -> int:
     whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
     if not whole or not -(2**63) <= seed < 2**64:
         raise InputError(f"seed must be a whole number of 64 bits, not {seed!r:.60}")
-    return int(seed) - 2**64 * (seed >= 2**63)
+    return int(seed) if seed < 2**63 else int(seed) - 2**64
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
@@ -168,13 +168,13 @@ def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
 
 
 def _special(tokenizer: Any, stop_strings: Sequence[str]) -> tuple[int, ...]:
-    """Ids of the stop strings that are special tokens: they are no part of any text."""
+    """Ids of the stop strings that are special tokens, which decoded text does not contain."""
     special = [] if tokenizer is None else zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return tuple(number for text, number in special if text in stop_strings)
 
 
 def _of_rows(variables: Mapping[str, Any], numbers: np.ndarray, prompts: int) -> Mapping[str, Any]:
-    """``variables`` for the prompts ``numbers``: those of a bank name an adapter for each."""
+    """``variables`` for the prompts ``numbers``: for a bank, with the adapter of each."""
     if "rows" not in variables:
         return variables
     rows, bank = np.asarray(variables["rows"]), variables.get("bank")
@@ -199,8 +199,13 @@ def _batch(ids: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndar
     return tokens, mask
 
 
-def _seen(finish: Any, ids: Sequence[list[int]], tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Which rows hold a stop string."""
+def _stopped(
+    finish: Callable[[list[int], list[int]], Generation],
+    ids: Sequence[list[int]],
+    tokens: np.ndarray,
+    counts: np.ndarray,
+) -> np.ndarray:
+    """Rows whose new text contains a stop string."""
     found = [
         finish(own, row[:n].tolist()).stop == "stop_string" for own, row, n in zip(ids, tokens, counts, strict=False)
     ]
@@ -217,15 +222,15 @@ def _finish(
         return Generation(tuple(prompt), tuple(new), None, reason)
     read = partial(_continuation, tokenizer, prompt)
     text = read(new[:-1] if ended else new)
-    places = [place for place in (text.find(stop) for stop in stop_strings) if place >= 0]
-    if places:
+    starts = [start for start in (text.find(stop) for stop in stop_strings) if start >= 0]
+    if starts:
         enough = next(n for n in range(1, len(new) + 1) if any(stop in read(new[:n]) for stop in stop_strings))
-        new, text, reason = new[:enough], text[: min(places)], "stop_string"
+        new, text, reason = new[:enough], text[: min(starts)], "stop_string"
     return Generation(tuple(prompt), tuple(new), text, reason)
 
 
 def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """The text of ``new`` as it reads behind ``prompt`` (alone, some tokenizers drop its first space)."""
+    """The text of ``new`` after ``prompt`` (by itself, some tokenizers drop its first space)."""
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    before, whole = decode(prompt), decode(prompt + new)
-    return whole[len(before) :] if whole.startswith(before) else decode(new)
+    before, whole = str(decode(prompt)), str(decode(prompt + new))
+    return whole[len(before) :] if whole.startswith(before) else str(decode(new))

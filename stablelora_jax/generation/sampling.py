@@ -1,11 +1,11 @@
-"""From logits to the next token: greedy, or drawn after temperature, top-k and top-p, in transformers' order.
+"""From logits to the next token: greedy, or sampled after temperature, top-k and top-p, in transformers' order.
 
     p = softmax(logits / temperature)                     only the k most likely tokens (and those as likely as the kth)
-    kept = the fewest of the most likely of those whose p, made to sum to one, reaches top_p; at least one
+    kept = the fewest most likely of those whose renormalised p sums to top_p or more; at least one
 
 (Top-k: Fan et al., arXiv 1805.04833; top-p: Holtzman et al., 1904.09751; the order and the ties of
-``transformers/generation/logits_process.py``.) A row's draw depends on its own key and the step alone, so it is the
-same in every batch.
+``transformers/generation/logits_process.py``.) A row's token depends only on its own key and the step, so it is
+the same in every batch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from stablelora_jax.utils.errors import InputError
 
-COLD = 1e-6  # as good as greedy
+COLD = 1e-6  # a temperature below it is greedy
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -40,7 +42,7 @@ def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Samp
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
         raise InputError(f"temperature must be 0 (greedy) or a positive number, not {temperature!r}")
     if 0 < temperature < SMALLEST or temperature > LARGEST:
-        raise InputError(f"temperature {temperature!r} is beyond float32's range: give 0 to take the likeliest token")
+        raise InputError(f"temperature {temperature!r} is beyond float32's range: give 0 for greedy decoding")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise InputError(f"top_k must be a positive whole number, not {top_k!r}")
     if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
@@ -56,10 +58,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def warp(logits: jax.Array, settings: Sampling) -> jax.Array:
-    """``logits`` (..., V) over the temperature, and minus infinity at the tokens that may not be drawn."""
+def warp(logits: Float[Array, "*rows V"], settings: Sampling) -> Float[Array, "*rows V"]:
+    """``logits`` over the temperature, and minus infinity at the tokens that top-k and top-p exclude.
+
+    Example::
+
+        >>> warp(jnp.array([1.0, 3.0, 2.0]), Sampling(temperature=2.0, top_k=2))
+        Array([-inf,  1.5,  1. ], dtype=float32)
+    """
     temperature = jnp.asarray(settings.temperature, logits.dtype)
-    top = jnp.where(temperature < COLD, logits.max(axis=-1, keepdims=True), 0)  # which no cold carries beyond float32
+    top = jnp.where(temperature < COLD, logits.max(axis=-1, keepdims=True), 0)  # no overflow when divided
     logits = (logits - top) / temperature
     V = logits.shape[-1]
     order = jnp.argsort(logits, axis=-1, stable=True)
@@ -73,13 +81,18 @@ def warp(logits: jax.Array, settings: Sampling) -> jax.Array:
     return jnp.put_along_axis(logits, order, ranked, axis=-1, inplace=False)
 
 
-def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
-    """One key for each row, by the numbers ``rows`` (B,) int32."""
+def row_keys(key: jax.Array, rows: Int[Array, " B"]) -> jax.Array:
+    """One PRNG key for each row, by the numbers ``rows``; keys are typed or raw as ``key`` is."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def choose(logits: jax.Array, settings: Sampling | None, keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The next token (B,) int32 of each row of ``logits`` (B, V): the likeliest without ``settings``, else drawn."""
+def choose(
+    logits: Float[Array, "B V"],
+    settings: Sampling | None,
+    keys: jax.Array,
+    step: ArrayLike,
+) -> Int[Array, " B"]:
+    """The next token, int32, of each row of ``logits``: the most likely without ``settings``, otherwise sampled."""
     if settings is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)

@@ -1,4 +1,4 @@
-"""Adapters and models in the formats of other programs: PEFT, vLLM, llama.cpp, Hugging Face.
+"""Adapters and merged models in the formats of other programs: PEFT, vLLM, llama.cpp, Hugging Face.
 
 Imports: utils, quantization, models, lora.
 """

@@ -1,10 +1,10 @@
-"""Adapters out to a GGUF file that llama.cpp applies at run time (``--lora``).
+"""Write adapters as a GGUF file that llama.cpp applies at run time (``--lora``).
 
-As its ``convert_lora_to_gguf.py`` writes it: ``blk.N.attn_q.weight.lora_a`` (r, in) and ``.lora_b`` (out, r), for the
-embedding ``token_embd.weight.lora_a`` (vocabulary, r), and one ``adapter.lora.alpha``. llama.cpp's scale is alpha over
-the rank of each tensor, and nothing else (``src/llama-adapter.h``), so rsLoRA becomes a larger alpha, and alphas that
-differ between modules are folded into ``lora_b``. In architecture ``llama`` the rows of q and k are permuted, hence
-those of their ``lora_b`` too. What llama.cpp has no form for (DoRA, modules trained in full) is refused by name.
+The layout is that of its ``convert_lora_to_gguf.py``: ``blk.N.attn_q.weight.lora_a`` (r, in) and ``.lora_b`` (out, r),
+for the embedding ``token_embd.weight.lora_a`` (vocabulary, r), and one ``adapter.lora.alpha``. llama.cpp's scale is
+alpha over the rank of each tensor (``src/llama-adapter.h``), so rsLoRA becomes a larger alpha, and alphas that differ
+between modules are folded into ``lora_b``. In architecture ``llama`` the rows of q and k are permuted, and so are those
+of their ``lora_b``. DoRA and modules trained in full are refused: the format has no tensors for them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
 from stablelora_jax.lora.spec import LoraSpec
@@ -28,8 +28,8 @@ from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, partial_name
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-EMBEDDING = "token_embd.weight"  # whose lora_a is looked up by row
-MARK = "stablelora_jax.writer"  # a key of ours, which llama.cpp does not read
+EMBEDDING = "token_embd.weight"  # its lora_a is read row by row
+MARK = "stablelora_jax.writer"  # our own key, which llama.cpp does not read
 MERGED = "export the merged model instead"
 
 
@@ -38,23 +38,25 @@ def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraS
     """Write ``adapters`` as a GGUF file, float32, for a GGUF file of the model that ``config`` describes.
 
     Args:
-      path: of the file; one that this function has written there is replaced in one step.
-      adapters: as made by ``init_adapters`` for ``spec``; bit-equal in the file where one alpha serves all modules.
+      path: of the file; a file that this function has written is replaced atomically.
+      adapters: as made by ``init_adapters`` for ``spec``; the file has their bits where all modules have one alpha.
       spec: the spec of the adapters.
       config: of the base, ``model.config``.
 
     Raises:
-      InputError: adapters that do not fit the spec, are not finite, or hold what llama.cpp does not apply.
+      InputError: adapters that do not fit the spec, are not finite, or are more than plain LoRA; an architecture that
+        is not supported; another program's file at ``path``.
     """
     arch = ARCHITECTURES.get(config.model_type)
     if arch is None:
         raise InputError(f"llama.cpp's name for model_type {config.model_type!r} is not known here; {MERGED}")
-    for place in flatten_dict(adapters):
-        if place[-1] not in ("lora_a", "lora_b"):
-            raise InputError(f"{'.'.join(place)} has no place in a GGUF adapter, which is plain LoRA; {MERGED}")
+    for keys, _ in jax.tree_util.tree_leaves_with_path(adapters):
+        path_in_tree = tree.keys_of(keys)
+        if path_in_tree[-1] not in ("lora_a", "lora_b"):
+            raise InputError(f"{'.'.join(path_in_tree)}: a GGUF adapter is plain LoRA and has no such tensor; {MERGED}")
     targets = adapter_target_modules(adapters, spec)
     alpha = _common_alpha(list(targets.values()))
-    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused below
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is refused below
         tensors = {name: x for target in targets.values() for name, x in _gguf_tensors(target, adapters, alpha, config)}
     for name, array in tensors.items():
         if not np.isfinite(array).all():
@@ -66,7 +68,7 @@ def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraS
 
 
 def _common_alpha(targets: list[TargetModule]) -> np.float32:
-    """The alpha that gives most modules their scale when divided by their rank."""
+    """The most frequent alpha: scale times rank."""
     alphas = Counter(
         _alpha(rank, scale)
         for target in targets
@@ -75,7 +77,7 @@ def _common_alpha(targets: list[TargetModule]) -> np.float32:
     )
     for alpha in alphas:
         if not 0 < alpha < np.inf:  # llama.cpp takes an alpha of 0 to mean a scale of 1
-            raise InputError(f"the alpha {alpha} that the spec comes to is no positive float32; {MERGED}")
+            raise InputError(f"alpha {alpha}, scale times rank, is not a positive float32; {MERGED}")
     return alphas.most_common(1)[0][0]
 
 
@@ -84,7 +86,7 @@ def _alpha(rank: int, scale: float) -> np.float32:
 
 
 def _gguf_tensors(
-    target: TargetModule, adapters: Any, alpha: np.float32, config: DecoderConfig
+    target: TargetModule, adapters: Mapping[str, Any], alpha: np.float32, config: DecoderConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     pair = tree.get_in(adapters, target.path)
     a = np.asarray(pair["lora_a"], np.float32).reshape(-1, target.size[0], target.rank)
@@ -111,7 +113,7 @@ def _tensor_name(name: str, config: DecoderConfig) -> str:
 
 
 def _permuted_heads(name: str, config: DecoderConfig) -> int:
-    """How many heads the rows of this module are permuted in; 0 where they are not."""
+    """The number of heads by which the rows of this module are permuted; 0 if they are not."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(name.rsplit(".", 1)[-1], 0) if ARCHITECTURES[config.model_type] == "llama" else 0
 
@@ -123,7 +125,7 @@ def _write(path: Path, arch: str, alpha: float, tensors: dict[str, np.ndarray]) 
         raise InputError('writing GGUF needs the package gguf: pip install "stablelora-jax[gguf]"') from None
     if os.path.lexists(path) and not _is_own(path):
         raise InputError(
-            f"cannot write the adapter to {path}: what is there is not of stablelora_jax; choose another path"
+            f"cannot write the adapter to {path}: the file there was not written by stablelora_jax; choose another path"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
@@ -145,7 +147,7 @@ def _write(path: Path, arch: str, alpha: float, tensors: dict[str, np.ndarray]) 
 
 
 def _is_own(path: Path) -> bool:
-    """Whether it is a regular file that begins as ours do."""
+    """Whether ``path`` is a regular file with our key in its header."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""``stablelora.json``: what PEFT has no key for, and by which an adapter of ours is told from another program's."""
+"""``stablelora.json``: metadata that PEFT has no key for. It also marks directories that this package wrote."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ OURS, WRITER = "stablelora.json", "stablelora_jax"
 
 
 def load_metadata(directory: str | Path) -> dict[str, Any]:
-    """The content of ``stablelora.json``, with what ``save_peft`` was given as ``metadata``; empty where there is none.
+    """The content of ``stablelora.json``, which includes the ``metadata`` of ``save_peft``; empty without such a file.
 
     Raises:
-      InputError: it is damaged.
+      InputError: the file is damaged.
     """
     path = as_path(directory, "the adapter's directory") / OURS
     return read_json_object(path) if path.is_file() else {}
 
 
 def require_own(directory: Path, names: Sequence[str]) -> None:
-    """Refuse a directory that holds one of the files ``names`` and was not written by us.
+    """Refuse a directory that holds one of the files ``names`` and was not written by this package.
 
     Raises:
       InputError: naming the file.

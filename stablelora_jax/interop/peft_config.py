@@ -1,4 +1,8 @@
-"""``LoraSpec`` <-> PEFT's ``adapter_config.json``. A PEFT feature that a spec cannot express is refused by name."""
+"""``LoraSpec`` <-> PEFT's ``adapter_config.json``, for a given model.
+
+:mod:`stablelora_jax.lora.peft_config` translates the fields; here their names and patterns are resolved against the
+modules of a model, where PEFT's rules and ours differ.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +16,44 @@ from flax.traverse_util import flatten_dict
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
 from stablelora_jax.lora.names import hits, layer_number, matches, module_names, stack_depth, suffixes
 from stablelora_jax.lora.pairs import TargetModule
+from stablelora_jax.lora.peft_config import make_spec, spec_arguments
 from stablelora_jax.lora.spec import LoraSpec, shown
 from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 
-READ = frozenset(
-    """r lora_alpha target_modules use_rslora use_dora lora_dropout exclude_modules layers_to_transform rank_pattern
-    alpha_pattern modules_to_save bias lora_bias""".split()
-)
-# Neither the function of a loaded adapter nor its shapes depend on these.
-INERT = frozenset(
-    """peft_type peft_version task_type base_model_name_or_path revision inference_mode auto_mapping
-    eva_config megatron_core runtime_config ensure_weight_tying qalora_group_size""".split()
-)
-# Initialisations that leave the base as it is; others (pissa, olora, loftq, ...) need the base they started from.
+# Initialisations that do not change the base; others (pissa, olora, loftq, ...) need the changed base.
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def to_peft_config(
-    spec: LoraSpec, targets: Iterable[TargetModule], base_model: str | None, params: Any, tensors: Sequence[str]
+    spec: LoraSpec,
+    targets: Iterable[TargetModule],
+    base_model: str | None,
+    params: Mapping[str, Any] | None,
+    tensors: Sequence[str],
 ) -> dict[str, Any]:
     """The content of ``adapter_config.json`` for adapters at ``targets`` of ``params`` (or None).
 
-    Lists and pattern maps are written as they are, since they mean the same in PEFT; ``all-linear`` and regular
-    expressions are written as the modules they stand for: PEFT would match an expression with containers too, which
-    have no weights, and vLLM wants a list. Keys of pattern maps keep their order, which is meaning where two match one
-    module (PEFT's own writer sorts them).
+    Lists and pattern maps mean the same in PEFT and are written unchanged. ``all-linear`` and regular expressions are
+    written as the list of modules that they select: PEFT would match an expression with containers too, which have no
+    weights, and vLLM needs a list. The keys of pattern maps keep their order: the first match wins.
+
+    Args:
+      spec: the spec of the adapters.
+      targets: the adapted modules.
+      base_model: for ``base_model_name_or_path``.
+      params: of the base, or None where ``modules_to_save`` is empty.
+      tensors: names of the tensors in the file, by which a tied head is recognised.
+
+    Example::
+
+        >>> from stablelora_jax.lora.target_modules import find_target_modules
+        >>> import numpy as np
+        >>> params = {"a": {"kernel": np.zeros((3, 2))}, "b": {"kernel": np.zeros((3, 2))}}
+        >>> spec = LoraSpec(target_modules="all-linear")
+        >>> to_peft_config(spec, find_target_modules(params, spec).values(), None, params, [])["target_modules"]
+        ['a', 'b']
     """
     chosen = [name for target in targets for name, rank in zip(target.names, target.ranks, strict=True) if rank]
     # PEFT adapts a module that is named whole whatever layers_to_transform says
@@ -74,43 +89,49 @@ def to_peft_config(
     }
 
 
-def from_peft_config(raw: Mapping[str, Any], params: Any) -> tuple[LoraSpec, list[str]]:
-    """A spec with the meaning of ``raw``, and what was dropped because no module has such a name.
+def from_peft_config(raw: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[LoraSpec, list[str]]:
+    """The spec of a trained adapter's config for the model with ``params``, and the entries that were dropped.
 
-    PEFT lets a config name modules that a model does not have, and such files are common; the tensors that come with
-    the config tell what is really adapted, so a dead name loses nothing.
+    PEFT ignores names that match no module, and such files are common. They are dropped here: the tensors beside the
+    config show what is adapted.
+
+    Args:
+      raw: the content of ``adapter_config.json``.
+      params: of the base.
+
+    Returns:
+      ``(spec, dropped)``, the latter as texts for a warning.
 
     Raises:
-      InputError: another kind of adapter, a feature in use that a spec does not have, a missing key.
+      InputError: another type of adapter, a feature that a spec does not have, or a missing key.
     """
-    _refuse(raw)
+    for key in ("peft_type", "target_modules", "r", "lora_alpha"):
+        if raw.get(key) is None:
+            raise InputError(f"the key {key} is missing")
+    if isinstance(raw.get("init_lora_weights"), bool | str) and raw["init_lora_weights"] in PLAIN_INIT:
+        raw = {**raw, "init_lora_weights": True}  # the pairs come from the file
+    given = spec_arguments({**raw, "task_type": None})  # and so do the heads of a task
     modules = [
         name for target in find_target_modules(params, LoraSpec(target_modules=".*")).values() for name in target.names
     ]
     dropped: list[str] = []
-    spec = LoraSpec(
-        rank=raw["r"],
-        alpha=raw["lora_alpha"],
-        target_modules=_live("target_modules", raw["target_modules"], modules, dropped),
-        scaling="rslora" if raw.get("use_rslora") else "lora",
-        lora_bias=bool(raw.get("lora_bias")),
-        parametrization="dora" if raw.get("use_dora") else "lora",
-        dropout=raw.get("lora_dropout") or 0.0,
-        exclude_modules=_live("exclude_modules", raw.get("exclude_modules") or (), modules, dropped),
-        layers_to_transform=_live_layers(raw.get("layers_to_transform"), modules, dropped),
-        modules_to_save=_from_saved(raw.get("modules_to_save") or (), params, dropped),
-        bias=_live_bias(raw.get("bias") or "none", params, dropped),
-    )
+    resolved = {key: _matching(key, given[key], modules, dropped) for key in ("target_modules", "exclude_modules")}
+    resolved |= {
+        "layers_to_transform": _matching_layers(given["layers_to_transform"], modules, dropped),
+        "modules_to_save": _from_saved(given["modules_to_save"], params, dropped),
+        "bias": _matching_bias(given["bias"], params, dropped),
+    }
+    tables = ("rank_pattern", "alpha_pattern")
+    spec = make_spec({**given, **resolved, **dict.fromkeys(tables, {})})
     spec = _whole_names(spec, modules)
     chosen = [name for name in modules if spec.selects(name)]
     if spec.bias == "lora_only" and not any(_has_bias(params, name) for name in chosen):
         spec, dropped = replace(spec, bias="none"), [*dropped, "bias 'lora_only'"]
-    patterns = {k: _live(k, raw.get(k) or {}, chosen, dropped) for k in ("rank_pattern", "alpha_pattern")}
-    return replace(spec, **patterns), dropped
+    return replace(spec, **{key: _matching(key, given[key], chosen, dropped) for key in tables}), dropped
 
 
 def _whole_names(spec: LoraSpec, modules: Sequence[str]) -> LoraSpec:
-    """PEFT's rule for ``layers_to_transform``: it does not hold for a module that ``target_modules`` names whole."""
+    """PEFT's rule: ``layers_to_transform`` does not apply to a module whose full name ``target_modules`` lists."""
     if (
         spec.layers_to_transform is None
         or not isinstance(spec.target_modules, tuple)
@@ -122,70 +143,50 @@ def _whole_names(spec: LoraSpec, modules: Sequence[str]) -> LoraSpec:
     return replace(free, target_modules=tuple(chosen))
 
 
-def _has_bias(params: Any, name: str) -> bool:
+def _has_bias(params: Mapping[str, Any], name: str) -> bool:
     path = tuple(part for part in name.split(".") if not part.isdigit())
     return tree.get_in(params, (*path, "bias")) is not None
 
 
-def _refuse(raw: Mapping[str, Any]) -> None:
-    if raw.get("peft_type") != "LORA":
-        raise InputError(f"peft_type {raw.get('peft_type')!r:.60} is not supported, only 'LORA'")
-    for key, value in raw.items():
-        neutral = not value
-        if key == "init_lora_weights":
-            neutral = isinstance(value, bool | str | None) and value in PLAIN_INIT
-        if key == "layers_pattern":
-            neutral = value in (None, [], "layers", ["layers"])  # what a spec's stack is called
-        if key not in READ | INERT and not neutral:
-            raise InputError(f"{key} = {value!r:.60} is a feature that is not supported")
-    for key in ("target_modules", "r", "lora_alpha"):
-        if raw.get(key) is None:
-            raise InputError(f"the key {key} is missing")
-    for key in ("use_rslora", "use_dora", "ensure_weight_tying", "lora_bias"):
-        if raw.get(key) not in (None, True, False):
-            raise InputError(f"{key} must be true or false, not {raw[key]!r:.60}")
-    if raw.get("bias") not in (None, "none", "all", "lora_only"):
-        raise InputError(f"bias must be one of none, all, lora_only, not {raw['bias']!r:.60}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(key) or {}, Mapping):
-            raise InputError(f"{key} must map patterns to numbers, not {raw[key]!r:.60}")
-
-
-def _live(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -> Any:
+def _matching(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -> Any:
+    """``patterns`` without those that match none of ``modules``, which are added to ``dropped``."""
     if isinstance(patterns, str):
-        dead = key == "exclude_modules" and not any(matches(patterns, name) for name in modules)
-        dropped += [f"{key} {patterns!r:.80}"] * dead
-        return () if dead else patterns
-    if not isinstance(patterns, Mapping | list | tuple) or not all(isinstance(p, str) for p in patterns):
-        raise InputError(f"{key} must be names, not {patterns!r:.60}")
-    there = hits(patterns, modules) if key.endswith("pattern") else suffixes(modules) & set(patterns)
-    dropped += [f"{key} {p!r:.80}" for p in patterns if p not in there]
-    alive = [p for p in patterns if p in there]
-    return {p: patterns[p] for p in alive} if isinstance(patterns, Mapping) else alive
+        unused = key == "exclude_modules" and not any(matches(patterns, name) for name in modules)
+        dropped += [f"{key} {patterns!r:.80}"] * unused
+        return () if unused else patterns
+    found = hits(patterns, modules) if key.endswith("pattern") else suffixes(modules) & set(patterns)
+    dropped += [f"{key} {p!r:.80}" for p in patterns if p not in found]
+    kept = [p for p in patterns if p in found]
+    return {p: patterns[p] for p in kept} if isinstance(patterns, Mapping) else kept
 
 
-def _live_layers(layers: Any, modules: Sequence[str], dropped: list[str]) -> Any:
-    if layers is None or layers == []:
+def _matching_layers(layers: Any, modules: Sequence[str], dropped: list[str]) -> list[Any] | None:
+    if layers is None:
         return None
     layers = layers if isinstance(layers, list) else [layers]
-    there = {layer_number(name, ("layers",)) for name in modules}
+    found = {layer_number(name, ("layers",)) for name in modules}
     dropped += [
-        f"layers_to_transform {shown(layer)}" for layer in layers if isinstance(layer, int) and layer not in there
+        f"layers_to_transform {shown(layer)}" for layer in layers if isinstance(layer, int) and layer not in found
     ]
-    return [layer for layer in layers if not isinstance(layer, int) or layer in there]
+    return [layer for layer in layers if not isinstance(layer, int) or layer in found]
 
 
-def _live_bias(bias: Any, params: Any, dropped: list[str]) -> Any:
-    """``bias``, unless the model has none: then PEFT trains none, whatever the config says."""
-    if bias != "none" and not any(path[-1] == "bias" for path in flatten_dict(params)):
+def _matching_bias(bias: str, params: Mapping[str, Any], dropped: list[str]) -> str:
+    """``bias``, or ``"none"`` if the model has no biases."""
+    if bias != "none" and not any(path[-1] == "bias" for path in _flat(params)):
         dropped.append(f"bias {bias!r:.60}")
         return "none"
     return bias
 
 
-def _names(params: Any) -> list[str]:
-    """Every module of ``params``, containers too, by dotted name."""
-    paths = {path[:-1]: leaf.shape for path, leaf in flatten_dict(params).items()}
+def _flat(params: Mapping[str, Any]) -> dict[tree.Path, Any]:
+    """The leaves of ``params`` by path; a quantised kernel is one leaf."""
+    return flatten_dict(params)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _names(params: Mapping[str, Any]) -> list[str]:
+    """The dotted names of all modules of ``params``, including containers."""
+    paths = {path[:-1]: leaf.shape for path, leaf in _flat(params).items()}
     names: dict[str, None] = {}
     for path, shape in sorted(paths.items()):
         depth = stack_depth(path, ("layers",))
@@ -195,12 +196,12 @@ def _names(params: Any) -> list[str]:
     return list(names)
 
 
-def _to_saved(spec: LoraSpec, params: Any) -> list[str] | None:
-    """``modules_to_save`` for PEFT, which takes any module whose name *ends with* the letters of an entry."""
-    if not spec.modules_to_save:
+def _to_saved(spec: LoraSpec, params: Mapping[str, Any] | None) -> list[str] | None:
+    """``modules_to_save`` for PEFT, where an entry selects every module whose name *ends with* its letters."""
+    if not spec.modules_to_save or params is None:
         return None
     names = _names(params)
-    stacks = {name for name in names if any(n.removeprefix(f"{name}.").isdigit() for n in names)}  # PEFT takes none
+    stacks = {n.rpartition(".")[0] for n in names if "." in n and n.rpartition(".")[2].isdigit()}  # PEFT selects none
     layers = {name: name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in stacks}
     ours = [n for n in names if n not in stacks and matches(spec.modules_to_save, n)]
     ours += [n for n, stack in layers.items() if matches(spec.modules_to_save, stack)]
@@ -208,21 +209,20 @@ def _to_saved(spec: LoraSpec, params: Any) -> list[str] | None:
     return list(spec.modules_to_save) if ours == theirs else ours
 
 
-def _from_saved(entries: Any, params: Any, dropped: list[str]) -> tuple[str, ...]:
-    if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) and entry for entry in entries):
-        raise InputError(f"modules_to_save must be names, not {entries!r:.60}")
+def _from_saved(entries: Sequence[str], params: Mapping[str, Any], dropped: list[str]) -> tuple[str, ...]:
+    """PEFT's ``modules_to_save`` for a spec: the inverse of :func:`_to_saved`."""
     names = _names(params)
     backwards = sorted(name[::-1] for name in names)
-    alive = tuple(entry for entry in entries if _ends_one(entry, backwards))
-    there = set(alive)
-    dropped += [f"modules_to_save {entry!r:.80}" for entry in dict.fromkeys(entries) if entry not in there]
-    theirs = [name for name in names if alive and name.endswith(alive)]
-    ours = [name for name in names if matches(alive, name)]
-    return alive if ours == theirs else tuple(theirs)
+    kept = tuple(entry for entry in entries if _ends_one(entry, backwards))
+    found = set(kept)
+    dropped += [f"modules_to_save {entry!r:.80}" for entry in dict.fromkeys(entries) if entry not in found]
+    theirs = [name for name in names if kept and name.endswith(kept)]
+    ours = [name for name in names if matches(kept, name)]
+    return kept if ours == theirs else tuple(theirs)
 
 
 def _ends_one(entry: str, backwards: Sequence[str]) -> bool:
-    """Whether a name, of those that are given backwards and sorted, ends with the letters of ``entry``."""
+    """Whether one of the names, reversed and sorted, ends with the letters of ``entry``."""
     start = entry[::-1]
     at = bisect.bisect_left(backwards, start)
     return at < len(backwards) and backwards[at].startswith(start)

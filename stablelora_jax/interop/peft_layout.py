@@ -1,6 +1,6 @@
-"""Where every tensor of a PEFT adapter lies in our tree: one table for writing and for reading.
+"""The tensors of a PEFT adapter and their positions in the adapter tree: one table for writing and for reading.
 
-PEFT (0.21) has one tensor for each layer and the prefix ``base_model.model.``; ours are stacked and transposed:
+PEFT (0.21) has one tensor for each layer, under the prefix ``base_model.model.``; ours are stacked and transposed:
 
 ====================================  ======================  =============================================
 PEFT                                  shape                   ours, at the module
@@ -13,13 +13,13 @@ PEFT                                  shape                   ours, at the modul
 ``<m>.base_layer.bias``               (out,)                  ``lora_full``: the bias of an adapted module
 ====================================  ======================  =============================================
 
-Where the head of the base is tied to its embedding, one adapter (or one trained copy) changes both, which PEFT calls
-``ensure_weight_tying`` and stores twice, the second time transposed.
+Where the head of the base is tied to its embedding, one adapter (or one trained copy) changes both. PEFT calls this
+``ensure_weight_tying`` and stores the tensors twice, those of the head transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,33 +36,33 @@ EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
 class Entry(NamedTuple):
-    """One tensor of a file and the part of our tree that it is."""
+    """One tensor of a file and its part of a leaf in the adapter tree."""
 
     name: str  # without the prefix
     shape: tuple[int, ...]  # in the file
-    place: Path  # of the leaf in the adapter tree
-    whole: tuple[int, ...]  # shape of that leaf
-    at: tuple[Any, ...]  # index into the leaf, its stack axes flattened to one
+    path: Path  # of the leaf
+    leaf_shape: tuple[int, ...]
+    slices: tuple[int | slice, ...]  # into the leaf, its stack axes flattened to one
     transposed: bool
 
     def take(self, leaf: np.ndarray) -> np.ndarray:
-        """The tensor as PEFT has it, from the leaf."""
-        part = self._flat(leaf)[self.at]
+        """The tensor of the file, from ``leaf``."""
+        part = self._flat(leaf)[self.slices]
         return np.ascontiguousarray(part.T if self.transposed else part)
 
     def put(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
-        """Write the tensor of a file into its part of the leaf."""
-        self._flat(leaf)[self.at] = tensor.T if self.transposed else tensor
+        """Write the tensor of a file into its part of ``leaf``, in place."""
+        self._flat(leaf)[self.slices] = tensor.T if self.transposed else tensor
 
     def _flat(self, leaf: np.ndarray) -> np.ndarray:
         return leaf.reshape(-1, *leaf.shape[len(leaf.shape) - len(self.shape) :])
 
 
-def layout(targets: dict[Path, TargetModule], params: Any, spec: LoraSpec) -> list[Entry]:
-    """Every tensor that PEFT has for adapters of ``spec`` at ``targets``.
+def layout(targets: Mapping[Path, TargetModule], params: Mapping[str, Any] | None, spec: LoraSpec) -> list[Entry]:
+    """Every tensor that PEFT stores for adapters of ``spec``.
 
     Args:
-      sites: of the pairs.
+      targets: the adapted modules, by path.
       params: the base, or None where nothing is trained in full and no embedding is adapted.
       spec: the spec of the adapters.
     """
@@ -76,8 +76,14 @@ def layout(targets: dict[Path, TargetModule], params: Any, spec: LoraSpec) -> li
     return entries + [twin for entry in entries if is_tied(params) for twin in _twin(entry)]
 
 
-def is_tied(params: Any) -> bool:
-    """Whether the base is a decoder whose head is its embedding."""
+def is_tied(params: Mapping[str, Any]) -> bool:
+    """Whether the base is a decoder whose head is tied to its embedding.
+
+    Example::
+
+        >>> is_tied({"model": {"embed_tokens": {"embedding": np.zeros((8, 4))}}})
+        True
+    """
     return HEAD not in params and tree.get_in(params, ("model", EMBEDDING)) is not None
 
 
@@ -98,15 +104,15 @@ def _pair_entries(target: TargetModule, spec: LoraSpec) -> Iterator[Entry]:
 
 
 def _full_entries(leaf: TrainedParameter, adapted: set[str]) -> Iterator[Entry]:
-    kind, turned = leaf.path[-1], leaf.path[-1] == "kernel"
+    kind, transposed = leaf.path[-1], leaf.path[-1] == "kernel"
     for i, name in enumerate(leaf.names):
         owner = f"{name}.base_layer" if name in adapted else name
-        shape = leaf.own[::-1] if turned else leaf.own
-        yield Entry(f"{owner}.{LEAF.get(kind, kind)}", shape, leaf.place, leaf.shape, (i,), turned)
+        shape = leaf.own[::-1] if transposed else leaf.own
+        yield Entry(f"{owner}.{LEAF.get(kind, kind)}", shape, leaf.place, leaf.shape, (i,), transposed)
 
 
 def _twin(entry: Entry) -> Iterator[Entry]:
-    """The head's tensor, where an entry is of the embedding that is also the head."""
+    """The tensor of a tied head that belongs to an entry of the embedding."""
     module, _, kind = entry.name.partition(f"{EMBEDDING}.")
     if module != "model.":
         return

@@ -1,18 +1,20 @@
-"""Adapters for vLLM: plain LoRA of one rank and one scale, and the check that a directory is that.
+"""Adapters for vLLM: plain LoRA with one rank and one scale, and a check of a directory.
 
 vLLM (0.33: ``vllm/lora/peft_helper.py``, ``lora_model.py``) loads PEFT's format but refuses DoRA, trained biases,
-``modules_to_save`` and ranks above the server's ``--max-lora-rank``; older versions ignore ``use_rslora`` and the
-pattern maps without a word. So rank patterns are padded with zeros, scales are folded into B, and what cannot be said
-as plain LoRA is refused: export it merged.
+``modules_to_save`` and ranks above the server's ``--max-lora-rank``; older versions silently ignore ``use_rslora`` and
+the pattern maps. So smaller ranks are padded with zeros and scales are folded into B. An adapter that is not
+equivalent to plain LoRA is refused; export it merged.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,14 +35,28 @@ MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head embed
 TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
 
 
-def save_vllm(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_model: str | None, params: Any) -> int:
-    """Write ``adapters`` as a PEFT directory that any vLLM with LoRA loads, with the same effect to the letter.
+def save_vllm(
+    directory: str | Path,
+    adapters: Mapping[str, Any],
+    spec: LoraSpec,
+    *,
+    base_model: str | None,
+    params: Mapping[str, Any],
+) -> int:
+    """Write ``adapters`` as a PEFT directory that every version of vLLM with LoRA support applies correctly.
+
+    Args:
+      directory: as in :func:`stablelora_jax.save_peft`.
+      adapters: as made by ``init_adapters`` for ``spec``.
+      spec: the spec of the adapters.
+      base_model: path or hub id of the base.
+      params: of the base.
 
     Returns:
-      The least ``--max-lora-rank`` that the server needs.
+      The smallest ``--max-lora-rank`` that the server needs.
 
     Raises:
-      InputError: what vLLM has no form for (DoRA, parameters trained in full, a tied embedding, a rank above 512).
+      InputError: DoRA, ``lora_bias``, parameters trained in full, an adapted tied embedding, or a rank above 512.
     """
     params = as_dict(params)
     full = bool(spec.modules_to_save) or spec.bias != "none"
@@ -59,11 +75,11 @@ def save_vllm(directory: str | Path, adapters: Any, spec: LoraSpec, *, base_mode
     return min(rank for rank in RANKS if rank >= plain.rank)
 
 
-def uniform(adapters: Any, spec: LoraSpec) -> tuple[dict[str, Any], LoraSpec]:
-    """The same change of every kernel by pairs of one rank r and one scale alpha / r: ``(adapters, spec)``.
+def uniform(adapters: Mapping[str, Any], spec: LoraSpec) -> tuple[dict[str, Any], LoraSpec]:
+    """Equivalent adapters with one rank r and one scale alpha / r: ``(adapters, spec)``.
 
-    Smaller ranks are padded with zeros. Where all scales are equal, alpha takes them up and the factors keep their
-    bits; otherwise each B is multiplied by its own scale over the common one, in its dtype.
+    Smaller ranks are padded with zeros. Where all scales are equal, alpha is chosen to give that scale and the factors
+    keep their bits; otherwise each B is multiplied by its own scale over the common one, in its dtype.
     """
     targets = adapter_target_modules(adapters, spec)
     rank = max(target.rank for target in targets.values())
@@ -76,7 +92,11 @@ def uniform(adapters: Any, spec: LoraSpec) -> tuple[dict[str, Any], LoraSpec]:
 
 
 def vllm_problems(directory: str | Path, max_lora_rank: int = max(RANKS)) -> list[str]:
-    """What vLLM would refuse, or read otherwise than PEFT, in the adapter at ``directory``; empty where it is fine."""
+    """What vLLM refuses, or interprets differently from PEFT, in the adapter at ``directory``; empty if nothing.
+
+    Raises:
+      InputError: ``adapter_config.json`` is missing or damaged.
+    """
     from safetensors import safe_open
 
     directory = Path(directory)
@@ -97,7 +117,7 @@ def vllm_problems(directory: str | Path, max_lora_rank: int = max(RANKS)) -> lis
     return found
 
 
-def _padded(pair: Any, target: TargetModule, rank: int, scale: float) -> dict[str, Any]:
+def _padded(pair: Mapping[str, jax.Array], target: TargetModule, rank: int, scale: float) -> dict[str, jax.Array]:
     wide = [(0, 0)] * len(target.stack)
     a = jnp.pad(pair["lora_a"], [*wide, (0, 0), (0, rank - target.rank)])
     b = jnp.pad(pair["lora_b"], [*wide, (0, rank - target.rank), (0, 0)])
@@ -106,7 +126,7 @@ def _padded(pair: Any, target: TargetModule, rank: int, scale: float) -> dict[st
 
 
 def _drop_base_weights(directory: Path) -> None:
-    """vLLM skips the base's own weights beside an adapted embedding or head; a server need not load them."""
+    """Remove the base's own weights of an adapted embedding or head, which vLLM ignores."""
     from safetensors.numpy import load_file, save_file
 
     path = directory / "adapter_model.safetensors"

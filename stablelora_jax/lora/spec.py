@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -132,6 +133,30 @@ class LoraSpec:
         for name in ("rank_pattern", "alpha_pattern", "in_axes"):
             plain[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in plain[name]}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> LoraSpec:
+        """The spec with the meaning of a PEFT ``LoraConfig``; ``docs/coming-from-peft.md`` has every field.
+
+        No model is needed, so names are taken as they are; :func:`stablelora_jax.load_peft` resolves those of an
+        adapter against its base. Entries of ``modules_to_save`` end at a dot here, and at any letter in PEFT.
+
+        Args:
+          config: ``LoraConfig(...).to_dict()``, a parsed ``adapter_config.json``, keyword arguments of ``LoraConfig``,
+            or a directory with an ``adapter_config.json``. An absent key has the default of PEFT 0.21.
+
+        Raises:
+          InputError: one line that names the key: unknown, a feature that a spec does not have, or a bad value.
+
+        Example::
+
+            >>> spec = LoraSpec.from_peft({"r": 4, "target_modules": ["q_proj"], "use_dora": True})
+            >>> spec.rank, spec.alpha, spec.parametrization
+            (4, 8, 'dora')
+        """
+        from stablelora_jax.lora.peft_config import from_peft  # which imports this module
+
+        return from_peft(config)
 
     def selects(self, name: str) -> bool:
         """Whether the module called ``name`` is adapted; what is trained in full is not."""

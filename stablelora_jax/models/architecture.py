@@ -1,4 +1,4 @@
-"""What a decoder looks like: ``config.json`` of the Llama, Mistral, Qwen2 and Qwen3 families as one frozen dataclass.
+"""A decoder's architecture: ``config.json`` of the Llama, Mistral, Qwen2 and Qwen3 families as one frozen dataclass.
 
 Reads the old style (``rope_theta``, ``rope_scaling``, ``max_window_layers``) and the style of transformers 5
 (``rope_parameters``, ``layer_types``). A key that changes the forward pass and is neither handled here nor at its
@@ -20,7 +20,7 @@ from stablelora_jax.utils.errors import InputError
 
 
 class Family(NamedTuple):
-    """What an *absent* key means in one ``model_type``, and which bias keys it reads; None: follows from the sizes."""
+    """Defaults of *absent* keys in one ``model_type``, and its bias keys; None: follows from the sizes."""
 
     architecture: str
     num_key_value_heads: int | None
@@ -68,7 +68,7 @@ ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: ``kind`` is ``default``, ``linear`` or ``llama3`` (which alone reads the last three)."""
+    """Rotary position embedding: ``kind`` is ``default``, ``linear`` or ``llama3`` (which uses the last three)."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -97,7 +97,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int, ...] = ()  # of each layer: how many keys, itself included, a token sees; 0 and () are all
+    windows: tuple[int, ...] = ()  # of each layer: keys per token, itself included; 0 and (): no limit
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -169,7 +169,7 @@ def _heads(raw: Mapping[str, Any], source: str, family: Family, hidden: int, hea
     usual = hidden // heads if family.head_dim is None else None
     head_dim = size(given, "head_dim", source, default=usual, most=WIDEST_HEAD)
     if head_dim % 2:
-        raise InputError(f"{source}: head_dim {head_dim} is odd, but rotary positions turn pairs of dimensions")
+        raise InputError(f"{source}: head_dim {head_dim} is odd, but rotary embedding rotates pairs of dimensions")
     return {"num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 

@@ -1,38 +1,45 @@
-"""Attention: of whole rows by one of four ways that mean the same, and of a cache's slots by a mask.
+"""Attention: of whole rows, in one of four kinds of the same meaning, and over a cache's slots by a mask.
 
 ===========  =============================================================  ==========================================
-kind         what it is                                                     saved for the backward (checkpoint names)
+kind         implementation                                                 saved for the backward (checkpoint names)
 ===========  =============================================================  ==========================================
 ``xla``      dense and masked; any backend, dtype and window                probabilities ``attention_probs``, (T, T)
-``blockwise``   flash attention in plain XLA; the same, never (T, T)           ``context`` and log-sum-exp ``lse``
-``cudnn``    cuDNN's flash attention; NVIDIA GPU, bfloat16 or float16       ``context`` and log-sum-exp ``lse``
+``blockwise``   flash attention in plain XLA; likewise, never (T, T)           ``context`` and log-sum-exp ``lse``
+``cudnn``    cuDNN's flash attention; NVIDIA GPU, bfloat16 or float16       of packed rows ``context`` and ``lse``;
+                                                                            of whole rows see ``remat.saveable``
 ``splash``   Pallas' flash attention; TPU, not under a partitioning jit     both as ``context``
 ===========  =============================================================  ==========================================
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention_kernels.blockwise import blockwise
-from stablelora_jax.models.attention_kernels.cudnn import cudnn
+from stablelora_jax.models.attention_kernels.cudnn import compute_capability, cudnn
 from stablelora_jax.models.attention_kernels.splash import splash
 from stablelora_jax.utils.errors import InputError
 
 KINDS = ("xla", "blockwise", "cudnn", "splash")
-SHORT = 128  # tokens of a row up to which the dense way is as fast as tiles: measured on a CPU
-SEGMENTS = 64  # of a packed row, its pads included, that cuDNN's way takes
+SHORT = 128  # tokens of a row up to which ``xla`` is as fast as ``blockwise``: measured on a CPU
+SEGMENTS = 64  # of a packed row, its pads included, up to which ``auto`` chooses ``cudnn``
 
 
-def attend(q, k, v, mask):
-    """Grouped-query attention: q (B, T, H, hd), k and v (B, S, K, hd), mask (B, T, S) bool; gives (B, T, H, hd)."""
+def attend(
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B S K hd"],
+    v: Float[Array, "B S K hd"],
+    mask: Bool[Array, "B T S"] | Bool[np.ndarray, "B T S"],
+) -> Float[Array, "B T H hd"]:
+    """Grouped-query attention by a mask; K divides H."""
     B, T, H, hd = q.shape
     q = q.reshape(B, T, k.shape[2], H // k.shape[2], hd)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * hd**-0.5
@@ -40,28 +47,42 @@ def attend(q, k, v, mask):
     return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1), v).reshape(B, T, H, hd)
 
 
-def self_attention(q, k, v, segment_ids=None, window=None, kind="xla", segments=SEGMENTS):
-    """Causal grouped-query attention of whole rows: token i sees itself and what lies before it in its segment.
+def self_attention(
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B T K hd"],
+    v: Float[Array, "B T K hd"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    kind: str = "xla",
+    segments: int | None = SEGMENTS,
+) -> Float[Array, "B T H hd"]:
+    """Causal grouped-query attention of whole rows: token i attends to itself and to earlier tokens of its segment.
 
-    Softmax and sums run in ``promote_types(dtype, float32)``. The names of the table above are set where a
+    Softmax and sums run in ``promote_types(dtype, float32)``. The names of the table above are set so that a
     ``jax.checkpoint`` policy that saves them runs neither the softmax nor the kernel twice.
 
     Args:
       q: (B, T, H, hd).
-      k: (B, T, K, hd), where K divides H; each key head serves the H / K query heads that stand together.
+      k: (B, T, K, hd), where K divides H; each key head serves H / K consecutive query heads.
       v: (B, T, K, hd).
-      segment_ids: (B, T) int32, or None for one segment a row; equal ids stand together, 0 are pads (also a segment).
-      window: how far a token sees, ``i - j < window`` with window >= 1; an int, or with ``xla`` and ``blockwise`` a
-        traced int32 scalar, so that each scanned layer has its own; None sees all.
+      segment_ids: (B, T) int32, or None for one segment a row; equal ids are adjacent, 0 are pads (also a segment).
+      window: token i attends to j with ``i - j < window``, window >= 1; an int, or with ``xla`` and ``blockwise`` a
+        traced int32 scalar, so that each scanned layer has its own; None for no limit.
       kind: one of ``KINDS``, see ``best_attention``.
       segments: of ``cudnn``: the most runs of equal ids in a row, static; a row of more is NaN. Saves
-        (B * segments, H, T) float32. None: not known, which it refuses.
+        (B * segments, H, T) float32. None: unknown, which ``cudnn`` refuses for packed rows.
 
     Returns:
       (B, T, H, hd) in the dtype of q; finite at pads.
 
     Raises:
-      InputError: an unknown kind, or what this kind cannot do.
+      InputError: an unknown kind, or arguments that this kind does not take.
+
+    Example::
+
+        >>> q = k = v = jnp.ones((1, 3, 2, 4))
+        >>> self_attention(q, k, v, window=2).shape
+        (1, 3, 2, 4)
     """
     if isinstance(window, int) and window >= q.shape[1]:
         window = None
@@ -76,7 +97,9 @@ def self_attention(q, k, v, segment_ids=None, window=None, kind="xla", segments=
     raise InputError(f"no attention is named {kind!r}: there are {', '.join(KINDS)}")
 
 
-def _dense(q, k, v, segment_ids, window):
+def _dense(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, window: int | jax.Array | None
+) -> jax.Array:
     B, T, H, hd = q.shape
     accum_dtype = jnp.promote_types(q.dtype, jnp.float32)
     distance = jnp.arange(T)[:, None] - jnp.arange(T)
@@ -87,21 +110,26 @@ def _dense(q, k, v, segment_ids, window):
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accum_dtype) * hd**-0.5
     probs = _softmax(scores, mask).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", probs, v, preferred_element_type=accum_dtype)
-    return checkpoint_name(out.reshape(B, T, H, hd).astype(q.dtype), "context")
+    named: jax.Array = checkpoint_name(out.reshape(B, T, H, hd).astype(q.dtype), "context")
+    return named
 
 
-def _probabilities(scores, mask):
-    return checkpoint_name(jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min)), "attention_probs")
+def _probabilities(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    probs = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min))
+    named: jax.Array = checkpoint_name(probs, "attention_probs")
+    return named
 
 
 @jax.custom_jvp
-def _softmax(scores, mask):
-    """Softmax over the last axis where ``mask`` is on, whose derivative needs nothing but its named result."""
+def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis where ``mask`` is on, whose derivative needs only its named result."""
     return _probabilities(scores, mask)
 
 
 @_softmax.defjvp
-def _softmax_jvp(primals, tangents):
+def _softmax_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     probs = _probabilities(*primals)  # not _softmax: inside a custom_jvp call, a policy does not see the name
     return probs, probs * (tangents[0] - (probs * tangents[0]).sum(-1, keepdims=True))
 
@@ -142,17 +170,15 @@ def best_attention(
 
 def best_here(dtype: DTypeLike, config: DecoderConfig, length: int, segments: int, partitioned: bool = False) -> str:
     """:func:`best_attention` for a model's rows on the devices of this process."""
-    found = str(getattr(jax.devices()[0], "compute_capability", ""))  # AMD's are names: gfx942
-    capability = float(found) if re.fullmatch(r"\d+(\.\d+)?", found) else 0.0
     shape = config.head_dim, length, config.windows or (0,), segments, partitioned
-    return best_attention(jax.default_backend(), dtype, *shape, capability)
+    return best_attention(jax.default_backend(), dtype, *shape, compute_capability())
 
 
 def require_here(kind: str) -> None:
-    """Refuse a kind that does not run on the devices of this process.
+    """Check that ``kind`` runs on the devices of this process.
 
     Raises:
-      InputError: it is made for another backend.
+      InputError: it is for another backend.
     """
     backend, needed = jax.default_backend(), {"cudnn": "gpu", "splash": "tpu"}.get(kind)
     if needed not in (None, backend):

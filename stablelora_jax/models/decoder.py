@@ -1,4 +1,4 @@
-"""One decoder for the Llama, Mistral, Qwen2 and Qwen3 families, as a Flax Linen module that knows nothing of LoRA.
+"""One decoder for the Llama, Mistral, Qwen2 and Qwen3 families, as a Flax Linen module without any LoRA.
 
 ::
 
@@ -21,14 +21,16 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.block import Block, RMSNorm, accum_dtype
 from stablelora_jax.models.cache import Cache, write
 from stablelora_jax.models.dequantized import dequantized
-from stablelora_jax.models.inputs import integers, known, places
+from stablelora_jax.models.inputs import integers, known, token_indices
 from stablelora_jax.models.masks import FAR, cached_mask, windowed
 from stablelora_jax.models.remat import rematerialised
 from stablelora_jax.models.rope import angles
@@ -39,8 +41,8 @@ from stablelora_jax.utils.matmul import matmul
 class Embed(nn.Embed):
     """An embedding whose use as the head sums in ``promote_types(dtype, float32)``."""
 
-    def attend(self, query):
-        """Logits (..., V) of ``query`` (..., D)."""
+    def attend(self, query: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits of ``query``."""
         return matmul(query, self.embedding.T)
 
 
@@ -53,7 +55,7 @@ class Body(nn.Module):
     kind: str
     segments: int | None
 
-    def setup(self):
+    def setup(self) -> None:
         """Build the submodules."""
         c, dtype = self.config, self.dtype
         scanned = nn.scan(
@@ -67,13 +69,19 @@ class Body(nn.Module):
         self.layers = scanned(c, dtype, self.kind, self.segments)
         self.norm = RMSNorm(c.rms_norm_eps, dtype)
 
-    def __call__(self, tokens, positions, seen, cache=None):
-        """Map tokens (B, T) to final hidden states (B, T, D) and, with a cache, new k and v (L, B, T, K, hd)."""
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        ids_or_mask: Int[Array, "B T"] | Bool[Array, "B T S"] | Int[Array, "B T S"] | None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B T K hd"], Float[Array, "L B T K hd"]] | None]:
+        """Final hidden states and, with a cache, the new keys and values; ``ids_or_mask`` as :class:`Block` has it."""
         windows = self.config.windows
         own = jnp.array([w or FAR for w in windows], jnp.int32) if len(set(windows)) > 1 else None
         past, slot = (None, None) if cache is None else ((cache.k, cache.v), cache.used)
         rope_cos_sin = angles(positions, self.config.rope, self.config.head_dim, accum_dtype(self.dtype))
-        x, new = self.layers(self.embed_tokens(tokens), rope_cos_sin, seen, slot, own, past)
+        x, new = self.layers(self.embed_tokens(tokens), rope_cos_sin, ids_or_mask, slot, own, past)
         return self.norm(x), new
 
 
@@ -83,11 +91,11 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
     tokenizer: Any = dataclasses.field(default=None, compare=False, repr=False)
-    remat: str = "save_dots"  # what the backward pass finds again, see models/remat.py
+    remat: str = "save_dots"  # what the forward pass saves for the backward pass, see models/remat.py
     attention: str = "auto"  # of whole rows: auto, or one of models/attention.py
-    segments: int | None = None  # the most of a row with segment_ids: 1: pads at its end alone; None: unknown
+    segments: int | None = None  # the most in a row with segment_ids; 1: one text, then pads; None: unknown
 
-    def setup(self):
+    def setup(self) -> None:
         """Build the submodules."""
         self.model = Body(self.config, self.dtype, self.remat, self.attention, self.segments)
         if not self.config.tie_word_embeddings:
@@ -99,58 +107,76 @@ class Decoder(nn.Module):
                 dot_general=lambda x, kernel, dimensions, precision: matmul(x, kernel),
             )
 
-    def __call__(self, tokens, positions=None, segment_ids=None, cache=None, at=None):
+    def __call__(
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        cache: Cache | None = None,
+        logit_positions: ArrayLike | None = None,
+    ) -> Float[Array, "B N V"] | tuple[Float[Array, "B N V"], Cache]:
         """Next-token logits (B, T, V) in ``promote_types(dtype, float32)``; with a cache, ``(logits, cache)``.
 
         Args:
           tokens: (B, T) int32. Without a cache, pads belong at the end of a row, where causality hides them.
           positions: (B, T) int32; default ``0 .. T-1``. With a cache they are required (``positions_of``): -1 is a pad,
-            which no token sees, and a token sees what the cache or this call holds at positions up to its own.
-          segment_ids: (B, T) int32; tokens see only their own segment. Default: one segment a row. Not with a cache.
-          cache: the :class:`Cache` of the tokens before these, with T slots to spare (beyond its end, nothing warns).
-          at: (B, K) int32, indices into T: logits for these tokens alone, (B, K, V).
+            to which no token attends; a token attends to the cache and this call at positions up to its own.
+          segment_ids: (B, T) int32; tokens attend within their segment. Default: one segment a row. Not with a cache.
+          cache: the :class:`Cache` of the tokens before these, with T free slots (beyond its end there is no error).
+          logit_positions: (B, K) int32, indices into T: logits of these tokens only, (B, K, V).
 
-        A token outside the vocabulary makes its row NaN; in a pad (of segment 0, or at position -1) no id matters.
+        A token outside the vocabulary makes its row NaN; the id of a pad (segment 0, or position -1) does not matter.
 
         Raises:
           InputError: an argument of another shape or kind.
         """
         if cache is None:
-            return self.logits(self.hidden(tokens, positions, segment_ids, at))
+            return self.logits(self.hidden(tokens, positions, segment_ids, logit_positions))
         if positions is None or segment_ids is not None:
             raise InputError("with a cache, give positions (-1 at pads) and no segment_ids")
         tokens = integers(tokens, "tokens")
         positions = integers(positions, "positions", tokens.shape)
         if not isinstance(cache, Cache) or cache.positions.shape[:1] != tokens.shape[:1]:
             raise InputError(f"cache must be what empty_cache gives for {tokens.shape[0]} rows")
-        at = None if at is None else places(at, tokens)
+        columns = _columns(logit_positions, tokens)
         tokens = known(tokens, positions < 0, self.config.vocab_size)
         keys = write(cache.positions, positions, cache.used, axis=1)
         mask = windowed(cached_mask(positions, keys), positions, keys, self.config.windows)
         x, new = self.model(tokens, positions, mask, cache)
-        k, v = (write(old, own, cache.used, axis=2) for old, own in zip((cache.k, cache.v), new, strict=True))
-        return self.logits(_taken(x, at)), Cache(k, v, keys, cache.used + tokens.shape[1])
+        k, v = (write(old, own, cache.used, axis=2) for old, own in zip((cache.k, cache.v), new or (), strict=True))
+        return self.logits(_select(x, columns)), Cache(k, v, keys, cache.used + tokens.shape[1])
 
-    def hidden(self, tokens, positions=None, segment_ids=None, at=None):
-        """What the head reads, (B, T, D) or (B, K, D); the arguments are those of a call without a cache."""
+    def hidden(
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        logit_positions: ArrayLike | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Inputs of the head, (B, T, D) or (B, K, D); the arguments are those of a call without a cache."""
         tokens = integers(tokens, "tokens")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         positions = integers(positions, "positions", tokens.shape)
         segment_ids = None if segment_ids is None else integers(segment_ids, "segment_ids", tokens.shape)
-        at = None if at is None else places(at, tokens)
+        columns = _columns(logit_positions, tokens)
         tokens = known(tokens, None if segment_ids is None else segment_ids == 0, self.config.vocab_size)
-        return _taken(self.model(tokens, positions, segment_ids)[0], at)
+        return _select(self.model(tokens, positions, segment_ids)[0], columns)
 
-    def logits(self, x):
-        """Logits (..., V) of what :meth:`hidden` gives (..., D)."""
-        return self.model.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+    def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits of the hidden states of :meth:`hidden`."""
+        head = self.model.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        return head(x)
 
 
-def head_path(config):
-    """Where in the parameters the head lies."""
+def head_path(config: DecoderConfig) -> tuple[str, ...]:
+    """Path of the head in the parameters."""
     return ("model", "embed_tokens") if config.tie_word_embeddings else ("lm_head",)
 
 
-def _taken(x, at):
-    return x if at is None else jnp.take_along_axis(x, at[:, :, None], axis=1)
+def _columns(logit_positions: ArrayLike | None, tokens: jax.Array) -> jax.Array | None:
+    return None if logit_positions is None else token_indices(logit_positions, "logit_positions", tokens)
+
+
+def _select(x: jax.Array, columns: jax.Array | None) -> jax.Array:
+    return x if columns is None else jnp.take_along_axis(x, columns[:, :, None], axis=1)

@@ -1,13 +1,13 @@
-"""A layer of a quantised base: its kernels are dequantised where it runs, and nowhere else.
+"""A layer of a quantised base: its kernels are dequantised when it runs.
 
-Inside a scan and its remat that is one layer at a time, in the forward pass and once more in the backward: policies of
-named values do not keep what has no name.
+Inside a scan and its remat that is one layer at a time, in the forward pass and once more in the backward: remat
+policies save named values only, and dequantised kernels have no name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -15,9 +15,11 @@ import jax
 from stablelora_jax.quantization import dequantize_tree, is_quantized
 from stablelora_jax.utils.errors import InputError
 
+Layer = TypeVar("Layer", bound=nn.Module)
 
-def dequantized(block: Any, variables: Mapping[str, Any], policy: str) -> Any:
-    """The Linen class ``block`` as it is, or, where ``variables`` hold quantised kernels, seeing them dense.
+
+def dequantized(block: type[Layer], variables: Mapping[str, Any], policy: str) -> type[Layer]:
+    """The Linen class ``block``, with dequantised kernels where ``variables`` hold quantised ones.
 
     Raises:
       InputError: the remat ``policy`` would keep every layer's dense kernels for the backward pass.

@@ -1,7 +1,7 @@
-"""What a decoder is called with: shapes and kinds, which are known while tracing, and ids, which are not.
+"""Checks of a decoder's inputs: shapes and kinds, which are known while tracing, and ids, which are not.
 
-An id in a pad never matters, whatever it is. A token that the vocabulary does not hold, a negative one too, makes its
-row NaN, and is never taken for another token.
+The id of a pad never matters. A token outside the vocabulary, a negative one too, makes its row NaN, and is never taken
+for another token.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from stablelora_jax.utils.errors import InputError
 
@@ -18,9 +19,9 @@ INT32 = np.iinfo(np.int32)
 
 
 def integers(value: Any, name: str, shape: tuple[int, ...] | None = None) -> jax.Array:
-    """``value`` as an array of whole numbers, of ``shape``, or (rows, columns) with at least one of each.
+    """``value`` as an integer array of ``shape``, or by default of any (rows, columns) with at least one of each.
 
-    Numbers of the host that are beyond int32 become -1, which is no token, no segment and no position.
+    Numbers on the host beyond int32 become -1, which is no token, no segment and no position.
 
     Raises:
       InputError: it is something else.
@@ -39,20 +40,20 @@ def integers(value: Any, name: str, shape: tuple[int, ...] | None = None) -> jax
     return jnp.asarray(value)
 
 
-def places(at: Any, tokens: jax.Array) -> jax.Array:
-    """``at`` (B, K), for ``tokens`` (B, T).
+def token_indices(value: Any, name: str, tokens: jax.Array) -> Int[Array, "B K"]:
+    """``value`` as indices into the rows of ``tokens`` (B, T); ``name`` is the argument's in errors.
 
     Raises:
-      InputError: it is something else.
+      InputError: ``value`` is no integer array of B rows.
     """
-    at = integers(at, "at")
-    if at.shape[0] != tokens.shape[0]:
-        raise InputError(f"at must name places in each of {tokens.shape[0]} rows, not in {at.shape[0]}")
-    return at
+    indices = integers(value, name)
+    if indices.shape[0] != tokens.shape[0]:
+        raise InputError(f"{name} must have a row for each of {tokens.shape[0]} rows of tokens, not {indices.shape[0]}")
+    return indices
 
 
 def require_known(ids: Any, vocabulary: int, origin: str = "the model") -> None:
-    """Check ids on the host, before they are read.
+    """Check token ids on the host.
 
     Raises:
       InputError: one is negative, or not below ``vocabulary``.
@@ -62,7 +63,13 @@ def require_known(ids: Any, vocabulary: int, origin: str = "the model") -> None:
         raise InputError(f"the tokenizer of {origin} gives ids beyond its vocabulary of {vocabulary}")
 
 
-def known(tokens: jax.Array, pads: jax.Array | None, vocabulary: int) -> jax.Array:
-    """``tokens`` with 0 where ``pads`` is true, and ``vocabulary``, which a look-up gives NaN for, at unknown ids."""
+def known(tokens: Int[Array, "B T"], pads: Bool[Array, "B T"] | None, vocabulary: int) -> Int[Array, "B T"]:
+    """``tokens`` with 0 at ``pads`` and ``vocabulary`` at unknown ids, for which an embedding look-up gives NaN.
+
+    Example::
+
+        >>> known(jnp.array([[3, 9, -1]]), jnp.array([[False, False, True]]), 8)
+        Array([[3, 8, 0]], dtype=int32)
+    """
     tokens = jnp.where((tokens < 0) | (tokens >= vocabulary), vocabulary, tokens).astype(jnp.int32)
     return tokens if pads is None else jnp.where(pads, 0, tokens)

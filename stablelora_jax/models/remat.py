@@ -1,14 +1,14 @@
-"""Which intermediate values of a layer the backward pass finds again, and which it computes anew.
+"""Which intermediate values of a layer the forward pass saves for the backward pass, and which are recomputed.
 
-Values carry names (``jax.ad_checkpoint.checkpoint_name``). LoRA has no gradient of a frozen kernel to pay for, so
-computing a whole layer anew costs it half as much again, and full fine-tuning only a third: hence policies in steps.
-Beside what is named, the residual stream that enters each layer is always kept.
+Values carry names (``jax.ad_checkpoint.checkpoint_name``). LoRA computes no gradient of a frozen kernel, so recomputing
+a whole layer adds half of a step's FLOPs, and only a third in full fine-tuning: hence several policies. Besides the
+named values, the residual stream that enters each layer is always saved.
 
 ========== ================================================================== ===================================
-policy     kept in each layer                                                 computed anew
+policy     saved in each layer                                                recomputed
 ========== ================================================================== ===================================
-everything whatever autodiff asks for                                         nothing
-save_dots  products of q, k, v, gate and up, probabilities or statistics and  norms, rotary positions, silu,
+everything all residuals of autodiff                                          nothing
+save_dots  products of q, k, v, gate and up, probabilities or statistics and  norms, rotary embedding, silu,
            output of attention, the stream after it, ``x A`` of each pair     dropout: no matrix product
 no_mlp     the same without gate and up                                       the products gate and up
 attention  output and statistics of attention, ``x A`` of each pair           all products but attention's
@@ -18,13 +18,16 @@ nothing    nothing                                                            th
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
 
 import flax.linen as nn
 import jax
 
+from stablelora_jax.models.attention_kernels.cudnn import saves_residuals
 from stablelora_jax.utils.errors import InputError
 
+Layer = TypeVar("Layer", bound=nn.Module)
 Remat = Literal["everything", "save_dots", "no_mlp", "attention", "nothing"]
 PAIR = ("lora_xa",)
 ATTENTION = ("context", "lse")
@@ -37,8 +40,8 @@ KEPT: dict[str, tuple[str, ...]] = {
 }
 
 
-def rematerialised(block: Any, policy: str) -> Any:
-    """The Linen class ``block``, whose backward pass keeps what ``policy`` says.
+def rematerialised(block: type[Layer], policy: str) -> type[Layer]:
+    """The Linen class ``block`` with ``policy`` for its backward pass.
 
     Raises:
       InputError: an unknown policy.
@@ -47,5 +50,12 @@ def rematerialised(block: Any, policy: str) -> Any:
         raise InputError(f"remat {policy!r} is none of {', '.join(get_args(Remat))}")
     if policy == "everything":
         return block
-    kept = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
-    return nn.remat(block, policy=kept, prevent_cse=False)  # inside a scan there is nothing to be joined by CSE
+    return nn.remat(block, policy=saveable(policy), prevent_cse=False)  # a scan's body has no other copy for CSE
+
+
+def saveable(policy: str) -> Callable[..., bool]:
+    """The policy of ``jax.checkpoint`` that saves the values ``KEPT[policy]``."""
+    saved: Callable[..., bool] = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
+    if set(ATTENTION) <= set(KEPT[policy]):
+        saved = jax.checkpoint_policies.save_from_both_policies(saved, saves_residuals)  # of cuDNN, without names
+    return saved

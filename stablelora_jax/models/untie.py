@@ -1,4 +1,4 @@
-"""An untied copy of a tied decoder: the head becomes a kernel of its own, which may then change apart."""
+"""An untied copy of a tied decoder: the head becomes a separate kernel."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stablelora_jax.utils.tree import get_in
 
 @checked
 def untie(model: Decoder, params: Mapping[str, Any]) -> tuple[Decoder, Any]:
-    """``(model, params)`` with ``lm_head`` (D, V), the transposed embedding; an untied model is given back as it is.
+    """``(model, params)`` with ``lm_head`` (D, V), the transposed embedding; an untied model is returned unchanged.
 
-    The logits stay what they were up to rounding.
+    The logits stay the same up to rounding.
 
     Raises:
       InputError: ``params`` hold no embedding.

@@ -1,8 +1,8 @@
-"""Sliding windows: which layers look back only so far, as ``config.json`` says it and as transformers 5 reads it.
+"""Sliding windows of the layers, from ``config.json`` as transformers 5 reads it.
 
 Mistral has one ``sliding_window`` for all layers. Qwen2 and Qwen3 have it, if ``use_sliding_window``, in the layers
 whose ``layer_types`` is ``sliding_attention``; where there are no ``layer_types``, in those from ``max_window_layers``
-on. A token at position p sees the keys k with ``0 <= p - k < window`` (``sliding_window_overlay`` in
+on. A token at position p attends to the keys k with ``0 <= p - k < window`` (``sliding_window_overlay`` in
 ``transformers/masking_utils.py``). Llama has none.
 """
 
@@ -16,11 +16,11 @@ from stablelora_jax.utils.errors import InputError
 
 KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 SLIDING, FULL = "sliding_attention", "full_attention"
-WINDOW, FIRST = 4096, 28  # what an absent sliding_window and max_window_layers mean
+WINDOW, FIRST = 4096, 28  # defaults of sliding_window and max_window_layers
 
 
 def read_windows(raw: Mapping[str, Any], source: str, layers: int) -> tuple[int, ...]:
-    """The window of each layer, 0 where it sees all; ``()`` where all layers do.
+    """The window of each layer, 0 for none; ``()`` where no layer has one.
 
     Raises:
       InputError: keys of the wrong kind, or that contradict each other.
@@ -52,7 +52,7 @@ def window_keys(model_type: str, windows: tuple[int, ...]) -> dict[str, Any]:
         return {"sliding_window": window}
     if window is None:
         return {"use_sliding_window": False, "sliding_window": None}
-    first = next(i for i, own in enumerate(windows) if own)  # all that older readers know
+    first = next(i for i, own in enumerate(windows) if own)  # the only key that older versions read
     types = [SLIDING if own else FULL for own in windows]
     return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": first, "layer_types": types}
 

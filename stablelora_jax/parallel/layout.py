@@ -1,14 +1,15 @@
-"""What all layouts have in common, and what a function may notice of being spread.
+"""The interface of all layouts, and helpers for functions that run on several devices.
 
-Adapters, optimizer state and results are replicated, under every layout: they are a hundredth of the base, every device
-then computes the same update from the same gradient, and so norms, latches, QR and eigh of pair-aware optimizers are
-those of one device, to the bit. What is split are the rows of a batch and, on a mesh, the base and its activations.
+Adapters, optimizer state and results are replicated under every layout: they are about a hundredth of the base. Every
+device computes the same update from the same gradient, so norms, latches, QR and eigh of pair-aware optimizers are
+those of one device, to the bit. The rows of a batch are split and, on a mesh, the base and its activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +19,80 @@ from jax.sharding import Sharding
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import keys_of
 
-Takes = Literal["state", "base", "rows"]  # what an argument of a compiled function is
+T = TypeVar("T")
+R = TypeVar("R")
+Takes = Literal["state", "base", "rows"]  # the kind of an argument of a compiled function
 
 
-class Layout(NamedTuple):
-    """How a run lies on its devices; made by ``pmap_layout`` or ``mesh_layout``."""
+class TreeMap(Protocol):
+    """A function of a tree of arrays to a tree of the same structure."""
 
-    title: str  # for people
-    parts: int  # the rows of a step are cut into so many equal parts, over all processes
-    axis: str | None  # the axis of the compiled functions' collectives; None: their arrays are global
-    base: Callable[[tuple[str, ...], tuple[int, ...]], Sharding]  # of a parameter, from its path and shape
-    state: Callable[[Any], Any]  # a host tree, the same in every process -> replicated
-    rows: Callable[[Callable[[slice], Any], int], Any]  # (host rows of a slice, their number in all) -> split
-    abstract: Callable[[Any, Takes], Any]  # shapes -> the shapes and shardings that a compiled function takes
-    fetch: Callable[[Any], Any]  # what a compiled function gives -> NumPy arrays, in every process
-    total: Callable[[Any], Any]  # inside a compiled function: sums over this part -> over all parts, replicated
-    compile: Callable[..., Callable[..., Any]]  # (function, what each argument is, donated positions)
+    def __call__(self, tree: T, /) -> T:
+        """The tree, each leaf replaced."""
 
-    def place_base(self, params: Any) -> Any:
-        """Parameters, or any tree that is read and never changed, where the base lies."""
+
+class Abstract(Protocol):
+    """A function of shapes to the shapes and shardings that a compiled function takes."""
+
+    def __call__(self, tree: T, takes: Takes, /) -> T:
+        """``tree`` with ``jax.ShapeDtypeStruct`` leaves."""
+
+
+class Compile(Protocol):
+    """A function that compiles ``function`` for the devices of a layout."""
+
+    def __call__(
+        self, function: Callable[..., R], takes: Sequence[Takes], donate: Sequence[int] = ()
+    ) -> Callable[..., R]:
+        """``takes`` has the kind of each argument; the arguments at the positions ``donate`` are donated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How arrays are placed on the devices of a run and functions compiled for them.
+
+    Made by :func:`stablelora_jax.parallel.pmap_layout` or :func:`stablelora_jax.parallel.mesh_layout`.
+
+    Attributes:
+      title: for messages, such as ``"8 devices"``.
+      parts: the number of equal parts into which the rows of a batch are split, over all processes.
+      axis: the name of the axis for collectives in compiled functions; None: their arrays are global.
+      base_sharding: the sharding of a base parameter, from its path and shape.
+      place_state: host arrays, the same in every process -> replicated.
+      place_rows: ``(read, B)`` -> rows split over the parts; ``read`` gives the host rows of a slice of the B rows, and
+        each process reads its own alone.
+      abstract: shapes, and the kind of argument -> the shapes and shardings that a compiled function takes.
+      fetch: the result of a compiled function -> NumPy arrays, in every process.
+      sum_parts: inside a compiled function: sums over this part -> sums over all parts, replicated.
+      compile: compiles a function; see :class:`Compile`.
+    """
+
+    title: str
+    parts: int
+    axis: str | None
+    base_sharding: Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
+    place_state: TreeMap
+    place_rows: Callable[[Callable[[slice], Any], int], Any]
+    abstract: Abstract
+    fetch: TreeMap
+    sum_parts: TreeMap
+    compile: Compile
+
+    def place_base(self, params: T) -> T:
+        """Parameters, or any tree that no compiled function changes, placed by :attr:`base_sharding`."""
 
         def place(path: Any, x: Any) -> jax.Array:
-            return jax.device_put(x, self.base(keys_of(path), jnp.shape(x)))
+            placed: jax.Array = jax.device_put(x, self.base_sharding(keys_of(path), jnp.shape(x)))
+            return placed
 
-        return jax.tree_util.tree_map_with_path(place, params)
+        placed_params: T = jax.tree_util.tree_map_with_path(place, params)
+        return placed_params
 
-    def split(self, tree: Any) -> Any:
-        """The rows of host arrays (B, ...) that every process holds whole."""
+    def split(self, tree: T) -> T:
+        """Host arrays (B, ...) that every process holds whole, split by row."""
         leaves = jax.tree.leaves(tree)
-        return self.rows(lambda part: jax.tree.map(lambda x: x[part], tree), len(leaves[0]))
+        rows: T = self.place_rows(lambda part: jax.tree.map(lambda x: x[part], tree), len(leaves[0]))
+        return rows
 
     def require_rows(self, rows: int, accumulate: int = 1) -> None:
         """Check that so many rows can be cut into parts and micro-batches.
@@ -62,18 +108,24 @@ class Layout(NamedTuple):
             )
 
 
-def gather(tree: Any, axis: str | None) -> Any:
-    """The rows of all parts, from those of this part."""
+def gather(tree: T, axis: str | None) -> T:
+    """The rows of all parts, (B, ...), from those of this part, (B / parts, ...)."""
     return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
 
 
 def rows_here(rows: int, axis: str | None) -> jax.Array:
-    """The numbers, in the whole batch, of the ``rows`` rows that a compiled function sees."""
+    """The row numbers in the whole batch, (rows,) int32, of the ``rows`` rows that a compiled function sees.
+
+    Example::
+
+      >>> rows_here(3, None).tolist()
+      [0, 1, 2]
+    """
     start = 0 if axis is None else jax.lax.axis_index(axis) * rows
     return start + jnp.arange(rows)
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: T) -> T:
     """The arrays of ``tree`` as NumPy arrays, whole, in every process; all processes must call it."""
 
     def whole(x: Any) -> np.ndarray:
@@ -85,4 +137,5 @@ def to_host(tree: Any) -> Any:
 
         return np.asarray(process_allgather(x, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    host: T = jax.tree.map(whole, tree)
+    return host

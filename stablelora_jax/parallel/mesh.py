@@ -56,12 +56,12 @@ def mesh_layout(
         title=f"a mesh of {' x '.join(f'{size} {axis}' for size, axis in zip(sizes, AXES, strict=True))} devices",
         parts=sizes[0] * sizes[1],
         axis=None,
-        base=base,
-        state=partial(_state, mesh),
-        rows=partial(_rows, mesh),
+        base_sharding=base,
+        place_state=partial(_state, mesh),
+        place_rows=partial(_rows, mesh),
         abstract=partial(_abstract, mesh, base),
         fetch=lambda tree: jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), tree),
-        total=lambda tree: jax.lax.with_sharding_constraint(tree, whole),
+        sum_parts=lambda tree: jax.lax.with_sharding_constraint(tree, whole),
         compile=partial(_compiled, mesh, heads),
     )
 

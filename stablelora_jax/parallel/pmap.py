@@ -47,12 +47,12 @@ def pmap_layout(devices: Sequence[jax.Device] | None = None) -> Layout:
         title=f"{len(every)} device{'s' * (len(every) > 1)}",
         parts=len(every),
         axis=AXIS,
-        base=lambda path, shape: known.whole,
-        state=partial(_state, known),
-        rows=partial(_rows, known),
+        base_sharding=lambda path, shape: known.whole,
+        place_state=partial(_state, known),
+        place_rows=partial(_rows, known),
         abstract=partial(_abstract, known),
         fetch=lambda tree: jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree),
-        total=lambda tree: jax.lax.psum(tree, AXIS),
+        sum_parts=lambda tree: jax.lax.psum(tree, AXIS),
         compile=partial(_compiled, known),
     )
 

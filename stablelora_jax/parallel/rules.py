@@ -69,7 +69,8 @@ def gathered_ends(params: Any, mesh: Mesh) -> Any:
         axis = 0 if keys[-1] == "embedding" else 1  # the vocabulary's
         split = "tensor" if x.shape[axis] % mesh.shape["tensor"] == 0 else None
         spec = PartitionSpec(split, None) if axis == 0 else PartitionSpec(None, split)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        split_x: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return split_x
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
@@ -80,7 +81,8 @@ def constrained(mesh: Mesh, *, split_heads: bool) -> Any:
     def split(y: jax.Array, last: str | None) -> jax.Array:
         last = last if last and y.shape[-1] % mesh.shape[last] == 0 else None
         spec = PartitionSpec(ROWS, *(None,) * (y.ndim - 2), last)
-        return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, spec))
+        split_y: jax.Array = jax.lax.with_sharding_constraint(y, NamedSharding(mesh, spec))
+        return split_y
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y, name, method = next_fun(*args, **kwargs), context.module.name, context.method_name

@@ -5,7 +5,7 @@
     w ~ (c / 127) a        c = round(127 w / a), a = max |w| over a row of the weight (out, in)
 
 8 + 32 / in bits a number. Codes and scales are those of bitsandbytes' ``int8_vectorwise_quant`` without outliers
-(``weight`` and ``SCB`` in its files); a row of zeros, which is undefined there, comes back as zeros.
+(``weight`` and ``SCB`` in its files); a row of zeros, undefined there, decodes to zeros.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from stablelora_jax.quantization.leaf import Quantized
 
@@ -36,14 +37,20 @@ class Int8(Quantized):
         return self.codes.shape[:-2]
 
 
-def encode(weight: jax.Array, dtype: DTypeLike) -> Int8:
-    """Quantise ``weight`` (*stack, out, in), reckoned in float32; ``dtype`` is that of the kernel it stands for."""
+def encode(weight: Float[Array, "*stack out in_"], dtype: DTypeLike) -> Int8:
+    """Quantise ``weight``, in float32; ``dtype`` is that of the kernel it stands for.
+
+    Example::
+
+        >>> encode(jnp.array([[1.0, -0.5, 0.0]]), jnp.float32).codes
+        Array([[127, -64,   0]], dtype=int8)
+    """
     weight = jnp.asarray(weight, jnp.float32)
     absmax = jnp.abs(weight).max(axis=-1)
     codes = jnp.round(weight * (127 / jnp.where(absmax > 0, absmax, 1))[..., None])
     return Int8((weight.shape[-1], weight.shape[-2]), jnp.dtype(dtype), codes.astype(jnp.int8), absmax)
 
 
-def decode(leaf: Int8) -> jax.Array:
-    """The weight (*stack, out, in) in float32."""
+def decode(leaf: Int8) -> Float[Array, "*stack out in_"]:
+    """The weight in float32."""
     return leaf.codes.astype(jnp.float32) * STEP * leaf.absmax[..., None]

@@ -1,12 +1,12 @@
-"""What all formats share: a leaf of the parameter tree that stands for a kernel, and is a pytree of smaller arrays.
+"""The base of all formats: a leaf of the parameter tree that stands for a kernel, and is a pytree of smaller arrays.
 
-All arrays of a leaf carry the kernel's leading axes, so a scan over layers slices them as it would slice the kernel.
+All arrays of a leaf have the kernel's leading axes, so a scan over layers slices them as it slices the kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ class Quantized:
     """Stands for a frozen kernel ``(*stack, in, out)`` of ``dtype``; a format adds its arrays and ``stack``."""
 
     size: tuple[int, int] = field(metadata={"static": True})  # (in, out)
-    dtype: np.dtype = field(metadata={"static": True})  # of the kernel, in which it is given back
+    dtype: np.dtype = field(metadata={"static": True})  # of the kernel
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ class Quantized:
 
     @property
     def ndim(self) -> int:
-        """How many axes the kernel has."""
+        """Number of the kernel's axes."""
         return len(self.shape)
 
     @property
@@ -40,6 +40,6 @@ class Quantized:
         return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def is_quantized(leaf: Any) -> bool:
+def is_quantized(leaf: object) -> TypeGuard[Quantized]:
     """Whether ``leaf`` stands for a kernel."""
     return isinstance(leaf, Quantized)

@@ -6,11 +6,11 @@ A weight (out, in), in Hugging Face's layout, is one row of n numbers, in blocks
     w ~ LEVELS[c] a        c: four bits, two to a byte, the first in the upper half
     a ~ MAP[d] e + m       d: eight bits; m: the mean of the scales; e = max |a - m| over 256 of them
 
-which is 4 + 8/64 + 32/(64 * 256) = 4.127 bits a number, and 32 a weight. A middle between two levels belongs to the
-lower one. Levels, map and rules are those of bitsandbytes 0.50, ``quantize_4bit(compress_statistics=True,
-quant_type="nf4")``, and the bytes of c are its bytes. Those of d are wherever m is, a float32 mean whose last bit hangs
-on the order of summation (and its CPU code looks d up in a table that misses a few). A block of zeros comes back as
-zeros, for its c are 7 and ``LEVELS[7]`` is 0.
+which is 4 + 8/64 + 32/(64 * 256) = 4.127 bits a number, and 32 a weight. The midpoint of two levels rounds down.
+Levels, map and rules are those of bitsandbytes 0.50, ``quantize_4bit(compress_statistics=True, quant_type="nf4")``.
+The bytes of c are equal to its bytes. The bytes of d are equal where m is: the last bit of this float32 mean depends on
+the order of summation (and its CPU code looks d up in a table that misses a few). A block of zeros decodes to zeros:
+its c are 7 and ``LEVELS[7]`` is 0.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from stablelora_jax.quantization.leaf import Quantized
 
 BLOCK, GROUP = 64, 256
-TINY = np.finfo(np.float32).tiny  # in the place of a scale of 0
+TINY = np.finfo(np.float32).tiny  # instead of a scale of 0
 LEVELS = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
     + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
@@ -38,8 +39,8 @@ LEVELS = np.array(
 def _dynamic_map() -> np.ndarray:
     """bitsandbytes' ``create_dynamic_map()``: (256,) float32, sorted; 0, 1 and 127 magnitudes of either sign.
 
-    For k = 0 .. 6 these are the middles of 2**k equal parts of [0.1, 1], times 10**(k - 6). The parts' ends are
-    PyTorch's ``linspace`` in float32: reckoned from the nearer end, and rounded once.
+    For k = 0 .. 6 these are the midpoints of 2**k equal parts of [0.1, 1], times 10**(k - 6). The parts' ends are
+    PyTorch's ``linspace`` in float32: computed from the nearer end, and rounded once.
     """
     single, found = np.float32, [np.float32(0.0), np.float32(1.0)]
     for k in range(7):
@@ -70,8 +71,15 @@ class NF4(Quantized):
         return self.nested_offset.shape
 
 
-def encode(weight: jax.Array, dtype: DTypeLike) -> NF4:
-    """Quantise ``weight`` (*stack, out, in), reckoned in float32; ``dtype`` is that of the kernel it stands for."""
+def encode(weight: Float[Array, "*stack out in_"], dtype: DTypeLike) -> NF4:
+    """Quantise ``weight``, in float32; ``dtype`` is that of the kernel it stands for.
+
+    Example::
+
+        >>> leaf = encode(jnp.array([[1.0, -0.7, 0.1]]), jnp.float32)
+        >>> leaf.packed  # levels 15 and 1, then 8 and a spare 7
+        Array([241, 135], dtype=uint8)
+    """
     *stack, rows, columns = weight.shape
     blocks, absmax = _blocks(jnp.asarray(weight, jnp.float32).reshape(*stack, -1), BLOCK)
     codes = _nearest(blocks, absmax, LEVELS)
@@ -82,8 +90,8 @@ def encode(weight: jax.Array, dtype: DTypeLike) -> NF4:
     return NF4((columns, rows), jnp.dtype(dtype), codes[..., ::2] << 4 | codes[..., 1::2], scales, nested, offset)
 
 
-def decode(leaf: NF4) -> jax.Array:
-    """The weight (*stack, out, in) in float32."""
+def decode(leaf: NF4) -> Float[Array, "*stack out in_"]:
+    """The weight in float32."""
     columns, rows = leaf.size
     scales = _scaled(jnp.take(MAP, leaf.absmax, mode="clip"), leaf.nested_absmax, GROUP) + leaf.nested_offset[..., None]
     codes = jnp.stack([leaf.packed >> 4, leaf.packed & 15], axis=-1).reshape(*leaf.stack, -1)[..., : rows * columns]

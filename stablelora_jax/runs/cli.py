@@ -73,19 +73,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model that was chosen, as :func:`stablelora_jax.interop.load_adapted.attach` gives it.
+    """The model that was chosen, as :func:`stablelora_jax.interop.load_adapted.load_adapted_model` gives it.
 
     Raises:
       InputError: ``--merged`` without ``--adapter``, or what cannot be loaded.
     """
     if arguments.merged and arguments.adapter is None:
         raise InputError("--merged needs --adapter, the adapter to merge")
-    from stablelora_jax.utils import compile_cache
     from stablelora_jax.interop.load_adapted import load_adapted_model
     from stablelora_jax.parallel import require_devices
+    from stablelora_jax.utils import compile_cache
 
     require_devices()
     compile_cache.enable()
-    given = {"dtype": arguments.dtype, "merged": arguments.merged, "apart": arguments.untie}
+    given = {"dtype": arguments.dtype, "merged": arguments.merged, "untie": arguments.untie}
     given["strict"] = arguments.strict
     return load_adapted_model(arguments.model, arguments.adapter, **given)

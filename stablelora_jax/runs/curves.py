@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stablelora_jax.utils.errors import InputError
-from stablelora_jax.training.metrics import NORMS, each_record
 from stablelora_jax.runs.files import METRICS
+from stablelora_jax.runs.records import each_record
 from stablelora_jax.runs.trackers import settings
+from stablelora_jax.training.metrics import NORMS
+from stablelora_jax.utils.errors import InputError
 
 
 class Curves(NamedTuple):

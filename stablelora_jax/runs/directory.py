@@ -1,4 +1,4 @@
-"""The directory of a run: made once, gone on with by the same configuration alone, written by one run at a time.
+"""The directory of a run: made once, resumed by the same configuration alone, written by one run at a time.
 
 What a run writes, and how it is told from a user's own files, is in :mod:`stablelora_jax.runs.files`.
 """
@@ -16,17 +16,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stablelora_jax import config
+from stablelora_jax.config.run import RunConfig, takes_template
+from stablelora_jax.runs.files import (
+    ADAPTER,
+    CONFIG,
+    LOCK,
+    MARK,
+    METRICS,
+    SUMMARY,
+    config_text,
+    is_commented,
+    is_lock,
+    require_ours,
+)
 from stablelora_jax.training.checkpoint.wording import differences
 from stablelora_jax.utils.errors import InputError, RunError
 from stablelora_jax.utils.files import PARTIAL, as_path, read_json_object, write_new, write_whole
 from stablelora_jax.utils.outputs import require_writable
-from stablelora_jax.config.run import RunConfig, takes_template
-from stablelora_jax.runs.files import ADAPTER, CONFIG, LOCK, MARK, METRICS, SUMMARY, is_commented, is_lock, require_ours
 
-# where and how a run is computed, watched and kept: its result is the same up to rounding
+# keys that leave the result of a run the same up to rounding
 RESULT_INVARIANT_KEYS = (
     ("output", "parallel", "distributed", "gradient_accumulation_steps", "accept_changes", "trackers")
     + ("num_samples",)
@@ -35,7 +46,15 @@ RESULT_INVARIANT_KEYS = (
 FREE_OF_MODEL = ("remat", "attention")
 
 
-def locate(run_config: RunConfig) -> Path:
+class RunDirectory(NamedTuple):
+    """A run's directory as :func:`locate` found it."""
+
+    path: Path
+    config_text: str  # of its config.yaml; empty where there is none
+    changes: list[str]  # the keys that decide the result and differ from its config.yaml, as text
+
+
+def locate(run_config: RunConfig) -> RunDirectory:
     """The run's directory: free to be made, or made by the same configuration. Writes nothing.
 
     Raises:
@@ -47,18 +66,19 @@ def locate(run_config: RunConfig) -> Path:
         raise InputError(f"{error}: choose another output=") from None
     _require_usable(directory)
     require_ours(directory)
-    changes = changed(directory, run_config)
+    text = config_text(directory)
+    changes = _changes(directory, run_config)
     if changes and not run_config.accept_changes:
         shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
         raise InputError(
             f"{directory} holds a run with another configuration ({shown}): choose another output=, "
             "or go on with accept_changes=true"
         )
-    return directory
+    return RunDirectory(directory, text, changes)
 
 
-def changed(directory: Path, run_config: RunConfig) -> list[str]:
-    """What decides the result and is not as the run in ``directory`` has it; nothing where there is none."""
+def _changes(directory: Path, run_config: RunConfig) -> list[str]:
+    """The keys that decide the result and differ from the run in ``directory``; none where there is no run."""
     if not (directory / CONFIG).is_file():
         return []
     try:
@@ -68,22 +88,25 @@ def changed(directory: Path, run_config: RunConfig) -> list[str]:
     return differences(theirs, identity(run_config), _shown)
 
 
-def create(directory: Path, run_config: RunConfig, steps: int = 0) -> None:
-    """Write the resolved configuration into the directory, which is made where it is not there.
+def create(located: RunDirectory, run_config: RunConfig, steps: int = 0) -> None:
+    """Write the resolved configuration into the directory, which is made where it does not exist.
 
-    A configuration that is there and differs, or in which somebody has written comments, stays as
-    ``config-until-<steps>.yaml``; where it differs also the numbers, and of a finished run its summary and its adapter.
-    What a killed run has left half-written is removed.
+    A ``config.yaml`` that differs or has comments is kept as ``config-until-<steps>.yaml``. Where it differs,
+    ``metrics.jsonl``, ``summary.json`` and ``adapter/`` are kept under such names, too. Partial files of a killed run
+    are removed.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: it cannot be written, or ``config.yaml`` has changed since :func:`locate`.
       RunError: the disk is full.
     """
+    directory = located.path
     try:
         directory.mkdir(parents=True, exist_ok=True)
         require_ours(directory)
         _remove_partial(directory)
-        if changed(directory, run_config):
+        if config_text(directory) != located.config_text:
+            raise InputError(f"another process has written to {directory} in the meantime: start again")
+        if located.changes:
             for name in (CONFIG, METRICS):
                 _keep_copy(directory, name, steps)
             for name in (SUMMARY, ADAPTER):
@@ -92,7 +115,7 @@ def create(directory: Path, run_config: RunConfig, steps: int = 0) -> None:
         elif is_commented(directory):
             _keep_copy(directory, CONFIG, steps)
         text = MARK + config.dump(run_config)
-        if not (directory / CONFIG).is_file() or (directory / CONFIG).read_text() != text:
+        if located.config_text != text:
             write_whole(directory / CONFIG, text)
     except OSError as error:
         raise _unwritable(directory, error) from None
@@ -161,10 +184,14 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def identity(run_config: RunConfig) -> dict[str, Any]:
-    """What decides the result: every key but :data:`RESULT_INVARIANT_KEYS`; patterns as lists, since their order is meaning."""
+    """The keys that decide the result: all but :data:`RESULT_INVARIANT_KEYS`; patterns as ordered lists."""
     data = replace(run_config.data, cache=None, chat_template=takes_template(run_config))
     model = config.to_dict(run_config.model)
-    plain = {key: own for key, own in config.to_dict(replace(run_config, data=data)).items() if key not in RESULT_INVARIANT_KEYS}
+    plain = {
+        key: own
+        for key, own in config.to_dict(replace(run_config, data=data)).items()
+        if key not in RESULT_INVARIANT_KEYS
+    }
     quantized = model["quantize"] is not None  # runs from before there was this key go on
     plain["model"] = {k: own for k, own in model.items() if k not in FREE_OF_MODEL and (k != "quantize" or quantized)}
     lora = plain["lora"]

@@ -1,6 +1,6 @@
-"""A run without weights and data: its step is compiled from shapes alone, and says what it needs.
+"""A dry run: the training step is compiled from shapes alone, without weights and data, and its needs are printed.
 
-Memory is what the compiler's own analysis says for one device; on a CPU its ``peak`` leaves the temporaries out. FLOPs
+Memory is the compiler's analysis for one device; on a CPU its ``peak`` leaves the temporaries out. FLOPs
 a token are those of :mod:`stablelora_jax.training.flops`; the compiler counts a loop over layers as one layer.
 """
 
@@ -14,33 +14,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stablelora_jax.lora.pairs import pairs
-from stablelora_jax.runs.build import make_training, numbers_of
+from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data import Batch, bucket
-from stablelora_jax.utils.errors import InputError
-from stablelora_jax.training.flops import flops_per_token
 from stablelora_jax.lora.apply import adapted
+from stablelora_jax.lora.pairs import pairs
+from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.parallel import Layout
-from stablelora_jax.runs.prepare import fitted, make_layout
 from stablelora_jax.quantization import quantize_params
-from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs.build import make_hyperparams, make_training
+from stablelora_jax.runs.prepare import configure_decoder, make_layout
+from stablelora_jax.training.flops import flops_per_token
 from stablelora_jax.training.step import Hyperparams, init_state, make_train_step
-from stablelora_jax.lora.transform import init_adapters
+from stablelora_jax.utils.errors import InputError
 
 
 class Shapes(NamedTuple):
-    """A training step and the shapes of what it takes; nothing is allocated."""
+    """A training step and the shapes of its arguments; nothing is allocated."""
 
     model: Decoder
     step: Any  # make_train_step's
     state: Any  # without the axis of devices
     params: Any
-    batch: Batch  # the longest rows of the run, over all devices, with all of their tokens learnt
-    numbers: Hyperparams
+    batch: Batch  # the longest rows of the run, over all devices, where every token is a loss token
+    hyperparams: Hyperparams
     layout: Layout
 
 
@@ -62,20 +62,20 @@ def shapes(config: RunConfig) -> Shapes:
         params = jax.eval_shape(partial(quantize_params, kind=config.model.quantize), params)
     adapters = jax.eval_shape(lambda p: init_adapters(key, p, config.lora), params)
     tx, trained = make_training(config, params, adapters)
-    numbers = jax.eval_shape(lambda a: numbers_of(config, a), adapters)
-    state = jax.eval_shape(lambda a, n: init_state(a, tx(n), key), adapters, numbers)
+    hyperparams = jax.eval_shape(lambda a: make_hyperparams(config, a), adapters)
+    state = jax.eval_shape(lambda a, n: init_state(a, tx(n), key), adapters, hyperparams)
     T = config.max_length if config.data.batching == "pack" else bucket(config.max_length)
     row: Any = jax.ShapeDtypeStruct((config.batch_size, T), jnp.int32)
     segments = SEGMENTS if config.data.batching == "pack" else 1  # of a packed row: what cuDNN's attention takes
-    lying = layout.abstract(params, "base")
-    model = fitted(model, config, layout, lying, adapters, length=T, segments=segments)
+    placed = layout.abstract(params, "base")
+    model = configure_decoder(model, config, layout, placed, adapters, length=T, segments=segments)
     low_rank = adapted(model, config.lora)
     step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.gradient_accumulation_steps)
-    return Shapes(model, step, state, params, Batch(row, row, row, row), numbers, layout)
+    return Shapes(model, step, state, params, Batch(row, row, row, row), hyperparams, layout)
 
 
 def dry_run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, Any]:
-    """Compile the step, print what it needs, and give it.
+    """Compile the step, print its needs, and return them.
 
     In bytes a device: ``arguments``, ``outputs``, ``temporaries``, ``aliased`` (outputs in place of arguments),
     ``peak``, and ``total``, the first three without what is aliased. ``flops_per_token`` is the formula's;
@@ -109,13 +109,13 @@ def dry_run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[st
 
 
 def arguments(made: Shapes) -> tuple[Any, ...]:
-    """What the step takes, as shapes and places on the devices."""
+    """The arguments of the step, as shapes and shardings."""
     place = made.layout.abstract
-    state, params, numbers = place(made.state, "state"), place(made.params, "base"), place(made.numbers, "base")
-    return state, params, place(made.batch, "rows"), numbers
+    state, params, hyperparams = place(made.state, "state"), place(made.params, "base"), place(made.hyperparams, "base")
+    return state, params, place(made.batch, "rows"), hyperparams
 
 
 def flops_of(made: Shapes) -> int:
-    """The formula's FLOPs a token, for training's longest rows with all of their tokens learnt."""
-    numbers = sum(p[name].size for p in pairs(made.state.adapters).values() for name in p)
-    return round(flops_per_token(made.model.config, numbers, made.batch.tokens.shape[-1]))
+    """The formula's FLOPs a token, for training's longest rows where every token is a loss token."""
+    count = sum(p[name].size for p in pairs(made.state.adapters).values() for name in p)
+    return round(flops_per_token(made.model.config, count, made.batch.tokens.shape[-1]))

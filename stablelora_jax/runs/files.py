@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from stablelora_jax.config.run import RunConfig
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import PARTIAL
-from stablelora_jax.config.run import RunConfig
 
 CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
@@ -48,7 +48,7 @@ def is_run(directory: Path) -> bool:
         return False
     if is_lock(lock) and os.path.lexists(lock) and lock.stat().st_size:
         return True
-    text = _config(directory)
+    text = config_text(directory)
     keys = set(re.findall(r"^(\w+):", text, re.MULTILINE))
     names = {field.metadata.get("was") or field.name for field in fields(RunConfig)}  # from before there was MARK
     every = keys >= names or keys >= {field.name for field in fields(RunConfig)}
@@ -57,11 +57,11 @@ def is_run(directory: Path) -> bool:
 
 def is_commented(directory: Path) -> bool:
     """Whether somebody has written comments into the ``config.yaml`` that lies in ``directory``."""
-    return re.search(r"(^|\s)#", _config(directory).removeprefix(MARK)) is not None
+    return re.search(r"(^|\s)#", config_text(directory).removeprefix(MARK)) is not None
 
 
-def _config(directory: Path) -> str:
-    """The text of the configuration; none where there is no regular file."""
+def config_text(directory: Path) -> str:
+    """The text of ``config.yaml``; empty where there is no regular file that can be read."""
     path = directory / CONFIG
     try:
         return path.read_text(encoding="utf-8") if stat.S_ISREG(os.lstat(path).st_mode) else ""

@@ -12,7 +12,6 @@ from stablelora_jax.config.run import RunConfig
 from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import TrainState
 
-
 KEYS = {"lora_full": "full"}  # of what is trained in full; those checkpoints have the second
 
 

@@ -1,8 +1,8 @@
-"""The training loop: a step, and between two steps whatever is due.
+"""The training loop: steps and, between two steps, logging, evaluation and checkpoints.
 
-At every boundary between steps come, in this order, the metrics of the steps before it, an evaluation, a checkpoint. So
-what is logged and what is on the disk never run ahead of each other, and whatever ends a run, the same command goes on
-from the newest checkpoint as if nothing had happened.
+Between two steps come, in this order, the metrics of the steps before, an evaluation, a checkpoint. The log and the
+checkpoints are therefore never ahead of each other, and whatever ends a run, the same command resumes it from the
+newest checkpoint with the same result.
 """
 
 from __future__ import annotations
@@ -15,55 +15,57 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stablelora_jax.training import checkpoint
-from stablelora_jax.data import batch_of_step, place_of_step, rows_of_step, texts_of_rows
-from stablelora_jax.utils.errors import Interrupted, RunError
-from stablelora_jax.runs.log import RunLog
 from stablelora_jax.config.optimizer import shrink_ratio
-from stablelora_jax.parallel import make_agreement
-from stablelora_jax.runs.prepare import TrainingSetup
 from stablelora_jax.config.run import RunConfig
+from stablelora_jax.data import batch_of_step, place_of_step, rows_of_step, texts_of_rows
+from stablelora_jax.parallel import make_agreement
 from stablelora_jax.runs.early_stopping import best_step, patience_exceeded
-from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
+from stablelora_jax.runs.log import RunLog
+from stablelora_jax.runs.prepare import TrainingSetup
 from stablelora_jax.runs.validation import validate
+from stablelora_jax.training import checkpoint
+from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
+from stablelora_jax.utils.errors import Interrupted, RunError
 
 PendingMetrics = tuple[int, Any]  # the number of a step, and its metrics on the devices
 
 
-def train(setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, received: Callable[[], int]) -> TrainState:
-    """Step to the end; metrics are read one step late, so that the device never waits for them.
+def train(
+    setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, received: Callable[[], int]
+) -> TrainState:
+    """Train to the last step; metrics are read one step late, so that the device never waits for them.
 
     Args:
-      job: what to train with.
-      state: where to begin, host arrays.
+      setup: of the run.
+      state: the first state, host arrays.
       manager: of the checkpoints.
       log: opened at the step of ``state``.
-      came: the signal that asks for an end, or 0.
+      received: gives the signal that asks the run to end, or 0.
 
     Returns:
       The last state, host arrays; it is saved.
 
     Raises:
       Interrupted: a signal came; the step under way is finished and saved.
-      RunError: too many steps in a row were not finite (the state is saved), or something cannot be written.
+      RunError: too many consecutive steps were not finite (the state is saved), or something cannot be written.
     """
     config, agree = setup.config, make_agreement()
     saving, evaluating = _Clock(config.checkpoint_minutes), _Clock(config.evaluate_minutes)
-    step, placed, number, unread = _make_step(setup), setup.layout.state(state), int(state.step), None
+    step, placed, number, pending = _make_step(setup), setup.layout.place_state(state), int(state.step), None
     saved = checkpoint.latest(manager)  # the step of the newest checkpoint: it is not saved twice
     answer = agree((received(), 0, 0))
     while True:
         stop, save_now, evaluate_now = answer()
-        evaluates = _evaluates(config, number, evaluate_now) and log.evaluation(number) is None
+        evaluates = _evaluates(config, number, evaluate_now) and number not in log.history.evaluations
         saves = number > 0 and (bool(save_now) or number % config.checkpoint_every == 0)
-        if unread and (evaluates or saves or stop or number == config.steps):
-            _read(setup, placed, number, manager, log, unread)
-            unread = None
+        if pending and (evaluates or saves or stop or number == config.steps):
+            _read(setup, placed, number, manager, log, pending)
+            pending = None
         if evaluates:
             stop = _evaluate(setup, placed, number, log, received) or stop
             evaluating.reset()
-        done = number == config.steps or patience_exceeded(log.evaluations(), config.metric, config.patience)
-        best = evaluates and best_step(log.evaluations(), config.metric) == number
+        done = number == config.steps or patience_exceeded(log.history.evaluations, config.metric, config.patience)
+        best = evaluates and best_step(log.history.evaluations, config.metric) == number
         if (saves or stop or done or best) and number != saved:
             state, saved = _save(setup, placed, number, manager), number
             saving.reset()
@@ -76,16 +78,16 @@ def train(setup: TrainingSetup, state: TrainState, manager: Any, log: RunLog, re
         answer = agree((received(), saving.due(), evaluating.due()))
         placed, metrics = step(placed, number)
         new = (number + 1, metrics)
-        if unread:
-            _read(setup, placed, number + 1, manager, log, unread, new)
-        number, unread = number + 1, new
+        if pending:
+            _read(setup, placed, number + 1, manager, log, pending, new)
+        number, pending = number + 1, new
 
 
 def evaluate(setup: TrainingSetup, adapters: Any, stop: Callable[[], int]) -> dict[str, Any]:
-    """Measure ``adapters``, as they lie, on the held-out split.
+    """Evaluate ``adapters``, placed on the devices, on the validation set.
 
     Raises:
-      InterruptedError: ``stop`` says so, and no other process waits for this one.
+      InterruptedError: ``stop`` gives a signal, and no other process waits for this one.
     """
 
     def compute(rows: Any) -> Any:
@@ -95,7 +97,9 @@ def evaluate(setup: TrainingSetup, adapters: Any, stop: Callable[[], int]) -> di
 
     parts = setup.layout.parts
     rows = -(-max(setup.config.batch_size, 4 * parts) // parts) * parts
-    return validate(compute, setup.model.model.tokenizer, setup.held, length=setup.config.max_length, rows=rows)
+    return validate(
+        compute, setup.model.model.tokenizer, setup.validation_set, length=setup.config.max_length, rows=rows
+    )
 
 
 class _Clock:
@@ -115,19 +119,21 @@ class _Clock:
 def _make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
     """``(state, number of steps so far) -> (state, metrics)``, with the stability terms where they are due."""
     config, layout = setup.config, setup.layout
-    step = make_train_step(setup.model, setup.tx, layout, trained=setup.trained, accumulate=config.gradient_accumulation_steps)
+    step = make_train_step(
+        setup.model, setup.tx, layout, trained=setup.trained, accumulate=config.gradient_accumulation_steps
+    )
     view = make_stability_view(setup.model, shrink_ratio(config.optimizer), layout)
 
-    def one(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
-        batch = layout.rows(lambda part: batch_of_step(setup.loader, number, part), config.batch_size)
+    def step_with_stability(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
+        batch = layout.place_rows(lambda part: batch_of_step(setup.loader, number, part), config.batch_size)
         due = config.stability_every is not None and (number + 1) % config.stability_every == 0
         before = jax.tree.map(jnp.copy, state.adapters) if due else None  # the step donates its own
-        state, metrics = step(state, setup.params, batch, setup.numbers)
+        state, metrics = step(state, setup.params, batch, setup.hyperparams)
         if due:
             metrics["stability"] = view(before, state.adapters, metrics["latches"], setup.params, batch)
         return state, metrics
 
-    return one
+    return step_with_stability
 
 
 def _evaluates(config: RunConfig, step: int, now: int) -> bool:
@@ -146,12 +152,18 @@ def _evaluate(setup: TrainingSetup, placed: TrainState, step: int, log: RunLog, 
 
 
 def _read(
-    setup: TrainingSetup, placed: TrainState, number: int, manager: Any, log: RunLog, unread: PendingMetrics, new: PendingMetrics | None = None
+    setup: TrainingSetup,
+    placed: TrainState,
+    number: int,
+    manager: Any,
+    log: RunLog,
+    pending: PendingMetrics,
+    new: PendingMetrics | None = None,
 ) -> None:
     """Log the metrics of a step; ``placed`` is the state after ``number`` steps: that step, or ``new``, the next."""
-    step, metrics = unread[0], setup.layout.fetch(unread[1])
+    step, metrics = pending[0], setup.layout.fetch(pending[1])
     log.write_step(step, metrics)
-    bad = int(metrics["in_a_row"])
+    bad = int(metrics["consecutive_skips"])
     if bad < setup.config.max_consecutive_errors:
         return
     if new:  # what is saved is logged, too
@@ -162,7 +174,7 @@ def _read(
     rows = rows_of_step(step - 1, loader.batch_size, loader.rows, loader.seed)
     texts = [i for row in texts_of_rows(loader, rows) for i in row]
     raise RunError(
-        f"loss or gradient was not finite in {bad} steps in a row, {step - bad + 1} to {step}; nothing was learnt "
+        f"loss or gradient was not finite in {bad} steps in a row, {step - bad + 1} to {step}; nothing changed "
         f"in them, and the adapters of step {step - bad} are saved in checkpoint {number}. Step {step} read the "
         f"training texts {', '.join(map(str, texts[:64]))}{', ...' if len(texts) > 64 else ''} (from 0). "
         "Try a smaller learning_rate or max_grad_norm with another output="

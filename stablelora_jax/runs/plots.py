@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stablelora_jax.utils.checked import checked
 from stablelora_jax.runs.cli import exit_code
 from stablelora_jax.runs.curves import Curves, labels, read_curves
+from stablelora_jax.runs.files import METRICS, SOFTWARE, is_picture
+from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, write_bytes_whole, writing
-from stablelora_jax.runs.files import METRICS, SOFTWARE, is_picture
 
 
 @checked

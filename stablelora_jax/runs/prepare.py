@@ -1,4 +1,4 @@
-"""Everything that a run works with, loaded, checked and placed before anything is written."""
+"""The setup of a run: everything is loaded, checked and placed before anything is written."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from stablelora_jax.runs.build import make_schedule, make_training, numbers_of
-from stablelora_jax.data import Loader, longest_row, make_loader, most_segments, statistics, tokenize_dataset, training_texts
-from stablelora_jax.lora.summary import describe
-from stablelora_jax.utils.errors import InputError
+from stablelora_jax.config.parallel import MeshConfig
+from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
+from stablelora_jax.data import (
+    Loader,
+    longest_row,
+    make_loader,
+    most_segments,
+    statistics,
+    tokenize_dataset,
+    training_texts,
+)
+from stablelora_jax.data.tasks import load_questions
+from stablelora_jax.evaluation.loglikelihood import Rows, make_compute
 from stablelora_jax.interop.export import locate_adapter
-from stablelora_jax.utils.fingerprint import fingerprint
-from stablelora_jax.lora.apply import Adapted, adapted
 from stablelora_jax.interop.peft import require_peft_form
-from stablelora_jax.evaluation.loglikelihood import make_compute
-from stablelora_jax.training.remat_policy import choose_remat
+from stablelora_jax.interop.warm_start import start_adapters
+from stablelora_jax.lora.apply import Adapted, adapted
+from stablelora_jax.lora.summary import describe
+from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here, require_here
 from stablelora_jax.models.decoder import Decoder
@@ -30,42 +40,43 @@ from stablelora_jax.models.pretrained.load import base_directory, load_pretraine
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
-from stablelora_jax.config.parallel import MeshConfig
-from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
+from stablelora_jax.runs.build import make_hyperparams, make_schedule, make_training
 from stablelora_jax.runs.directory import identity
-from stablelora_jax.data.tasks import load_questions
+from stablelora_jax.runs.validation import ValidationSet, make_validation_set
+from stablelora_jax.training.remat_policy import choose_remat
 from stablelora_jax.training.step import Hyperparams, TrainState, init_state
-from stablelora_jax.lora.transform import init_adapters
-from stablelora_jax.runs.validation import ValidationSet, held_out
-from stablelora_jax.interop.warm_start import start_adapters
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.fingerprint import fingerprint
 
 
 class TrainingSetup(NamedTuple):
-    """What a run works with; nothing in it changes."""
+    """Everything that a run uses and never changes."""
 
-    config: RunConfig  # with its steps, where it said epochs
+    config: RunConfig  # with steps in place of epochs
     directory: Path
-    base: str  # where the base came from
+    base: str  # directory or hub id of the base model
     layout: Layout
     model: Adapted
-    params: Any  # as the layout has it
+    params: optax.Params  # of the base, placed by the layout
     loader: Loader
-    data: dict[str, Any]  # statistics of what is trained on
-    held: ValidationSet  # validation
+    data: dict[str, Any]  # statistics of the training data
+    validation_set: ValidationSet
     schedule: optax.Schedule
     tx: Callable[[Hyperparams], optax.GradientTransformation]
-    numbers: Hyperparams  # as the layout has them
-    trained: Callable[[Any], Any]  # the adapters as the loss sees them
+    hyperparams: Hyperparams  # placed by the layout
+    trained: Callable[[Any], Any]  # stops the gradients of frozen parts of the adapters
     start: TrainState  # host arrays
-    compute: Any  # make_compute's
-    metadata: dict[str, Any]  # what a checkpoint must agree with
+    compute: Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]  # of make_compute
+    metadata: dict[str, Any]  # of every checkpoint; must match on resuming
 
 
-def prepare(config: RunConfig, directory: Path, log_fn: Callable[[str], None], *, resumes: bool = False) -> TrainingSetup:
-    """Load the base and the data, and make the start; of a run that ``resumes``, only what the start looks like.
+def prepare(
+    config: RunConfig, directory: Path, log_fn: Callable[[str], None], *, resumes: bool = False
+) -> TrainingSetup:
+    """Load the base and the data and make the initial state; for a run that ``resumes``, only its structure counts.
 
     Raises:
-      InputError: anything that the user gave and that cannot be used.
+      InputError: an input that cannot be used.
     """
     base = config.model.path or str(base_directory())
     layout = make_layout(config, architecture(config.model.path))
@@ -74,69 +85,73 @@ def prepare(config: RunConfig, directory: Path, log_fn: Callable[[str], None], *
     loader = _load(config, model.tokenizer, log_fn)
     require_known(loader.store.tokens, model.config.vocab_size, base)
     config, data = _with_steps(config, loader, log_fn)
-    held = held_out(config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else [])
-    for example in held.examples:
+    validation_set = make_validation_set(
+        config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else []
+    )
+    for example in validation_set.examples:
         require_known(example.tokens, model.config.vocab_size, base)
     key = jax.random.key(config.seed)
     fresh = config.init_from is None or resumes
-    adapters = init_adapters(key, params, config.lora) if fresh else _given(config, params)
+    adapters = init_adapters(key, params, config.lora) if fresh else _warm_start(config, params)
     require_peft_form(adapters, config.lora, params)
     tx, trained = make_training(config, params, adapters)
     log_fn(describe(params, adapters, config.lora))
     if config.freeze:
         log_fn(f"frozen: {', '.join(config.freeze)}")
     length = longest_row(loader)
-    model = fitted(model, config, layout, params, adapters, length=length, segments=most_segments(loader))
+    model = configure_decoder(model, config, layout, params, adapters, length=length, segments=most_segments(loader))
     if (config.model.attention, config.model.remat) != ("auto", "auto"):
-        _try(model, params, length)
-    low_rank, numbers = adapted(model, config.lora), numbers_of(config, adapters)
+        _trace(model, params, length)
+    adapted_model, hyperparams = adapted(model, config.lora), make_hyperparams(config, adapters)
     return TrainingSetup(
         config=config,
         directory=directory,
         base=base,
         layout=layout,
-        model=low_rank,
+        model=adapted_model,
         params=params,
         loader=loader,
         data=data,
-        held=held,
+        validation_set=validation_set,
         schedule=make_schedule(config),
         tx=tx,
-        numbers=layout.place_base(numbers),
+        hyperparams=layout.place_base(hyperparams),
         trained=trained,
-        start=to_host(init_state(adapters, tx(numbers), jax.random.fold_in(key, 1))),
-        compute=make_compute(low_rank, layout),
+        start=to_host(init_state(adapters, tx(hyperparams), jax.random.fold_in(key, 1))),
+        compute=make_compute(adapted_model, layout),
         metadata={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
     )
 
 
 def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, Any]:
-    """The base where it will lie, fit for the run's texts."""
+    """The base, placed by the layout, with a tokenizer and room for ``max_length`` positions."""
     model, params = load_pretrained(
-        base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base, quantize=config.model.quantize
+        base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base_sharding, quantize=config.model.quantize
     )
     if config.model.untie:
         model, params = untie(model, params)
     if model.tokenizer is None:
         raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
     if config.max_length > model.config.max_position_embeddings:
-        raise InputError(f"max_length {config.max_length} is more than the {model.config.max_position_embeddings} of {base}")
+        raise InputError(
+            f"max_length {config.max_length} is more than the {model.config.max_position_embeddings} of {base}"
+        )
     return model, params
 
 
-def fitted(
+def configure_decoder(
     model: Decoder, config: RunConfig, layout: Layout, params: Any, adapters: Any, *, length: int, segments: int
 ) -> Decoder:
-    """``model`` with the attention and the remat policy that suit the run's rows, and devices.
+    """``model`` with the attention and the remat policy for the rows and the devices of the run.
 
     Args:
       model: the run's decoder.
       config: the run.
       layout: of the run.
-      params: the base where it will lie, or its shapes with their shardings.
+      params: the placed base, or its shapes with their shardings.
       adapters: or their shapes.
-      length: the most tokens of a row.
-      segments: the most segments of a row, as :func:`stablelora_jax.data.most_segments` counts them.
+      length: maximum of tokens of a row.
+      segments: maximum of segments of a row, as :func:`stablelora_jax.data.most_segments` counts them.
 
     Raises:
       InputError: an attention that does not run here.
@@ -154,16 +169,16 @@ def fitted(
     return model.clone(attention=kind, segments=segments, remat=remat)
 
 
-def _try(model: Decoder, params: Any, length: int) -> None:
-    """Trace what was chosen by hand, so that what cannot be is said before anything is written."""
+def _trace(model: Decoder, params: Any, length: int) -> None:
+    """Trace the model with the attention and remat that the user chose: errors come before anything is written."""
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
     jax.eval_shape(lambda p, row: model.apply({"params": p}, row, row, row, method="hidden"), params, row)
 
 
-def _given(config: RunConfig, params: Any) -> Any:
-    """The adapter that the run begins with."""
+def _warm_start(config: RunConfig, params: Any) -> Any:
+    """The adapters of ``config.init_from``."""
     assert config.init_from is not None
-    return start_adapters(locate_adapter(config.init_from)[0], params, config.lora)
+    return start_adapters(locate_adapter(config.init_from), params, config.lora)
 
 
 def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
@@ -179,22 +194,33 @@ def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
 
 
 def _load(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> Loader:
-    """The training split as batches, with a line where something of it is cut."""
+    """The loader of the training split; truncated texts are logged."""
     data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
     if is_chat(config) and not chat:
-        log_fn("data.chat_template is false: the turns of a chat are joined by blank lines, without the model's template")
-    how = {"length": config.max_length, "truncate": data.truncate, "chat": chat, "cache": data.cache}
-    store = tokenize_dataset(tokenizer, texts, **how, log_fn=log_fn)  # type: ignore[arg-type]
+        log_fn(
+            "data.chat_template is false: chat messages are joined by blank lines, without the model's chat template"
+        )
+    store = tokenize_dataset(
+        tokenizer,
+        texts,
+        max_length=config.max_length,
+        truncate=data.truncate,
+        chat=chat,
+        cache=data.cache,
+        log_fn=log_fn,
+    )
     if store.cut:
-        side = {"left": "beginning", "right": "end"}[data.truncate]
-        log_fn(f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length}: their {side} is cut")
+        log_fn(
+            f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length} "
+            f"and truncated on the {data.truncate}"
+        )
     return make_loader(
-        store, batching=data.batching, length=config.max_length, batch_size=config.batch_size, seed=config.seed
+        store, batching=data.batching, max_length=config.max_length, batch_size=config.batch_size, seed=config.seed
     )
 
 
 def _with_steps(config: RunConfig, loader: Loader, log_fn: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration with its epochs as steps, and the statistics of what is trained on, which are said."""
+    """The configuration with its epochs as steps, and the statistics of the training data, which are logged."""
     if config.epochs is not None:
         steps = config.epochs * loader.rows / config.batch_size
         if steps > MOST["steps"]:
@@ -202,7 +228,7 @@ def _with_steps(config: RunConfig, loader: Loader, log_fn: Callable[[str], None]
         config = replace(config, steps=max(1, math.ceil(steps)), epochs=None)
     n = statistics(loader, config.steps)
     log_fn(
-        f"{n['texts']} texts in {n['rows']} rows: {n['tokens']} tokens, {n['loss_tokens']} of them learnt; "
+        f"{n['texts']} texts in {n['rows']} rows: {n['tokens']} tokens, {n['loss_tokens']} of them loss tokens; "
         f"{n['padding']:.1%} of a batch is padding; {config.steps} steps are {n['epochs']:.2f} epochs"
     )
     return config, n

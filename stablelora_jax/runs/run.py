@@ -1,4 +1,4 @@
-"""A whole run of fine-tuning, from a :class:`RunConfig` to a directory that holds everything worth keeping.
+"""A fine-tuning run, from a :class:`RunConfig` to a run directory.
 
 ::
 
@@ -7,8 +7,8 @@
     RUN/loss.png         RUN/norms.png                  RUN/tensorboard/       the same numbers
     RUN/stability.png    where stability_every asks     RUN/summary.json       accuracies, losses, minutes
 
-With ``select: best`` RUN/adapter is that of the best evaluation, whose checkpoint stays, else that of the last step.
-The same command again goes on from the newest checkpoint, bit for bit; another configuration never writes into it.
+With ``select: best`` RUN/adapter is that of the best evaluation, whose checkpoint is kept, else that of the last step.
+The same command resumes the run from the newest checkpoint, bit for bit; another configuration never writes into it.
 """
 
 from __future__ import annotations
@@ -24,57 +24,60 @@ from typing import Any
 
 import jax
 
-from stablelora_jax.training import checkpoint
-from stablelora_jax.utils import compile_cache, tree
-from stablelora_jax.runs import legacy, plots
-from stablelora_jax.utils.errors import InputError, RunError, brief
-from stablelora_jax.utils.files import partial_name, put_new, write_whole, writing
+from stablelora_jax.config.run import RunConfig
 from stablelora_jax.interop.base_record import base_record
 from stablelora_jax.interop.peft import save_peft
-from stablelora_jax.utils.signals import catch_signals
-from stablelora_jax.runs.log import RunLog
-from stablelora_jax.runs.loop import metadata_of, train
 from stablelora_jax.parallel import barrier, initialize, is_primary, require_devices, to_host
-from stablelora_jax.runs.prepare import TrainingSetup, prepare
-from stablelora_jax.config.run import RunConfig
-from stablelora_jax.runs.directory import changed, create, locate, lock, read_summary
-from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
+from stablelora_jax.runs import legacy, plots
+from stablelora_jax.runs.directory import create, locate, lock, read_summary
 from stablelora_jax.runs.early_stopping import best_step
-from stablelora_jax.runs.summary import summary_lines, summarize
+from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
+from stablelora_jax.runs.log import RunLog, open_log
+from stablelora_jax.runs.loop import metadata_of, train
+from stablelora_jax.runs.prepare import TrainingSetup, prepare
+from stablelora_jax.runs.summary import summarize, summary_lines
 from stablelora_jax.runs.trackers import require_installed
+from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import TrainState
+from stablelora_jax.utils import compile_cache, tree
+from stablelora_jax.utils.errors import InputError, RunError, brief
+from stablelora_jax.utils.files import partial_name, put_new, write_whole, writing
+from stablelora_jax.utils.signals import catch_signals
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Say in a line that host or device have too little."""
+def _memory_errors() -> Iterator[None]:
+    """Turn errors for too little host or device memory into a RunError of one line."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        less = "a smaller batch_size, max_length or lora.rank, or a larger gradient_accumulation_steps, needs less (see --dry-run)"
-        raise RunError(f"there is too little memory ({brief(error)}): {less}") from None
+        less = "a smaller batch_size, max_length or lora.rank, or a larger gradient_accumulation_steps, needs less"
+        raise RunError(f"there is too little memory ({brief(error)}): {less} (see --dry-run)") from None
 
 
-@_enough_memory()
+@_memory_errors()
 def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, Any]:
-    """Do the run, or what is left of it, and give its summary.
+    """Start the run, or resume it, and return its summary.
 
     Raises:
-      InputError: anything that the user gave and that cannot be used, before anything is trained.
-      RunError: the surroundings, or numbers that are not finite, do not let it go on; what was saved is whole.
-      Interrupted: SIGTERM or SIGINT came while it trained; everything is saved.
+      InputError: an input that cannot be used; raised before training.
+      RunError: the disk, the memory or values that are not finite end the run; what was saved is complete.
+      Interrupted: SIGTERM or SIGINT came during training; everything is saved.
     """
     began = time.monotonic()
     compile_cache.enable()
     if config.distributed is not None:
         initialize(**asdict(config.distributed))
     require_devices()
-    log_fn = log_fn if is_primary() else _nothing
-    directory = locate(config)
-    if (summary := read_summary(directory)) and has_adapter(directory) and not changed(directory, config):
-        log_fn(f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew.")
+    log_fn = log_fn if is_primary() else _silent
+    located = locate(config)
+    directory = located.path
+    if (summary := read_summary(directory)) and has_adapter(directory) and not located.changes:
+        log_fn(
+            f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew."
+        )
         return summary
     if is_primary() and (directory / LOCK).exists():
         with lock(directory):  # before minutes are spent on loading
@@ -86,26 +89,33 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
     setup = prepare(config, directory, log_fn, resumes=newest is not None)
     if newest is not None and newest > setup.config.steps:
         raise InputError(f"{directory} has done {newest} steps, more than steps={setup.config.steps}: raise steps")
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if is_primary():
-            held.enter_context(lock(directory))
+            stack.enter_context(lock(directory))
             if checkpoint.latest(checkpoints) != newest:
                 raise InputError(f"another process has written to {directory} in the meantime: start again")
         state = setup.start if newest is None else _restored(setup, checkpoints, newest, config.accept_changes)
         if is_primary():
-            create(directory, config, newest or 0)
+            create(located, config, newest or 0)
         barrier("the run directory is there")
-        log = held.enter_context(closing(_opened_log(setup, newest or 0)))
-        state = _trained(setup, state, checkpoints, log, log_fn)
-        _require_learnt(state)
-        kept = _keep_adapter(setup, state, checkpoints, log)
-    return _finish(setup, log, int(state.step), kept, time.monotonic() - began, log_fn)
+        log = stack.enter_context(closing(_open_log(setup, newest or 0)))
+        state = _train(setup, state, checkpoints, log, log_fn)
+        _require_update(state)
+        adapter_step = _keep_adapter(setup, state, checkpoints, log)
+    return _finish(setup, log, int(state.step), adapter_step, time.monotonic() - began, log_fn)
 
 
-def _opened_log(setup: TrainingSetup, step: int) -> RunLog:
-    config, writes = setup.config, is_primary()
-    how = {"trackers": config.trackers, "writes": writes}
-    log = RunLog(setup.directory, step, config.steps, setup.schedule, config.lora, **how)  # type: ignore[arg-type]
+def _open_log(setup: TrainingSetup, step: int) -> RunLog:
+    config = setup.config
+    log = open_log(
+        setup.directory,
+        step,
+        config.steps,
+        setup.schedule,
+        config.lora,
+        trackers=config.trackers,
+        writes=is_primary(),
+    )
     log.write_data(setup.data, accept_changes=config.accept_changes)
     return log
 
@@ -114,38 +124,43 @@ def _restored(setup: TrainingSetup, checkpoints: Path, step: int, accept_changes
     return legacy.restore(checkpoints, setup.start, step, metadata_of(setup, step), accept_changes=accept_changes)
 
 
-def _trained(setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog, log_fn: Callable[[str], None]) -> TrainState:
+def _train(
+    setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog, log_fn: Callable[[str], None]
+) -> TrainState:
     config = setup.config
 
     def best() -> int | None:
-        return best_step(log.evaluations(), config.metric)
+        return best_step(log.history.evaluations, config.metric)
 
     log_fn(f"{'training' if state.step == 0 else f'going on from step {state.step}'} in {setup.directory}")
-    with catch_signals() as received, checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager:
+    with (
+        catch_signals() as received,
+        checkpoint.open_manager(checkpoints, keep=config.keep_checkpoints, best=best) as manager,
+    ):
         state = train(setup, state, manager, log, received)
         checkpoint.wait(manager)
     return state
 
 
-def _require_learnt(state: TrainState) -> None:
+def _require_update(state: TrainState) -> None:
     if 0 < int(state.step) == int(state.skipped):
         raise RunError(
             f"none of the {int(state.step)} steps was applied, since loss, gradient or update was not finite in each: "
-            "nothing was learnt, and no adapter is written. Try a smaller lora.alpha, learning_rate or max_grad_norm with "
-            "another output="
+            "nothing has changed, and no adapter is written. Try a smaller lora.alpha, learning_rate or "
+            "max_grad_norm with another output="
         )
 
 
 def _keep_adapter(setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog) -> int:
-    """Put the last adapter, or where so configured the best, into RUN/adapter; the step that it is of."""
+    """Write the last adapter, or with ``select: best`` the best, to RUN/adapter, and return its step."""
     config, step = setup.config, int(state.step)
-    there = {step, *checkpoint.steps(checkpoints)}  # under another metric, the best may be long gone
-    known = {own: found for own, found in log.evaluations().items() if own in there}
+    saved = {step, *checkpoint.steps(checkpoints)}  # of another metric, the best may no longer be saved
+    known = {own: found for own, found in log.history.evaluations.items() if own in saved}
     best = best_step(known, config.metric) if config.select == "best" else None
     if best not in (None, step):
         state = legacy.restore(checkpoints, setup.start, best, {**metadata_of(setup, best)}, accept_changes=True)
         step = best
-    params, base = _readable(setup), base_record(setup.params, setup.base)
+    params, base = _exportable(setup), base_record(setup.params, setup.base)
     if is_primary() and not has_adapter(setup.directory):
         metadata = {"optimizer": asdict(config.optimizer), "steps": step, "task": config.task.name, "base": base}
         metadata |= {"dtype": config.model.dtype, "untie": config.model.untie}
@@ -162,8 +177,8 @@ def _keep_adapter(setup: TrainingSetup, state: TrainState, checkpoints: Path, lo
     return step
 
 
-def _readable(setup: TrainingSetup) -> Any:
-    """The base with what an adapter's file may hold of it, embedding and head, where this process can read it."""
+def _exportable(setup: TrainingSetup) -> Any:
+    """The base, with embedding and head (which an adapter file may hold) fetched to the host in a multi-process run."""
     params = setup.params
     for path in (("model", "embed_tokens"), ("lm_head",)):
         if jax.process_count() > 1 and tree.get_in(setup.start.adapters, path) is not None:
@@ -171,21 +186,23 @@ def _readable(setup: TrainingSetup) -> Any:
     return params
 
 
-def _finish(setup: TrainingSetup, log: RunLog, steps: int, kept: int, seconds: float, log_fn: Callable[[str], None]) -> dict[str, Any]:
-    """Pictures, summary and what is said at the end."""
-    summary = summarize(setup.config, log, steps, kept, seconds)
+def _finish(
+    setup: TrainingSetup, log: RunLog, steps: int, adapter_step: int, seconds: float, log_fn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the pictures and the summary, and log the result."""
+    summary = summarize(setup.config, log, steps, adapter_step, seconds)
     if is_primary():
         try:
             plots.draw(setup.directory)
-        except InputError as error:  # a user's own picture, which is no reason to lose the summary
+        except InputError as error:  # a picture that no run has drawn; the summary is written all the same
             log_fn(f"no pictures: {error}")
         with writing(setup.directory / SUMMARY):
             write_whole(setup.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    for line in summary_lines(setup.config, log, setup.held.questions, summary):
+    for line in summary_lines(setup.config, log, setup.validation_set.questions, summary):
         log_fn(line)
     log_fn(f"{steps} steps in {summary['minutes']} minutes; adapter, pictures and numbers are in {setup.directory}")
     return summary
 
 
-def _nothing(text: str) -> None:
-    """What processes other than the first say."""
+def _silent(text: str) -> None:
+    """The log function of all processes but the first."""

@@ -1,4 +1,4 @@
-"""What a finished run says: its numbers for ``summary.json``, and for a person what was learnt."""
+"""The summary of a finished run: ``summary.json`` and the lines that are logged."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from stablelora_jax.runs.log import RunLog
-from stablelora_jax.training.metrics import each_record, plain
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data.tasks.question import Question
+from stablelora_jax.runs.log import RunLog
+from stablelora_jax.runs.records import each_record, plain
 
 
-def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: float) -> dict[str, Any]:
-    """Losses, evaluations before and after (absent without evaluation), what was read, minutes, devices and versions.
+def summarize(config: RunConfig, log: RunLog, steps: int, adapter_step: int, seconds: float) -> dict[str, Any]:
+    """Losses, evaluations before and after (absent without evaluation), data, minutes, devices and versions.
 
-    ``steps`` were done, fewer than configured where the run has stopped early; the adapter is that of step ``kept``.
-    The mean losses leave out steps whose loss is not finite, and are None where no other is there. All of it is JSON.
+    ``steps`` is the number of steps done, below ``config.steps`` where the run stopped early; the adapter is that of
+    step ``adapter_step``. Mean losses leave out steps whose loss is not finite; None where all are. All of it is JSON.
     """
     first, last = _first_and_last(record["loss"] for record in each_record(log.path) if "loss" in record)
-    found = {"before": log.evaluation(0), "after": log.evaluation(steps)}
-    found |= {"kept": log.evaluation(kept)} if config.select == "best" else {}
+    evaluations = log.history.evaluations
+    found = {"before": evaluations.get(0), "after": evaluations.get(steps)}
+    found |= {"kept": evaluations.get(adapter_step)} if config.select == "best" else {}
     summary = {
         "steps": steps,
         "stopped_early": steps < config.steps,
-        "adapter_of_step": kept,
-        "data": log.data,
+        "adapter_of_step": adapter_step,
+        "data": log.history.data,
         "loss_first_10": _mean(first),
         "loss_last_10": _mean(last),
         **{name: {k: v for k, v in e.items() if k != "answers"} for name, e in found.items() if e},
@@ -41,9 +42,11 @@ def summarize(config: RunConfig, log: RunLog, steps: int, kept: int, seconds: fl
     return plain(summary)
 
 
-def summary_lines(config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]) -> Iterator[str]:
+def summary_lines(
+    config: RunConfig, log: RunLog, questions: Sequence[Question], summary: dict[str, Any]
+) -> Iterator[str]:
     """A few questions with the answers before and after training, then the accuracies and the losses."""
-    before, after = log.evaluation(0), log.evaluation(summary["steps"])
+    before, after = log.history.evaluations.get(0), log.history.evaluations.get(summary["steps"])
     if before and after and questions and all(_fits(found, questions) for found in (before, after)):
         for i in np.linspace(0, len(questions) - 1, config.num_samples, dtype=int):
             question, was, now = questions[i], before["answers"][i], after["answers"][i]
@@ -63,7 +66,7 @@ def summary_lines(config: RunConfig, log: RunLog, questions: Sequence[Question],
 
 
 def _fits(evaluation: dict[str, Any], questions: Sequence[Question]) -> bool:
-    """Whether it answers these questions: somebody may have edited the log that it was read from."""
+    """Whether the evaluation has an answer to each question; a user may have edited the log that it was read from."""
     answers = evaluation.get("answers", [])
     whole = "acc" in evaluation and "questions" in evaluation and len(answers) == len(questions)
     return whole and all(0 <= a < len(q.choices) for a, q in zip(answers, questions, strict=True))

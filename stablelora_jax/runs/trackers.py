@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from stablelora_jax.runs.files import CONFIG
 from stablelora_jax.utils.errors import InputError, RunError, brief
 from stablelora_jax.utils.files import read_json_object, write_whole, writing
-from stablelora_jax.runs.files import CONFIG
 
 IDS = "trackers.json"  # in a run directory: the id of its run at each service
 PROJECT = "stablelora_jax"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says otherwise

@@ -1,4 +1,4 @@
-"""What is measured on the held-out split while training: the loss, and of multiple choice the accuracies."""
+"""Evaluation on the validation split during training: the loss and, for multiple choice, the accuracies."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from stablelora_jax.config.run import RunConfig, takes_template
 from stablelora_jax.data import Example, Text, templated, training_texts
 from stablelora_jax.data.encoding import encode_many
-from stablelora_jax.utils.errors import InputError
-from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
-from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, Request, likelihoods
-from stablelora_jax.parallel import is_primary
-from stablelora_jax.config.run import RunConfig, takes_template
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
+from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, Request, likelihoods
+from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
+from stablelora_jax.parallel import is_primary
+from stablelora_jax.utils.errors import InputError
 
 
 class ValidationSet(NamedTuple):
-    """The held-out split, as it is measured."""
+    """The validation split, tokenised."""
 
-    examples: Sequence[Example]  # the right answers with their end, as in training
-    questions: Sequence[Question]  # none where the task asks no questions
+    examples: Sequence[Example]  # the right answers with their end-of-sequence token, as in training
+    questions: Sequence[Question]  # empty where the task is not multiple choice
 
 
-def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem | Chat]) -> ValidationSet:
-    """Tokenise the split's right answers, cut as in training; questions in the chat template where training is.
+def make_validation_set(config: RunConfig, tokenizer: Any, items: Sequence[Question | Problem | Chat]) -> ValidationSet:
+    """Tokenise the right answers, truncated as in training; questions are in the chat template where training is.
 
     Raises:
-      InputError: the configuration's ``metric`` is an accuracy and the task asks no questions; a text too long.
+      InputError: ``metric`` is an accuracy and the task is not multiple choice; a text is too long.
     """
     questions = [item for item in items if isinstance(item, Question)]
     if config.metric != "loss" and len(questions) < len(items):
@@ -40,26 +40,30 @@ def held_out(config: RunConfig, tokenizer: Any, items: Sequence[Question | Probl
         tokenizer,
         training_texts(items),
         end=True,
-        length=config.max_length,
+        max_length=config.max_length,
         truncate=config.data.truncate,
         chat=chat,
     )
     return ValidationSet(list(examples), questions)
 
 
-def validate(compute: LoglikelihoodFn, tokenizer: Any, held: ValidationSet, *, length: int, rows: int) -> dict[str, Any]:
-    """``loss`` (nats per learnt token) and, where there are questions, ``acc``, ``acc_norm`` and the ``answers``.
+def validate(
+    compute: LoglikelihoodFn, tokenizer: Any, validation_set: ValidationSet, *, length: int, rows: int
+) -> dict[str, Any]:
+    """``loss`` (nats per loss token) and, where there are questions, ``acc``, ``acc_norm`` and the ``answers``.
 
-    ``compute`` is what ``make_compute`` gives, with its parameters and adapters; ``rows`` run together.
+    ``compute`` is a result of ``make_compute`` bound to parameters and adapters; ``rows`` is the batch size.
     """
     progress = sys.stderr.isatty() and is_primary()
-    requests = [_request(example) for example in held.examples]
+    requests = [_request(example) for example in validation_set.examples]
     found = likelihoods(compute, requests, rows=rows, max_length=length, progress=progress)
-    learnt = sum(len(request.continuation) for request in requests)
-    result: dict[str, Any] = {"loss": -math.fsum(one.total for one in found) / learnt}
-    if held.questions:
-        scores = choice_scores(compute, tokenizer, held.questions, max_length=length, rows=rows, progress=progress)
-        result |= {**accuracies(scores, held.questions), "questions": len(scores), "answers": answers(scores)}
+    loss_tokens = sum(len(request.continuation) for request in requests)
+    result: dict[str, Any] = {"loss": -math.fsum(one.total for one in found) / loss_tokens}
+    if validation_set.questions:
+        scores = choice_scores(
+            compute, tokenizer, validation_set.questions, max_length=length, rows=rows, progress=progress
+        )
+        result |= {**accuracies(scores, validation_set.questions), "questions": len(scores), "answers": answers(scores)}
     return result
 
 

@@ -1,9 +1,9 @@
 """Next-token cross-entropy that never holds the logits of all tokens.
 
-Logits are made for a tile of tokens at a time. Training makes each tile's gradient in the same visit, so that the
-backward pass has nothing left to multiply: two products with the head and not three (as Liger's
-``fused_linear_cross_entropy`` does, arXiv 2410.10989, section 3.2). A tile takes some tokens of every row, so that rows
-may lie on different devices.
+Logits are computed for a chunk of tokens at a time. In training the gradient of each chunk is computed with its loss;
+the backward pass then has no matrix product left: two products with the head instead of three (as in Liger's
+``fused_linear_cross_entropy``, arXiv 2410.10989, section 3.2). A chunk takes some tokens of every row, so that rows may
+be on different devices.
 """
 
 from __future__ import annotations
@@ -14,58 +14,62 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Shaped
 
-TILE_BYTES = 2**26  # of a tile's logits in float32
-Logits = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]  # (trained, frozen, x of a tile, its number) -> logits
+CHUNK_BYTES = 2**26  # of a chunk's logits in float32
+Logits = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]  # (trained, frozen, x of a chunk, its number) -> logits
 
 
-def token_log_probs(logits: jax.Array, tokens: ArrayLike) -> jax.Array:
-    """Log-probability, in the dtype of ``logits``, of each token given those before it.
+def token_log_probs(logits: Float[jax.Array, "B T V"], tokens: Int[ArrayLike, "B T"]) -> Float[jax.Array, "B T"]:
+    """Log-probability of each token given those before it.
 
     Args:
-      logits: (B, T, V), float32 or wider.
-      tokens: (B, T) int32; one outside the vocabulary gives NaN.
+      logits: float32 or wider.
+      tokens: int32; one outside the vocabulary gives NaN.
 
     Returns:
-      (B, T): entry t belongs to ``tokens[:, t]``; entry 0, which nothing predicts, is 0.
+      Entry t belongs to ``tokens[:, t]``, in the dtype of ``logits``; entry 0, which nothing predicts, is 0.
+
+    Example::
+
+      >>> token_log_probs(jnp.zeros((1, 3, 2)), jnp.array([[0, 1, 1]])).round(3).tolist()
+      [[0.0, -0.6930000185966492, -0.6930000185966492]]
     """
     logits, targets = logits[:, :-1], jnp.asarray(tokens)[:, 1:]
     return jnp.pad(_log_probs(logits, targets), ((0, 0), (1, 0)))
 
 
-def masked_cross_entropy(logits: jax.Array, tokens: ArrayLike, loss_mask: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """``(sum of -log p over the tokens whose loss_mask is 1, their number)``, both scalars in the dtype of ``logits``.
-
-    The sum, not the mean: a mean over devices or micro-batches of unequal token counts is not the batch's mean. This is
-    the definition that :func:`chunked_cross_entropy` is tested against.
-    """
-    mask = jnp.asarray(loss_mask, logits.dtype).at[:, 0].set(0)
-    return -(token_log_probs(logits, jnp.where(mask == 0, 0, tokens)) * mask).sum(), mask.sum()
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 6))
 def chunked_cross_entropy(
-    logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
-) -> jax.Array:
+    logits: Logits,
+    trained: Any,
+    frozen: Any,
+    x: Float[jax.Array, "B K D"],
+    targets: Int[jax.Array, "B K"],
+    weights: Shaped[jax.Array, "B K"],
+    chunk: int,
+) -> Float[jax.Array, ""]:
     """The sum of ``-weights * log p(targets)``, a scalar in the dtype of the logits.
 
     Args:
-      logits: pure; of (B, tile, D) it gives (B, tile, V), float32 or wider. It closes over no array.
-      trained: what of the head has a gradient; often nothing.
-      frozen: its other arrays, of which nothing is differentiated.
-      x: (B, K, D), what the head reads.
-      targets: (B, K) int32; one outside the vocabulary gives NaN.
-      weights: (B, K); 0 where nothing is to be predicted, whatever the target is. Not differentiated.
-      tile: tokens of a row that are seen together, see :func:`chunk_length`.
+      logits: pure; maps (B, chunk, D) to (B, chunk, V), float32 or wider. It closes over no array.
+      trained: the trained arrays of the head, a tree; often empty.
+      frozen: its other arrays, which get no gradient.
+      x: the input of the head.
+      targets: one outside the vocabulary gives NaN.
+      weights: 0 where nothing is to be predicted, whatever the target is. Not differentiated.
+      chunk: tokens of a row whose logits exist at a time, see :func:`chunk_length`.
     """
-    return _visit(logits, trained, frozen, x, targets, weights, chunk, learn=False)[0]
+    loss: jax.Array = _loss_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=False)[0]
+    return loss
 
 
 def _forward(
     logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> tuple[jax.Array, Any]:
-    loss, *gradients = _visit(logits, trained, frozen, x, targets, weights, chunk, learn=True)
+    loss, *gradients = _loss_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=True)
     return loss, gradients
 
 
@@ -78,11 +82,19 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 def token_scores(
-    logits: Callable[[jax.Array], jax.Array], x: jax.Array, targets: ArrayLike, *, parts: int = 1
-) -> tuple[jax.Array, jax.Array]:
-    """``(log p(targets), whether each is the likeliest)``, both (B, K), of the tokens after ``x`` (B, K, D).
+    logits: Callable[[jax.Array], jax.Array],
+    x: Float[jax.Array, "B K D"],
+    targets: Int[ArrayLike, "B K"],
+    *,
+    parts: int = 1,
+) -> tuple[Float[jax.Array, "B K"], Bool[jax.Array, "B K"]]:
+    """Log-probabilities of the tokens after ``x``, and whether each is the most likely one.
 
-    ``logits`` maps (B, tile, D) to (B, tile, V); over ``parts`` devices the rows are split.
+    Args:
+      logits: maps (B, chunk, D) to (B, chunk, V).
+      x: the input of the head.
+      targets: the tokens.
+      parts: devices over which the rows are split.
     """
     vocabulary, targets = jax.eval_shape(logits, x[:, :1]).shape[-1], jnp.asarray(targets)
     chunk = chunk_length(-(-x.shape[0] // parts), x.shape[1], vocabulary)
@@ -93,35 +105,47 @@ def token_scores(
         z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         return _log_probs(z, targets), jnp.argmax(z, axis=-1) == targets
 
-    found = jax.lax.map(score, (tiles(x, chunk), tiles(targets, chunk)))
-    return jax.tree.map(lambda x: untiled(x, targets.shape[1]), found)
+    scores = jax.lax.map(score, (split_chunks(x, chunk), split_chunks(targets, chunk)))
+    joined: tuple[jax.Array, jax.Array] = jax.tree.map(lambda x: join_chunks(x, targets.shape[1]), scores)
+    return joined
 
 
 def chunk_length(rows: int, length: int, vocabulary: int, whole: int | None = None) -> int:
-    """How many of ``length`` tokens of each of ``rows`` rows make a tile: 64 MiB of logits or an eighth of all at most.
+    """Tokens of a row in a chunk: the logits of a chunk take at most 64 MiB, and at most an eighth of all logits.
 
-    But one at least. Of tiles as few as that allows, the shortest: what is filled up after the end is multiplied, too.
-    All are the ``whole`` tokens of a row, where ``length`` of them are read: each tile reads the head anew.
+    At least 1. With the smallest number of chunks under these limits, the shortest chunk is taken, since padding after
+    the end is multiplied, too.
+
+    Args:
+      rows: of a device.
+      length: tokens of a row that have logits.
+      vocabulary: V.
+      whole: all tokens of a row, of which an eighth is taken; None: ``length``.
+
+    Example::
+
+      >>> chunk_length(rows=8, length=1024, vocabulary=32_000)
+      64
     """
-    most = min(TILE_BYTES // (4 * vocabulary), rows * (whole or length) // 8)
+    most = min(CHUNK_BYTES // (4 * vocabulary), rows * (whole or length) // 8)
     count = -(-length // max(1, most // rows))
     return -(-length // count)
 
 
-def tiles(x: jax.Array, chunk: int) -> jax.Array:
-    """(B, K, ...) -> (tiles, B, tile, ...), filled up with zeros."""
+def split_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """(B, K, ...) -> (chunks, B, chunk, ...), padded with zeros."""
     B, K = x.shape[:2]
     x = jnp.pad(x, ((0, 0), (0, -K % chunk), *((0, 0) for _ in x.shape[2:])))
     return x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
-def untiled(x: jax.Array, length: int) -> jax.Array:
-    """The inverse of :func:`tiles` for K = ``length``."""
+def join_chunks(x: jax.Array, length: int) -> jax.Array:
+    """The inverse of :func:`split_chunks` for K = ``length``."""
     x = x.swapaxes(0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _visit(
+def _loss_and_gradients(
     logits: Logits,
     trained: Any,
     frozen: Any,
@@ -130,11 +154,11 @@ def _visit(
     weights: jax.Array,
     chunk: int,
     *,
-    learn: bool,
+    with_gradients: bool,
 ) -> tuple[Any, ...]:
-    """The loss and, to ``learn``, its gradients with respect to ``trained`` and ``x``."""
-    targets = _fenced(jnp.where(weights == 0, 0, targets))
-    parts = tiles(x, chunk), tiles(targets, chunk), tiles(weights, chunk)
+    """The loss and, on request, its gradients with respect to ``trained`` and ``x``."""
+    targets = _without_negatives(jnp.where(weights == 0, 0, targets))
+    parts = split_chunks(x, chunk), split_chunks(targets, chunk), split_chunks(weights, chunk)
     numbers = jnp.arange(parts[0].shape[0])
     shape: Any = jax.eval_shape(logits, trained, frozen, parts[0][0], numbers[0])
 
@@ -155,19 +179,19 @@ def _visit(
         d_trained, dx = pull(((powers / total - right) * weights[..., None]).astype(z.dtype))
         return jax.tree.map(jnp.add, carry, (loss, d_trained)), dx
 
-    zeros = jnp.zeros(x.shape[0], shape.dtype)  # a sum for each row, which may lie on different devices
-    if not learn:
+    zeros = jnp.zeros(x.shape[0], shape.dtype)  # a sum for each row, which may be on different devices
+    if not with_gradients:
         return (jax.lax.scan(value, zeros, (numbers, *parts))[0].sum(),)
     start = zeros, jax.tree.map(jnp.zeros_like, trained)
     (losses, d_trained), dx = jax.lax.scan(gradients, start, (numbers, *parts))
-    return losses.sum(), d_trained, untiled(dx, x.shape[1])
+    return losses.sum(), d_trained, join_chunks(dx, x.shape[1])
 
 
-def _fenced(targets: jax.Array) -> jax.Array:
-    """``targets`` in which no negative one counts from the end: beyond any vocabulary, a look-up gives NaN."""
-    return jnp.where(targets < 0, jnp.iinfo(targets.dtype).max, targets)
+def _without_negatives(targets: jax.Array) -> jax.Array:
+    """``targets`` with negative ones beyond any vocabulary: a look-up gives NaN instead of counting from the end."""
+    return jnp.where(targets < 0, np.iinfo(targets.dtype).max, targets)
 
 
 def _log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    chosen = jnp.take_along_axis(logits, _fenced(targets)[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, _without_negatives(targets)[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -1,4 +1,4 @@
-"""How many FLOPs LoRA training takes: what the mathematics needs, and what a traced program does.
+"""FLOPs of LoRA training: by formula, and counted in a traced program.
 
 Of a frozen matrix with P entries a token costs 2 P forwards and 2 P backwards, for the gradient of its input: the third
 product of full training, the gradient of the matrix, is never formed. Of the factors it costs 2 forwards, 2 for the
@@ -8,10 +8,10 @@ causal mask a query of a text of T tokens sees T / 2 keys on average. Together, 
 
     4 P + 6 P_lora + 6 L T d
 
-P counts all matrix products, with the head's V D for the share of tokens that are learnt, since only these have logits;
-the look-up of embeddings is none. Of texts packed into rows, T is ``sum(len ** 2) / sum(len)``: the mean, over tokens,
-of the length of the text in which they are. What a program computes twice, rematerialised, is not counted, nor are
-masked scores: this is the work of the model, which a model FLOPs utilisation compares with the peak of the device (the
+P counts all matrix products, with the head's V D for the share of loss tokens, since only these have logits; the look-
+up of embeddings is no product. Of texts packed into rows, T is ``sum(len ** 2) / sum(len)``: the mean, over tokens, of
+the length of the text in which they are. What a program computes twice, rematerialised, is not counted, nor are masked
+scores: this is the work of the model, which a model FLOPs utilisation compares with the peak of the device (the
 convention of PaLM, arXiv 2204.02311, appendix B, without its full-square attention).
 """
 
@@ -44,21 +44,22 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
 
 
-def flops_per_token(config: Any, lora: int, length: float, *, learnt: float = 1.0, held: int = 0) -> float:
+def flops_per_token(config: Any, lora: int, length: float, *, loss_fraction: float = 1.0, frozen: int = 0) -> float:
     """``4 P + 6 P_lora + 6 L T d`` of this module's docstring.
 
     Args:
       config: a ``DecoderConfig``; its fields are Hugging Face's.
-      lora: numbers in the pairs of the layers' modules.
+      lora: number of entries of the adapter pairs in the layers.
       length: T, for packed texts ``sum(len ** 2) / sum(len)``.
-      learnt: the share of tokens whose logits are computed.
-      held: those of ``lora`` that are constants, as A in LoRA-FA: their own gradient, 2 FLOPs each, is not formed.
+      loss_fraction: the share of tokens whose logits are computed.
+      frozen: entries among ``lora`` that are constant, as A in LoRA-FA: their gradient, 2 FLOPs each, is not computed.
     """
     heads = config.num_attention_heads * config.head_dim
     attention = 2 * heads + 2 * config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (attention + 3 * config.intermediate_size)
-    base = config.num_hidden_layers * layer + learnt * config.vocab_size * config.hidden_size
-    return 4 * base + 6 * lora - 2 * held + 6 * config.num_hidden_layers * length * heads
+    base = config.num_hidden_layers * layer + loss_fraction * config.vocab_size * config.hidden_size
+    flops: float = 4 * base + 6 * lora - 2 * frozen + 6 * config.num_hidden_layers * length * heads
+    return flops
 
 
 def dots(jaxpr: ClosedJaxpr | Jaxpr) -> int:
@@ -85,14 +86,16 @@ def _dots_of(equation: Any) -> int:
     if name == "cond":
         return max(inner)
     times = {"scan": lambda: params["length"], "shard_map": lambda: math.prod(params["mesh"].shape.values())}
-    return times.get(name, lambda: 1)() * sum(inner)
+    total: int = times.get(name, lambda: 1)() * sum(inner)
+    return total
 
 
 def _product(equation: Any) -> int:
     """Two for each entry of the result and of the contracted axes."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    flops: int = 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    return flops
 
 
 def _inside(params: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The loss of a batch under an adapted decoder, read at the places where a token is learnt."""
+"""The loss of a batch under an adapted decoder, with logits at the loss tokens alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from stablelora_jax.data import Batch
 from stablelora_jax.lora.apply import Adapted
 from stablelora_jax.models.decoder import head_path
-from stablelora_jax.models.inputs import integers, places
+from stablelora_jax.models.inputs import integers, token_indices
 from stablelora_jax.training.cross_entropy import chunk_length, chunked_cross_entropy
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import get_in, set_in
@@ -22,33 +23,33 @@ from stablelora_jax.utils.tree import get_in, set_in
 def summed_loss(
     model: Adapted, variables: Mapping[str, Any], batch: Batch, keys: jax.Array | None = None, *, parts: int = 1
 ) -> jax.Array:
-    """The sum over ``batch`` of ``-log p`` of the learnt tokens, a scalar; logits exist for a tile of tokens at a time.
+    """The sum over ``batch`` of ``-log p`` of the loss tokens, a scalar; logits exist for a chunk of tokens at a time.
 
     Args:
       model: the adapted decoder.
       variables: its ``params`` and, optionally, ``lora`` and ``lora_hp``, as ``model.apply`` takes them.
-      batch: where ``batch.at`` is given, the head reads at those places alone.
-      keys: (B,) dropout keys of the rows, typed; None: no dropout. An adapted head folds in the place of the token.
-      parts: over so many devices the rows are split, in a program that sees all of them.
+      batch: with ``loss_positions``, the head computes logits for these alone.
+      keys: (B,) typed dropout keys of the rows; None: no dropout. An adapted head folds in the position of the token.
+      parts: devices over which the rows are split, in a program over global arrays.
 
-    A learnt token outside the vocabulary gives NaN; in a pad, and as a target that is not learnt, no id matters.
+    A loss token outside the vocabulary gives NaN; ids of pads and of targets that are no loss tokens do not matter.
 
     Raises:
       InputError: a field of ``batch`` of another shape or kind.
     """
     batch = _checked(batch)
-    at, weights = learnt_places(batch)
+    at, weights = target_positions(batch)
     rngs = None if keys is None else {"dropout": keys}
     inputs = (batch.tokens, batch.positions, batch.segment_ids)
-    reads = None if batch.at is None else jnp.maximum(at - 1, 0)
-    x = model.apply(variables, *inputs, at=reads, rngs=rngs, method="hidden")
+    reads = None if batch.loss_positions is None else jnp.maximum(at - 1, 0)
+    x = model.apply(variables, *inputs, logit_positions=reads, rngs=rngs, method="hidden")
     targets = jnp.take_along_axis(batch.tokens, at, axis=1)
     config = model.model.config
     chunk = chunk_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
     path = head_path(config)
     head = get_in(variables, ("lora", *path)) or {}
     drops, impl = None, None
-    if keys is not None and head:  # by token: neither the length of a tile nor what else is learnt matters
+    if keys is not None and head:  # by token: independent of the chunk length and of the other loss tokens
         drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % chunk)))
         impl = jax.random.key_impl(keys)
     frozen = jax.lax.stop_gradient(dict(variables)), drops
@@ -68,20 +69,21 @@ def summed_loss(
         return chunked_cross_entropy(logits, head, frozen, x, targets, weights, chunk)
 
 
-def learnt_places(batch: Batch) -> tuple[Any, Any]:
-    """``(at, weights)``, (B, K): the places of tokens that may be learnt, and 1 where one is."""
-    if batch.at is not None:
-        return batch.at, batch.at > 0
+def target_positions(batch: Batch) -> tuple[Int[jax.Array, "B K"], Shaped[jax.Array, "B K"]]:
+    """Positions of tokens that may be loss tokens, and weights that are 1 (or true) where they are, else 0."""
+    if batch.loss_positions is not None:
+        at = jnp.asarray(batch.loss_positions)
+        return at, at > 0
     T = batch.tokens.shape[1]
     at = jnp.broadcast_to((jnp.arange(T) + 1) % T, batch.tokens.shape)
-    return at, jnp.take_along_axis(batch.loss_mask, at, axis=1) * (at > 0)
+    return at, jnp.take_along_axis(jnp.asarray(batch.loss_mask), at, axis=1) * (at > 0)
 
 
 def _checked(batch: Batch) -> Batch:
-    """``batch`` as JAX's arrays, of the shapes and kinds that it must have."""
+    """``batch`` as JAX arrays, with shapes and dtypes checked."""
     tokens = integers(batch.tokens, "tokens")
     segments, positions = (integers(getattr(batch, name), name, tokens.shape) for name in ("segment_ids", "positions"))
-    at = None if batch.at is None else places(batch.at, tokens)
+    at = None if batch.loss_positions is None else token_indices(batch.loss_positions, "loss_positions", tokens)
     shape, kind = jnp.shape(batch.loss_mask), jnp.result_type(batch.loss_mask)
     if shape != tokens.shape or not (kind == np.bool_ or jnp.issubdtype(kind, jnp.number)):
         raise InputError(f"loss_mask must be 1 or 0 for each of the tokens {tokens.shape}, not {kind} {shape}")

@@ -19,7 +19,7 @@ from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here
 from stablelora_jax.models.block import accum_dtype
-from stablelora_jax.training.cross_entropy import TILE_BYTES
+from stablelora_jax.training.cross_entropy import CHUNK_BYTES
 
 POLICIES = ("save_dots", "no_mlp", "attention", "nothing")  # from the fastest to the smallest
 SHARE = 0.9  # of a device's memory that is counted on
@@ -49,7 +49,7 @@ def choose_remat(
     """
     kind = best_here(dtype, config, length, 0) if attention == "auto" else attention
     room = SHARE * device_bytes()
-    chunk = max(TILE_BYTES, 4 * rows * config.vocab_size)  # a token of each row at least
+    chunk = max(CHUNK_BYTES, 4 * rows * config.vocab_size)  # a token of each row at least
     fixed = _bytes(params) + ADAMW * _bytes(adapters) + 3 * chunk
     ranks = sum(pair["lora_a"].shape[-1] for pair in pairs(adapters).values())
     for policy in POLICIES:
@@ -98,6 +98,7 @@ def _bytes(tree: Any) -> int:
     def size(x: Any) -> int:
         split = getattr(x, "sharding", None)
         shape = split.shard_shape(x.shape) if split is not None else x.shape
-        return int(jnp.dtype(x.dtype).itemsize) * math.prod(shape)
+        size_bytes: int = int(jnp.dtype(x.dtype).itemsize) * math.prod(shape)
+        return size_bytes
 
     return sum(size(x) for x in jax.tree.leaves(tree))

@@ -18,28 +18,28 @@ from stablelora_jax.lora.apply import Adapted
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.optimizers import latches
 from stablelora_jax.parallel import Layout, Takes, rows_here
-from stablelora_jax.training.loss import learnt_places, summed_loss
+from stablelora_jax.training.loss import summed_loss, target_positions
 from stablelora_jax.training.metrics import norm_summary
 from stablelora_jax.training.stability import Stability, shrunk_adapters, stability
 from stablelora_jax.utils.tree import Path, get_in
 
 
 class TrainState(NamedTuple):
-    """All that training changes; enough to resume exactly."""
+    """The state that training changes; enough to resume exactly."""
 
     step: jax.Array  # steps so far, int32 scalar
-    skipped: jax.Array  # those that changed nothing, since something in them was not finite, int32 scalar
-    consecutive_skips: jax.Array  # how many of the last steps were skipped, int32 scalar
+    skipped: jax.Array  # steps that changed nothing, since a value in them was not finite, int32 scalar
+    consecutive_skips: jax.Array  # number of skipped steps up to the last one, int32 scalar
     adapters: Any
     opt_state: optax.OptState
-    key: jax.Array  # raw PRNG key, uint32; never changes: randomness is folded from it by step and row
+    key: jax.Array  # raw PRNG key, uint32; constant: keys are folded from it by step and row
 
 
 class Hyperparams(NamedTuple):
-    """What a sweep varies, as arrays: another value needs no new compilation."""
+    """Hyperparameters as arrays: another value needs no new compilation."""
 
     rates: Mapping[str, Any]  # the optimizer's learning rates at their peak, scalars, by name
-    lora_hyperparams: Any  # scales and dropout rates, as transform.hyper makes them; None: those of the spec
+    lora_hyperparams: Any  # scales and dropout rates, as ``lora_hyperparams`` makes them; None: those of the spec
 
 
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformation]
@@ -62,43 +62,42 @@ def make_train_step(
     """``(state, params, batch) -> (state, metrics)``, compiled for ``layout``.
 
     Loss and gradients are sums over the loss tokens of the whole batch, divided by their number in it, and dropout
-    depends on the step and the row's number in the batch: so the result depends, up to rounding, neither on the
-    devices nor on ``accumulate``. A step whose loss, gradient or update is not finite changes nothing but the counts.
+    depends on the step and the row's number in the batch. The result therefore depends, up to rounding, neither on the
+    devices nor on ``accumulate``. A step whose loss, gradient or update is not finite changes only the counts.
 
     Args:
       model: the adapted decoder.
       tx: sees the gradients of the adapters. Or a function that makes it from :class:`Hyperparams`: then the step takes
         them as its fourth argument, placed like ``params``, and compiles once for all of them.
-      layout: where state, ``params`` and the rows of ``batch`` lie.
-      trained: may hold parts of the adapters constant (``optimize.freeze_a``); their gradients are zero.
-      accumulate: micro-batches that B is cut into, one after another; they share the memory of one.
+      layout: of state, ``params`` and the rows of ``batch``.
+      trained: may stop the gradients of parts of the adapters (``optimizers.freeze_a``).
+      accumulate: the number of micro-batches of a batch, computed one after another.
     """
 
     def step(
-        state: TrainState, params: Any, batch: Batch, numbers: Hyperparams | None = None
+        state: TrainState, params: Any, batch: Batch, hyperparams: Hyperparams | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         rows = rows_here(batch.tokens.shape[0], layout.axis)
         parts = layout.parts if layout.axis is None else 1
-        learnt = layout.total(learnt_places(batch)[1].sum())
+        loss_tokens = layout.sum_parts(target_positions(batch)[1].sum())
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if model.spec.dropout else None
             variables = {"params": params, "lora": trained(adapters)}
-            variables |= (
-                {"lora_hp": numbers.lora_hyperparams} if numbers and numbers.lora_hyperparams is not None else {}
-            )
-            return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(learnt, 1)
+            if hyperparams is not None and hyperparams.lora_hyperparams is not None:
+                variables["lora_hp"] = hyperparams.lora_hyperparams
+            return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(loss_tokens, 1)
 
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
-        loss, grads = layout.total(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
+        loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
         with jax.named_scope("update"):  # in the names of operations, for a profile
-            after, metrics = _updated(state, made(numbers), loss, grads)
-        used, space = (layout.total(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
-        return after, metrics | {"tokens": used, "loss_tokens": learnt, "padding": 1 - used / space}
+            after, metrics = _updated(state, made(hyperparams), loss, grads)
+        used, space = (layout.sum_parts(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
+        return after, metrics | {"tokens": used, "loss_tokens": loss_tokens, "padding": 1 - used / space}
 
     fixed = isinstance(tx, optax.GradientTransformation)
-    made: Any = (lambda numbers: tx) if fixed else tx
+    made: Any = (lambda hyperparams: tx) if fixed else tx
     takes: tuple[Takes, ...] = ("state", "base", "rows", "base")
     return layout.compile(step, takes[:3] if fixed else takes, donate=(0,))
 
@@ -157,4 +156,9 @@ def _updated(
     consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
     after = TrainState(state.step + 1, state.skipped + bad, consecutive_skips, adapters, opt_state, state.key)
     metrics = {"loss": loss, "gradient_norm": norm, "applied": state.step - state.skipped, "skipped": bad}
-    return after, {**metrics, "in_a_row": consecutive_skips, **norm_summary(adapters), "latches": latches(opt_state)}
+    return after, {
+        **metrics,
+        "consecutive_skips": consecutive_skips,
+        **norm_summary(adapters),
+        "latches": latches(opt_state),
+    }

@@ -1,15 +1,14 @@
-"""A short name for the exact content of a tree of arrays, made where the arrays lie.
+"""A fingerprint of the exact content of a tree of arrays, computed on the devices that hold them.
 
 Two 32-bit sums over all elements: ``sum_i fmix(word(x_i) ^ p(i)) mod 2^32``, where ``word`` and ``fmix`` are the block
-mixer and the finalizer of MurmurHash3 (Appleby, public domain) and ``p`` is the place of the element: for the first sum
-its number in C order, for the second its coordinates times odd constants. Every step is exact integer arithmetic and
+mixer and the finalizer of MurmurHash3 (Appleby, public domain) and ``p`` is the position of the element: for the first
+sum its index in C order, for the second its coordinates times odd constants. Every step is exact integer arithmetic and
 the sum commutes, so a sharding, a number of devices or a backend changes nothing; ``word`` and ``fmix`` are bijective,
-so one changed element always changes both sums. This finds changes and mistakes, not forgeries.
+so one changed element always changes both sums. It detects changes and mistakes, not forgeries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,8 +25,13 @@ def fingerprint(params: Any, *, rounded: bool = False) -> dict[str, str]:
     With ``rounded``, floats are brought to bfloat16 first, so that the same weights in float32 and in bfloat16 agree.
 
     Leaves are NumPy arrays (put on the default device) or ``jax.Array`` of any sharding, also over several processes
-    (all of them must call this): booleans, integers, floats of 8 to 64 bits, scalars, empty arrays. Nothing but eight
-    bytes a leaf is fetched, and no copy of a leaf is made.
+    (all of them must call this): booleans, integers, floats of 8 to 64 bits, scalars, empty arrays. Only eight bytes a
+    leaf are fetched, and no leaf is copied.
+
+    Example::
+
+      >>> fingerprint({"w": np.zeros((2, 3), np.float32)})["w"].split()[0]
+      'float32[2,3]'
     """
     leaves = named_leaves(params)
     sums = {name: _sums(_whole_words(leaf, rounded), rounded) for name, leaf in leaves.items()}  # all begun at once
@@ -44,11 +48,6 @@ def form(leaf: Any, rounded: bool = False) -> str:
     """Dtype and shape, ``float32[3,96,288]``, as they begin a leaf's fingerprint."""
     dtype = jnp.dtype(jnp.bfloat16) if _rounds(leaf, rounded) else _dtype(leaf)
     return f"{dtype}[{','.join(map(str, np.shape(leaf)))}]"
-
-
-def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    """The names at which two fingerprints differ, those of one alone included, sorted."""
-    return sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
 
 
 def _dtype(leaf: Any) -> Any:
@@ -83,7 +82,8 @@ def _sums(x: jax.Array, rounded: bool = False) -> tuple[jax.Array, jax.Array]:
     both = lambda p, q: (p[0] + q[0], p[1] + q[1])  # noqa: E731
     start = (jnp.uint32(0), jnp.uint32(0))
     # one reduction for both sums: XLA on CPU fuses all before it into that, but into neither of two
-    return jax.lax.reduce(mixed, start, both, tuple(range(words.ndim)))
+    sums: tuple[jax.Array, jax.Array] = jax.lax.reduce(mixed, start, both, tuple(range(words.ndim)))
+    return sums
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ from stablelora_jax.config.optimizer import CONFIGS, NOT_IN_A_FILE, OPTIMIZERS, 
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.models.pretrained.load import base_directory
 from stablelora_jax.runs.build import make_optimizer
+from stablelora_jax.runs.records import each_record
 from stablelora_jax.runs.run import run
-from stablelora_jax.training.metrics import read_records
 from tests.conftest import ROOT
 from tests.runs.test_run import SHORT
 
@@ -90,7 +90,7 @@ def test_a_run_with_another_optimizer(tmp_path, name):
     name_of = next(key for key in saved if key.endswith("layers.0.self_attn.q_proj.lora_A.weight"))
     drawn = np.asarray(start["model"]["layers"]["self_attn"]["q_proj"]["lora_a"][0]).T
     assert np.array_equal(saved[name_of], drawn) == (name == "lora_fa")
-    records = read_records(tmp_path / "r" / "metrics.jsonl")
+    records = list(each_record(tmp_path / "r" / "metrics.jsonl"))
     assert all(record["shrinking"] == 0 for record in records if "loss" in record)
 
 

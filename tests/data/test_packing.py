@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters
 from stablelora_jax.data import Example, first_fit, pack, plan_of
-from stablelora_jax.training.cross_entropy import masked_cross_entropy
 from tests.helpers import jit, largest_difference, tiny_decoder, trained
+from tests.training.oracles import masked_cross_entropy
 
 SPEC = LoraSpec(target_modules="all-linear", rank=2)
 
@@ -61,17 +61,17 @@ def test_a_packed_row_by_hand():
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0] * 7]
     assert batch.loss_mask.tolist() == [[0, 1, 1, 0, 1, 0, 0], [0] * 7], "nothing predicts a text's first token"
-    assert {field.dtype for field in batch[:4]} == {np.dtype(np.int32)} and batch.at is None
+    assert {field.dtype for field in batch[:4]} == {np.dtype(np.int32)} and batch.loss_positions is None
 
 
 def test_learnt_places_of_a_packed_row():
     """Those of all its texts, and never a text's first token."""
     rows = [[Example((5, 6, 7), 0), Example((8, 9), 1)], [Example((1,), 0)]]
-    batch = pack(rows, 7, learnt=4)
-    assert batch.at.tolist() == [[1, 2, 4, 0], [0] * 4] and batch.at.dtype == np.int32
+    batch = pack(rows, 7, max_loss_tokens=4)
+    assert batch.loss_positions.tolist() == [[1, 2, 4, 0], [0] * 4] and batch.loss_positions.dtype == np.int32
     assert [x.tolist() for x in batch[:4]] == [x.tolist() for x in pack(rows, 7)[:4]]
-    with pytest.raises(InputError, match="a row learns 3 tokens, and there is room for 2"):
-        pack(rows, 7, learnt=2)
+    with pytest.raises(InputError, match="a row has 3 loss tokens, more than 2"):
+        pack(rows, 7, max_loss_tokens=2)
 
 
 def test_packed_loss_and_gradients_are_the_sum_over_the_texts(x64):

@@ -25,37 +25,37 @@ def same(a, b):
 
 
 def test_a_hit_is_a_miss_is_memory(tokenizer, tmp_path, monkeypatch):
-    memory = tokenize_dataset(tokenizer, TEXTS, length=16)
-    miss = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path)
+    memory = tokenize_dataset(tokenizer, TEXTS, max_length=16)
+    miss = tokenize_dataset(tokenizer, TEXTS, max_length=16, cache=tmp_path)
 
     def refuse(*_, **__):
         raise AssertionError("tokenised again")
         yield
 
     monkeypatch.setattr(module, "encode_many", refuse)
-    hit = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path)
+    hit = tokenize_dataset(tokenizer, TEXTS, max_length=16, cache=tmp_path)
     assert same(memory, miss) and same(memory, hit) and isinstance(hit.tokens, np.memmap)
     assert [p.name for p in tmp_path.iterdir()] == [hit.digest]
     assert {a.dtype for a in (hit.tokens, hit.lengths, hit.answers, hit.rows)} == {np.dtype(np.int32)}
     for i in (0, 7, 49):
-        alone = encode(tokenizer, TEXTS[i].prompt, TEXTS[i].answer, end=True, length=16)
+        alone = encode(tokenizer, TEXTS[i].prompt, TEXTS[i].answer, end=True, max_length=16)
         assert hit.example(i).tokens.tolist() == list(alone.tokens) and hit.example(i).answer == alone.answer
-    assert hit.cut == sum(encode(tokenizer, *t[:2], end=True, length=16).cut > 0 for t in TEXTS) > 0
-    loaders = [make_loader(s, batching="pack", length=16, batch_size=4, seed=0) for s in (memory, hit)]
+    assert hit.cut == sum(encode(tokenizer, *t[:2], end=True, max_length=16).cut > 0 for t in TEXTS) > 0
+    loaders = [make_loader(s, batching="pack", max_length=16, batch_size=4, seed=0) for s in (memory, hit)]
     assert all(same(*(batch_of_step(loader, step) for loader in loaders)) for step in range(9))
 
 
 def test_chunks_do_not_show(tokenizer, monkeypatch):
     from stablelora_jax.data import encoding
 
-    whole = tokenize_dataset(tokenizer, TEXTS, length=16)
+    whole = tokenize_dataset(tokenizer, TEXTS, max_length=16)
     for where in (module, encoding):
         monkeypatch.setattr(where, "AT_ONCE", 7)
-    assert same(whole, tokenize_dataset(tokenizer, TEXTS, length=16))
+    assert same(whole, tokenize_dataset(tokenizer, TEXTS, max_length=16))
 
 
 def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeypatch):
-    given = dict(tokenizer=tokenizer, texts=TEXTS, length=16, truncate="left", chat=False)
+    given = dict(tokenizer=tokenizer, texts=TEXTS, max_length=16, truncate="left", chat=False)
     other, templated, ended = (copy.deepcopy(tokenizer) for _ in range(3))
     other.add_tokens(["zebra"])
     templated.chat_template = TEMPLATE
@@ -66,7 +66,7 @@ def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeyp
         dict(texts=TEXTS[:-1]),
         dict(texts=TEXTS[::-1]),
         dict(texts=moved),
-        dict(length=17),
+        dict(max_length=17),
         dict(truncate="right"),
         dict(tokenizer=other),
         dict(tokenizer=ended),
@@ -91,7 +91,7 @@ def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeyp
 @pytest.mark.parametrize("name", ["tokens.bin", "rows.bin", "about.json"])
 @pytest.mark.parametrize("how", ["gone", "short", "other"])
 def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, name, how):
-    made, said = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path), []
+    made, said = tokenize_dataset(tokenizer, TEXTS, max_length=16, cache=tmp_path), []
     file = tmp_path / made.digest / name
     content = file.read_bytes()
     expected = [np.array(x) for x in made[:5]]
@@ -99,7 +99,7 @@ def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, name, how):
         file.unlink()
     else:
         file.write_bytes(content[:-8] if how == "short" else bytes([content[0] ^ 1]) + content[1:])
-    again = tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path, log_fn=said.append)
+    again = tokenize_dataset(tokenizer, TEXTS, max_length=16, cache=tmp_path, log_fn=said.append)
     assert same(again[:5], expected) and file.read_bytes() == content
     assert len(said) == 1 and "is damaged" in said[0] and name in said[0]
     assert [p.name for p in tmp_path.iterdir()] == [made.digest]
@@ -107,22 +107,22 @@ def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, name, how):
 
 def test_a_build_that_fails_leaves_nothing(tokenizer, tmp_path):
     with pytest.raises(InputError, match="of t-6 has 19 tokens, more than max_length=18"):
-        tokenize_dataset(tokenizer, TEXTS, length=18, truncate="error", cache=tmp_path)
+        tokenize_dataset(tokenizer, TEXTS, max_length=18, truncate="error", cache=tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="the token cache .* cannot be used"):
-        tokenize_dataset(tokenizer, TEXTS, length=16, cache=tmp_path / "file")
+        tokenize_dataset(tokenizer, TEXTS, max_length=16, cache=tmp_path / "file")
     with pytest.raises(InputError, match="no text to train on"):
-        tokenize_dataset(tokenizer, [], length=16)
+        tokenize_dataset(tokenizer, [], max_length=16)
 
 
 def test_the_end_is_trained_even_where_it_is_the_pad(tokenizer):
     same_pad = copy.deepcopy(tokenizer)
     same_pad.pad_token = same_pad.eos_token
-    store = tokenize_dataset(same_pad, TEXTS, length=64)
+    store = tokenize_dataset(same_pad, TEXTS, max_length=64)
     assert same_pad.pad_token_id == same_pad.eos_token_id
     for batching in ("bucket", "pack"):
-        loader = make_loader(store, batching=batching, length=64, batch_size=4, seed=0)
+        loader = make_loader(store, batching=batching, max_length=64, batch_size=4, seed=0)
         for step in range(3):
             batch = batch_of_step(loader, step)
             ends = (batch.tokens == same_pad.eos_token_id) & (batch.segment_ids > 0)
@@ -132,9 +132,9 @@ def test_the_end_is_trained_even_where_it_is_the_pad(tokenizer):
 
 
 def test_statistics_are_counted(tokenizer):
-    store = tokenize_dataset(tokenizer, TEXTS, length=64)
+    store = tokenize_dataset(tokenizer, TEXTS, max_length=64)
     for batching in ("bucket", "pack"):
-        loader = make_loader(store, batching=batching, length=64, batch_size=5, seed=0)
+        loader = make_loader(store, batching=batching, max_length=64, batch_size=5, seed=0)
         steps = -(-loader.rows // 5)
         found = statistics(loader, steps)
         batches = [batch_of_step(loader, step) for step in range(steps)]
@@ -151,4 +151,4 @@ def test_statistics_are_counted(tokenizer):
 @pytest.mark.parametrize("cache", ["\0", "\ud800", "", "x" * 300])
 def test_a_place_that_no_file_system_takes_is_one_line(tokenizer, cache):
     with pytest.raises(InputError, match="^data.cache "):
-        tokenize_dataset(tokenizer, [Text("a", "b", "0")], length=16, cache=cache)
+        tokenize_dataset(tokenizer, [Text("a", "b", "0")], max_length=16, cache=cache)

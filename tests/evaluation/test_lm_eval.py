@@ -60,9 +60,10 @@ def models(compare, stories, adapter):
     from stablelora_jax.evaluation.lm_eval import StableLoraLM
 
     pytest.importorskip("peft")
-    return StableLoraLM(stories, adapter, batch_size=8), compare.their_model(stories, adapter, 1)
+    return StableLoraLM(stories, adapter, batch_size=8), compare.harness_model(stories, adapter, 1)
 
 
+@pytest.mark.long
 def test_the_paper_s_sets_row_by_row(compare, stories, shared):
     lines = compare.compare(stories, shared("data"), dict.fromkeys(NAMES, 20))
     for line in lines:
@@ -70,6 +71,7 @@ def test_the_paper_s_sets_row_by_row(compare, stories, shared):
         assert 0 < line["largest"] < 2e-4
 
 
+@pytest.mark.long
 def test_generations(compare, stories, shared):
     (line,) = compare.compare(stories, shared("data"), {"gsm8k": 3}, batch_size=1)
     assert line["rows"] == 3 and line["different"] == []
@@ -121,8 +123,8 @@ def test_generate_until(models):
 
 
 def test_a_task_of_the_harness_on_our_model(models, compare, shared):
-    rows, means = compare.their_rows(models[0], "arc_easy", shared("data"), 5)
-    theirs, expected = compare.their_rows(models[1], "arc_easy", shared("data"), 5)
+    rows, means = compare.harness_rows(models[0], "arc_easy", shared("data"), 5)
+    theirs, expected = compare.harness_rows(models[1], "arc_easy", shared("data"), 5)
     assert [row["acc_norm"] for row in rows] == [row["acc_norm"] for row in theirs]
     assert means["acc,none"] == expected["acc,none"]
 

@@ -85,7 +85,7 @@ def test_one_shape_for_a_length():
     shapes = set()
 
     def compute(rows):
-        shapes.add((rows.tokens.shape, rows.at.shape))
+        shapes.add((rows.tokens.shape, rows.logit_positions.shape))
         return np.zeros(4), np.zeros(4, bool)
 
     requests = [Request((1,) * (n - k), (2,) * k) for n in range(5, 100) for k in (1, n // 2)]

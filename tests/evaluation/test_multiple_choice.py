@@ -22,7 +22,7 @@ def scored(request):
     questions = compare_sizes.questions("validation")[:5]
     questions.append(Question("The", (" cat", " big brown bear is here"), 0, "uneven"))
     low_rank, layout = adapted(model, spec), request.param()
-    inner, placed = make_compute(low_rank, layout), (layout.place_base(params), {"lora": layout.state(adapters)})
+    inner, placed = make_compute(low_rank, layout), (layout.place_base(params), {"lora": layout.place_state(adapters)})
     scores = choice_scores(lambda rows: inner(*placed, rows), model.tokenizer, questions, max_length=128, rows=8)
     return low_rank, params, adapters, model.tokenizer, questions, scores
 

@@ -38,14 +38,14 @@ def test_tables_hold_a_row_for_each_optimizer_asked_for(optimizers):
 
 def test_every_optimizer_can_be_measured_and_others_are_refused(optimizers):
     assert set(OPTIMIZERS) - {"adamw"} <= set(optimizers.ROWS)
-    with pytest.raises(InputError, match="'nope' is none of"):
+    with pytest.raises(InputError, match="'nope' is not one of"):
         optimizers.BenchConfig(only=("nope",))
-    with pytest.raises(InputError, match="there is no folder no/such"):
+    with pytest.raises(InputError, match="directory no/such does not exist"):
         optimizers.BenchConfig(output="no/such/table.md")
 
 
 BAD = {
-    "": "arguments are required: what",
+    "": "arguments are required: command",
     "nope": "invalid choice: 'nope'",
     "optimizers repeats=0": "repeats must be at least 1",
     "train --shape nope": "invalid choice: 'nope'",
@@ -53,24 +53,24 @@ BAD = {
     "train --attention nope": "invalid choice: 'nope'",
     "train --ran 4": "unrecognized arguments: --ran 4",
     "train --steps 0": "--steps must be at least 1, not 0",
-    "train --length 9000": "--length 9000 is more than the model's 8192",
-    "train --loss-fraction 1.5": "--loss-fraction must leave a token to learn and be at most 1, not 1.5",
-    "train --loss-fraction 0.001": "--loss-fraction must leave a token",
+    "train --length 9000": "--length 9000 exceeds the model's maximum of 8192",
+    "train --loss-fraction 1.5": "--loss-fraction must leave at least one loss token and be at most 1, not 1.5",
+    "train --loss-fraction 0.001": "--loss-fraction must leave at least one loss token",
     "train --documents 200": "--length 256 is less than two tokens for each of 200 documents",
     "train --devices 0": "--devices must be at least 1, not 0",
-    "train --batch 3 --devices 2": "--batch 3 rows cannot be spread over --devices 2 alike",
+    "train --batch 3 --devices 2": "--batch 3 cannot be divided evenly over --devices 2",
     "train --peak-flops 0": "--peak-flops must be positive",
-    "train --peer nope": "--peer takes peft, tunix, or both with a comma, not nope",
-    "train --peer peft,nope": "--peer takes peft, tunix, or both with a comma, not peft,nope",
-    "train --peer tunix,tunix": "--peer takes peft, tunix, or both with a comma, not tunix,tunix",
-    "train --peer-python python3": "--peer-python says where the peer is: give --peer, too",
-    "train --peer peft --peer-python tunix=python3": "--peer-python says where the peer is: give --peer tunix, too",
-    "train --peer tunix --peer-python no/such": "--peer-python no/such: there is no such program",
-    "train --peer tunix --peer-python tunix=no/such": "--peer-python no/such: there is no such program",
-    "train --peer tunix --peer-modes eager": "--peer-modes says how the peer runs: give --peer peft, too",
-    "train --peer peft --peer-modes fast": "--peer-modes takes eager, compile, or both with a comma, not fast",
+    "train --peer nope": "--peer takes peft, tunix, or both, comma-separated, not nope",
+    "train --peer peft,nope": "--peer takes peft, tunix, or both, comma-separated, not peft,nope",
+    "train --peer tunix,tunix": "--peer takes peft, tunix, or both, comma-separated, not tunix,tunix",
+    "train --peer-python python3": "--peer-python needs --peer\n",
+    "train --peer peft --peer-python tunix=python3": "--peer-python needs --peer tunix\n",
+    "train --peer tunix --peer-python no/such": "--peer-python no/such: no such program",
+    "train --peer tunix --peer-python tunix=no/such": "--peer-python no/such: no such program",
+    "train --peer tunix --peer-modes eager": "--peer-modes needs --peer peft\n",
+    "train --peer peft --peer-modes fast": "--peer-modes takes eager, compile, or both, comma-separated, not fast",
     "curves": "arguments are required: --output",
-    "curves --output no/such/place": "there is no folder no/such",
+    "curves --output no/such/place": "directory no/such does not exist",
     "curves --output place --rounds 0": "--rounds must be at least 1",
 }
 
@@ -93,7 +93,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(experiments, monkeypatch, ca
 def test_each_command_has_its_help(experiments, monkeypatch, capsys):
     from bench import front as bench
 
-    for what in bench.WHAT:
+    for what in bench.COMMANDS:
         monkeypatch.setattr(sys, "argv", ["bench.py", what, "--help"])
         with pytest.raises(SystemExit, match="0"):
             bench.main()

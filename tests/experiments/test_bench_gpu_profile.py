@@ -30,9 +30,9 @@ def experiments(monkeypatch):
 
 
 def reduced(events, steps=1, op_names=OP_NAMES):
-    from bench.gpu.trace import reduced
+    from bench.gpu.trace import summarize_trace
 
-    return reduced(
+    return summarize_trace(
         [(line, name, op, start * 1e6, length * 1e6) for line, name, op, start, length in events], op_names, steps
     )
 
@@ -110,7 +110,7 @@ def test_names_decide_where_a_command_buffer_hides_instructions():
 
 
 def test_an_empty_trace_says_so():
-    with pytest.raises(ValueError, match="the trace holds no kernel"):
+    with pytest.raises(ValueError, match="the trace contains no kernel"):
         reduced([(A, "while.4", "while.4", 0, 1)])
 
 
@@ -206,4 +206,4 @@ def test_a_gpu_gives_both_programs(monkeypatch):
     monkeypatch.setattr(module, "WITHOUT", {"xla_gpu_enable_command_buffer": "nothing that it knows"})
     found = module.profile(**HOW, optimizer="adamw", steps=1)
     assert found["with_command_buffers"] is None and found["shares"]["base products"] > 0
-    assert module._as_it_runs(None, None, 1)["why"].startswith("AttributeError: ")
+    assert module._profile_as_compiled(None, None, 1)["why"].startswith("AttributeError: ")

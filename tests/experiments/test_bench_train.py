@@ -59,11 +59,11 @@ def test_shapes_are_those_of_the_models():
 
 
 def test_what_is_learnt_is_the_end_of_each_text():
-    from bench.work import arrays, dumped, loaded
+    from bench.work import arrays, from_json, to_json
 
     made = work("--batch", 2, "--length", 10, "--documents", 2, "--loss-fraction", 0.4)
     found = arrays(made)
-    assert loaded(dumped(made)) == made and made.tokens_per_step == 20 and made.attended == 5
+    assert from_json(to_json(made)) == made and made.tokens_per_step == 20 and made.mean_attended_length == 5
     np.testing.assert_array_equal(found["positions"], [[0, 1, 2, 3, 4] * 2] * 2)
     np.testing.assert_array_equal(found["segment_ids"], [[1] * 5 + [2] * 5] * 2)
     np.testing.assert_array_equal(found["loss_mask"], [[0, 0, 0, 1, 1] * 2] * 2)
@@ -95,11 +95,13 @@ def test_ratios_are_of_the_rounds_and_of_the_fastest_peer():
     assert bench_report.summary(four, made, 1e9)["mfu"] == pytest.approx(whole["mfu"] / 4)
     whole_cpu = bench_report.summary({**four, "device": "cpu"}, made, 1e9)  # its devices are parts of it
     assert whole_cpu["mfu"] == pytest.approx(whole["mfu"]) and whole_cpu["devices"] == 4
-    assert "2.00 times peft compile (quartiles 1.50 to 2.50), 1.00 of its" in bench_report.table(sides, whole)
-    assert whole["peers"]["peft eager"]["ratio"] == 4.5 and "4.50 times peft eager" in bench_report.table(sides, whole)
+    text = bench_report.table(sides, whole)
+    assert "2.00 times the speed of peft compile (quartiles 1.50 to 2.50), 1.00 of its" in text
+    assert whole["peers"]["peft eager"]["ratio"] == 4.5 and "4.50 times the speed of peft eager" in text
     sides["stablelora_jax"] |= {"peak_memory_bytes": None, "steps_bytes": None}  # an allocator that keeps no count
     whole = bench_report.result(sides, made)
-    assert whole["memory_ratio"] is None and "times peft compile" in bench_report.table(sides, whole).splitlines()[-1]
+    last = bench_report.table(sides, whole).splitlines()[-1]
+    assert whole["memory_ratio"] is None and "times the speed of peft compile" in last
 
 
 def test_versions_that_are_not_ours_are_said_with_the_peer():
@@ -109,7 +111,7 @@ def test_versions_that_are_not_ours_are_said_with_the_peer():
         "stablelora_jax": {"versions": {"jax": "1", "flax": "2"}},
         "tunix": {"versions": {"jax": "3", "flax": "2"}},
     }
-    assert bench_report.made_of(sides) == "jax 1, flax 2, tunix's jax 3"
+    assert bench_report.format_versions(sides) == "jax 1, flax 2, tunix's jax 3"
 
 
 def test_memory_forgets_what_was_before_the_steps():
@@ -154,21 +156,21 @@ def test_a_line_of_json_needs_no_data_sets_and_no_torch(tmp_path, monkeypatch):
     assert "| stablelora_jax |" in done.stderr
     monkeypatch.setenv("PYTHONPATH", paths)
     with pytest.raises(InputError, match="^peft eager: torch is blocked$"):
-        bench_turns.measured(["peft eager"], work(), 1, 1, False)
+        bench_turns.measure_sides(["peft eager"], work(), 1, 1, False)
 
 
 def test_a_cpu_is_cut_into_its_cores_where_rows_divide_so():
     """Unless a number is given."""
-    from bench.work import dumped
+    from bench.work import to_json
 
     forced = "--xla_force_host_platform_device_count=3"  # by hand: jax then takes no other number
     rows = [("--batch 6", 4, "", 2), ("--batch 3", 2, "", 1), ("--batch 6 --devices 3", 2, "", 3)]
     for flags, cores, given, parts in [*rows, ("--batch 8", 4, forced, 1), ("--batch 6", 6, forced, 3)]:
         code = "import os, sys; from bench import ours, work\n"
         code += "os.sched_getaffinity = lambda _: range(int(sys.argv[1]))\n"
-        code += "print(len(ours.local_devices(work.loaded(sys.argv[2]))))"
+        code += "print(len(ours.local_devices(work.from_json(sys.argv[2]))))"
         env = {**os.environ, "XLA_FLAGS": given, "PYTHONPATH": str(ROOT / "experiments")}
-        command = [sys.executable, "-c", code, str(cores), dumped(work(*flags.split()))]
+        command = [sys.executable, "-c", code, str(cores), to_json(work(*flags.split()))]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.stdout == f"{parts}\n", done.stderr
 
@@ -177,7 +179,7 @@ def test_more_devices_than_there_are_is_one_line():
     forced = "--xla_force_host_platform_device_count=2"
     done = run("--batch", 4, "--devices", 4, XLA_FLAGS=forced)
     assert done.returncode == 2 and not done.stdout
-    said = "error: stablelora_jax: --devices 4: there are 2 here, ask for no more"
+    said = "error: stablelora_jax: --devices 4: only 2 available"
     assert done.stderr.splitlines()[-1] == said
 
 
@@ -218,9 +220,9 @@ def test_tunix_says_what_it_cannot_do():
         pytest.importorskip("qwix")
     from bench import turns as bench_turns
 
-    with pytest.raises(InputError, match="^tunix: no target 'lm_head' in tunix's model: choose of q_proj, k_proj"):
+    with pytest.raises(InputError, match="^tunix: no target 'lm_head' in tunix's model: choose from q_proj, k_proj"):
         pythons = {"tunix": TUNIX_PYTHON} if TUNIX_PYTHON else {}
-        bench_turns.measured(["tunix"], work("--target", "q_proj,lm_head"), 1, 1, False, pythons)
+        bench_turns.measure_sides(["tunix"], work("--target", "q_proj,lm_head"), 1, 1, False, pythons)
 
 
 def test_peers_have_names_and_interpreters(monkeypatch):
@@ -233,7 +235,7 @@ def test_peers_have_names_and_interpreters(monkeypatch):
     monkeypatch.setattr(bench_peers, "on_gpu", lambda: True)
 
     def asked(flags):
-        return bench_peers.asked(parser.parse_args(flags.split()))
+        return bench_peers.parse_peers(parser.parse_args(flags.split()))
 
     here = sys.executable
     assert asked("") == (["stablelora_jax"], {})
@@ -246,7 +248,7 @@ def test_peers_have_names_and_interpreters(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "peer, lacks", [("tunix", r"tunix: google-tunix is not here \(No"), ("peft eager", "peft eager: No")]
+    "peer, lacks", [("tunix", r"tunix: google-tunix is not installed \(No"), ("peft eager", "peft eager: No")]
 )
 def test_an_environment_without_the_peer_is_one_line(tmp_path, monkeypatch, peer, lacks):
     """Not even NumPy is there."""
@@ -256,11 +258,11 @@ def test_an_environment_without_the_peer_is_one_line(tmp_path, monkeypatch, peer
     monkeypatch.delenv("PYTHONPATH", raising=False)
     pythons = {peer.split()[0]: str(tmp_path / "bare" / "bin" / "python")}
     with pytest.raises(InputError, match=f"^{lacks} module named '(jax|torch)'"):
-        bench_turns.measured([peer], work("--batch", 1, "--length", 32), 1, 1, False, pythons)
+        bench_turns.measure_sides([peer], work("--batch", 1, "--length", 32), 1, 1, False, pythons)
 
 
 @pytest.mark.parametrize(
-    "text, said", [("", "cannot be run"), ("#!/bin/sh\necho hello\n", "is no Python, it said hello")]
+    "text, said", [("", "cannot be run"), ("#!/bin/sh\necho hello\n", "is not Python: it printed hello")]
 )
 def test_an_interpreter_that_is_none_is_one_line(tmp_path, text, said):
     from bench import turns as bench_turns
@@ -268,21 +270,23 @@ def test_an_interpreter_that_is_none_is_one_line(tmp_path, text, said):
     (tmp_path / "python").write_text(text)
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(InputError, match=f"^tunix: .*{said}"):
-        bench_turns.measured(["tunix"], work(), 1, 1, False, {"tunix": str(tmp_path / "python")})
+        bench_turns.measure_sides(["tunix"], work(), 1, 1, False, {"tunix": str(tmp_path / "python")})
 
 
 def test_a_side_that_cannot_says_so():
     from bench import turns as bench_turns
 
     with pytest.raises(InputError, match="stablelora_jax: .*nope"):
-        bench_turns.measured(["stablelora_jax"], work("--target", "nope", "--batch", 1, "--length", 32), 1, 1, False)
+        bench_turns.measure_sides(
+            ["stablelora_jax"], work("--target", "nope", "--batch", 1, "--length", 32), 1, 1, False
+        )
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--peer-modes compile", "--peer-modes says how the peer runs: give --peer, too"),
-        ("--peer peft --peer-modes eager,eager", "eager, compile, or both with a comma, not eager,eager"),
+        ("--peer-modes compile", "--peer-modes needs --peer$"),
+        ("--peer peft --peer-modes eager,eager", "eager, compile, or both, comma-separated, not eager,eager"),
     ],
 )
 def test_modes_of_the_peer_are_checked_before_anything_runs(flags, said):
@@ -299,12 +303,12 @@ def test_an_attention_of_another_backend_is_one_line(kind, needed):
 
 
 def test_a_side_that_has_ended_says_so():
-    from bench.turns import Worker, told
+    from bench.turns import Worker, request
 
     ended = subprocess.Popen([sys.executable, "-c", "exit(9)"], stdin=-1, stdout=-1, text=True)
     ended.wait()
     with pytest.raises(RunError, match="peft eager ended with exit code 9"):
-        told(Worker("peft eager", ended, {}), "5")
+        request(Worker("peft eager", ended, {}), "5")
     ended.communicate()
 
 
@@ -320,7 +324,7 @@ def test_curves_change_one_number_at_a_time(monkeypatch, tmp_path, capsys):
         memory = {"peak_memory_bytes": cost, "steps_bytes": cost + 5, "before_bytes": 5}
         return {names[0]: {"round_seconds": [cost] * rounds, "compile_seconds": 2.0, **memory}}
 
-    monkeypatch.setattr(bench_curves, "measured", measured)
+    monkeypatch.setattr(bench_curves, "measure_sides", measured)
     monkeypatch.setattr(sys, "argv", ["bench.py", "curves", "--output", str(tmp_path / "out"), "--batch", "2"])
     assert bench.main() == 0
     points = json.loads((tmp_path / "out" / "curves.json").read_text())

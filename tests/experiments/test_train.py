@@ -69,7 +69,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(tmp_path):
     [
         (RunError("cannot write r: no space"), 1, "error: cannot write r: no space"),
         (Interrupted(signal.SIGTERM, "interrupted: step 3 is saved"), 143, "interrupted: step 3 is saved"),
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from the newest checkpoint"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command resumes from the newest checkpoint"),
     ],
 )
 def test_how_a_run_that_stops_ends(monkeypatch, capsys, error, code, line):

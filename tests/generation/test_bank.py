@@ -104,10 +104,10 @@ def test_positions_segments_and_chosen_tokens_go_with_their_rows():
     positions = jnp.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 3, 4], [0, 1, 2, 0, 1, 2, 3]])
     segments, at = jnp.cumsum(positions == 0, axis=1), jnp.array([[6], [2], [0]])
     variables = {"params": PARAMS, "bank": bank_of_all(), "rows": rows}
-    got = run(banked(MODEL), variables, x, positions=positions, segment_ids=segments, at=at)
+    got = run(banked(MODEL), variables, x, positions=positions, segment_ids=segments, logit_positions=at)
     for i, part in enumerate((PARTS[1], None)):
         own = slice(i, i + 1)
-        expected = alone(part, x[own], positions=positions[own], segment_ids=segments[own], at=at[own])[0]
+        expected = alone(part, x[own], positions=positions[own], segment_ids=segments[own], logit_positions=at[own])[0]
         assert_close(got[i], expected)
 
 

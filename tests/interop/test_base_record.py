@@ -67,10 +67,10 @@ def test_the_same_base_says_nothing(params, adapter, case):
 @pytest.mark.parametrize("case", OTHER)
 def test_another_base_is_named_with_ours(params, adapter, case):
     make, where = OTHER[case]
-    with pytest.warns(UserWarning, match="was made on org/one, and org/two differs from it in .*" + where) as caught:
+    with pytest.warns(UserWarning, match="was trained on org/one, and org/two differs from it in .*" + where) as caught:
         load_peft(adapter, make(params), base_model="org/two")
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
-    with pytest.raises(InputError, match="was made on org/one, and org/two differs from it.*: give that base, or"):
+    with pytest.raises(InputError, match="was trained on org/one, and org/two differs from it.*: give that base, or"):
         load_peft(adapter, make(params), base_model="org/two", strict=True)
 
 
@@ -90,14 +90,14 @@ def test_a_quantised_base_is_compared_where_it_is_dense(params):
     assert "model.norm.scale" in other_base(record, changed(params, NORM, 1), "two")
 
 
-def test_attach_and_a_rewritten_adapter(params, adapter, tmp_path):
+def test_load_adapted_model_and_a_rewritten_adapter(params, adapter, tmp_path):
     model, _ = tiny_decoder()
     save_pretrained(tmp_path / "one", model, params)
     save_pretrained(tmp_path / "two", model, changed(params, NORM, 0.25))
     load_adapted_model(tmp_path / "one", adapter, strict=True)
     with pytest.raises(InputError, match=f"{tmp_path / 'two'} differs from it in model.norm.scale"):
         load_adapted_model(tmp_path / "two", adapter, strict=True)
-    with pytest.warns(UserWarning, match="on this base it is another model"):
+    with pytest.warns(UserWarning, match="the result is another model than was trained"):
         load_adapted_model(tmp_path / "two", adapter)
     other = load_pretrained(tmp_path / "two")[1]
     save_peft(adapter, init_adapters(jax.random.key(1), other, SPEC), SPEC, params=other)

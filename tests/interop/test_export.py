@@ -1,5 +1,8 @@
 """A run or an adapter goes out to PEFT, vLLM, llama.cpp or as a merged model: whole, or not at all."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +16,10 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, init_adapters, load_peft, load_pretrained, merge, save_peft
 from stablelora_jax import base_directory as shipped_base
 from stablelora_jax.config.run import ModelConfig, RunConfig
-from stablelora_jax.interop.export import KINDS, export, open_source
+from stablelora_jax.interop.export import KINDS, BaseOptions, export, locate_adapter, open_source, read_base_options
 from stablelora_jax.interop.metadata import load_metadata
 from stablelora_jax.models.pretrained.load import save_pretrained
+from stablelora_jax.models.untie import untie
 from stablelora_jax.quantization import is_quantized
 from stablelora_jax.runs.directory import create
 from tests.helpers import largest_difference, tiny_decoder, trained
@@ -42,7 +46,7 @@ def test_what_goes_out_means_the_same(kind, adapter):
     assert out == path / "export" / ("adapter.gguf" if kind == "gguf" else kind) and len(said) == 1
     expected = merge(params, adapters, SPEC)
     if kind == "merged":
-        assert "largest difference between its logits" in said[0]
+        assert "its logits differ from those of base and adapter by at most" in said[0]
         assert largest_difference(load_pretrained(out)[1], expected) < 1e-6
     elif kind == "gguf":
         assert out.read_bytes()[:4] == b"GGUF"  # its content: tests/interop/test_gguf_adapter.py
@@ -113,11 +117,108 @@ def test_a_run_names_its_base_and_its_dtype(tmp_path):
 
 
 def open_source_after_saving(run, spec):
-    from stablelora_jax.models.untie import untie
-
     model, params = untie(*load_pretrained(shipped_base(), dtype="bfloat16"))
     save_peft(run / "adapter", init_adapters(jax.random.key(0), params, spec), spec, params=params)
     return open_source(run)
+
+
+def write_run(directory, text, untied=True, **metadata):
+    """A run directory with ``text`` as its config.yaml, and an adapter whose stablelora.json has ``metadata``."""
+    spec = LoraSpec(rank=2, target_modules=["lm_head" if untied else "q_proj"])
+    model, params = load_pretrained(shipped_base(), dtype="bfloat16")
+    params = untie(model, params)[1] if untied else params
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    about = {"base_model": str(shipped_base()), "params": params, "metadata": metadata}
+    save_peft(directory / "adapter", adapters, spec, **about)
+    (directory / "config.yaml").write_text(text)
+    return adapters
+
+
+OLD_RUN = """\
+model: {path: null, dtype: bfloat16, untie: true, remat: useful, attention: blocks}
+lora: {target: [lm_head], rank: 2}
+length: 64
+clip_norm: 1.0
+"""
+
+
+def test_an_adapter_alone_knows_how_its_base_was_loaded(tmp_path):
+    adapters = write_run(tmp_path / "run", "", dtype="bfloat16", untie=True, steps=3)
+    shutil.move(tmp_path / "run" / "adapter", tmp_path / "alone")
+    source = open_source(tmp_path / "alone")
+    assert source.model.dtype == jnp.bfloat16 and not source.model.config.tie_word_embeddings
+    assert source.metadata["steps"] == 3 and read_base_options(tmp_path / "alone") == BaseOptions(
+        str(shipped_base()), "bfloat16", True, None
+    )
+    chex.assert_trees_all_equal(source.adapters, adapters)
+    assert open_source(tmp_path / "alone", dtype="float32").model.dtype == jnp.float32
+
+
+def test_a_run_of_an_older_version_is_exported(tmp_path):
+    """Its stablelora.json says nothing of the base, its config.yaml has keys of then; what goes out says it."""
+    adapters = write_run(tmp_path / "run", OLD_RUN)
+    assert "dtype" not in load_metadata(tmp_path / "run" / "adapter")
+    out = export(tmp_path / "run", "peft")
+    assert {"dtype": "bfloat16", "untie": True}.items() <= load_metadata(out).items()
+    again = open_source(out)
+    assert again.model.dtype == jnp.bfloat16 and not again.model.config.tie_word_embeddings
+    chex.assert_trees_all_equal(again.adapters, adapters)
+    with pytest.raises(InputError, match="are tied: untie them first"):
+        open_source(tmp_path / "run" / "adapter")
+    assert export(tmp_path / "run" / "adapter", "merged", untie=True, output=tmp_path / "merged").is_dir()
+
+
+DAMAGED = {
+    "not YAML": ("model: [", "not the config.yaml of a run: .*; export the run's adapter/ instead"),
+    "empty": ("", "not the config.yaml of a run"),
+    "no model": ("length: 64", "not the config.yaml of a run: 'model'; export"),
+    "a list": ("model: [1]", "not the config.yaml of a run: model must be a mapping; export"),
+    "dtype": ("model: {dtype: 3}", "config.yaml: dtype must be one of float32, bfloat16, float16, float64, not 3"),
+    "untie": ("model: {untie: x}", "config.yaml: untie must be true or false, not 'x'"),
+    "quantize": ("model: {quantize: [nf4]}", r"config.yaml: quantize must be one of int8, nf4, not \['nf4'\]"),
+    "path": ("model: {path: 3}", "the name of the base must be a string, not 3"),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("damaged")
+    write_run(directory, "", untied=False)
+    return directory
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_config_is_one_line(case, damaged, tmp_path):
+    text, message = DAMAGED[case]
+    (damaged / "config.yaml").write_text(text)
+    for act in (open_source, lambda path: export(path, "peft", output=tmp_path / "out")):
+        with pytest.raises(InputError, match=message) as error:
+            act(damaged)
+        assert "\n" not in str(error.value) and str(damaged) in str(error.value)
+    assert not (tmp_path / "out").exists() and locate_adapter(damaged) == damaged / "adapter"
+    assert open_source(damaged / "adapter").model.dtype == jnp.float32, "the adapter is sound"
+
+
+def test_a_config_that_is_not_text_is_one_line(damaged):
+    (damaged / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not the config.yaml of a run"):
+        read_base_options(damaged)
+
+
+@pytest.mark.parametrize("key,value", [("dtype", 3), ("dtype", "int8"), ("dtype", {}), ("untie", "x"), ("untie", 1)])
+def test_bad_values_of_an_adapter_alone_are_one_line(key, value, adapter):
+    about = {**load_metadata(adapter[0]), key: value}
+    (adapter[0] / "stablelora.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=rf"stablelora.json: {key} must be .*, not {re.escape(repr(value))}") as error:
+        open_source(adapter[0])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype,message", [("float33", "dtype must be a dtype"), ("int32", "dtype must be floating")])
+def test_a_merged_model_has_a_floating_dtype(dtype, message, adapter):
+    with pytest.raises(InputError, match=message):
+        export(adapter[0], "merged", dtype=dtype)
+    assert not (adapter[0] / "export").exists()
 
 
 def test_a_failure_leaves_nothing_behind(adapter, tmp_path):

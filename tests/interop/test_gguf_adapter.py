@@ -135,7 +135,7 @@ def test_what_llama_cpp_cannot_apply_is_refused_by_name(tmp_path):
     refused(r"as lm_head is.*merged", LoraSpec(rank=2, target_modules=["lm_head"]), config=tied)
     refused("'gpt2'", plain, config=dataclasses.replace(model.config, model_type="gpt2"))
     refused("the spec says 2", dataclasses.replace(plain, rank=2), lambda x: adapters_of(params, plain))
-    refused("no positive float32", dataclasses.replace(plain, alpha=1e39))
+    refused("is not a positive float32", dataclasses.replace(plain, alpha=1e39))
     foreign, shape, spec = FOREIGN["dense_patterns"]
     refused("block_0 is not a weight", spec, params=random_params(foreign, np.zeros(shape, np.float32)))
 

@@ -29,22 +29,22 @@ def adapter(tmp_path_factory):
     return directory
 
 
-def test_attach(adapter):
+def test_load_adapted_model(adapter):
     tokens = jnp.arange(8)[None]
     logits = []
     for arguments in (
         {},
         {"adapter": adapter},
         {"adapter": adapter, "merged": True},
-        {"adapter": adapter, "apart": True},
+        {"adapter": adapter, "untie": True},
     ):
         model, variables = load_adapted_model(BASE, **arguments)
         logits.append(np.asarray(model.apply(variables, tokens)))
         assert ("lora" in variables) == (arguments.get("adapter") is not None and "merged" not in arguments)
-    base, beside, merged, apart = logits
+    base, beside, merged, untied = logits
     assert np.abs(base - beside).max() > 1e-2
     np.testing.assert_allclose(merged, beside, atol=1e-4 * max(1, np.abs(beside).max()))
-    np.testing.assert_allclose(apart, beside, atol=1e-4 * max(1, np.abs(beside).max()))
+    np.testing.assert_allclose(untied, beside, atol=1e-4 * max(1, np.abs(beside).max()))
     assert "lm_head" in variables["params"], "untied"
     model, variables = load_adapted_model(BASE, adapter, dtype=jnp.bfloat16, merged=True)
     assert model.dtype == variables["params"]["model"]["embed_tokens"]["embedding"].dtype == jnp.bfloat16

@@ -60,19 +60,19 @@ OTHER = {
     "alpha_pattern": (dict(alpha_pattern={"v_proj": 2}), ["lora.alpha_pattern is {} in THERE and {'v_proj': 2} here"]),
     "more": (
         dict(target_modules=["q_proj", "v_proj", "o_proj"]),
-        ["lora.target_modules adapts model.layers.0.self_attn.o_proj (3 such) here, not in THERE"],
+        ["lora.target_modules adapts model.layers.0.self_attn.o_proj and 2 more here, not in THERE"],
     ),
     "fewer": (
         dict(target_modules=["q_proj"]),
-        ["lora.target_modules adapts model.layers.0.self_attn.v_proj (3 such) in THERE alone"],
+        ["lora.target_modules adapts model.layers.0.self_attn.v_proj and 2 more in THERE only"],
     ),
     "layers": (
         dict(layers_to_transform=(0, 1), exclude_modules=["layers.0.self_attn.q_proj"]),
-        ["q_proj (3 such) in THERE alone"],
+        ["q_proj and 2 more in THERE only"],
     ),
     "one": (
         dict(exclude_modules=["layers.1.self_attn.v_proj"]),
-        ["lora.target_modules adapts model.layers.1.self_attn.v_proj in THERE alone"],
+        ["lora.target_modules adapts model.layers.1.self_attn.v_proj in THERE only"],
     ),
     "dora": (dict(parametrization="dora"), ["lora.parametrization is lora in THERE and dora here"]),
     "lora_bias": (dict(lora_bias=True), ["lora.lora_bias is False in THERE and True here"]),
@@ -144,7 +144,7 @@ def test_float64_where_it_is_enabled(x64, tmp_path):
     huge = load_file(tmp_path / WEIGHTS)
     huge["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"][0, 0] = 1e300
     save_file(huge, tmp_path / WEIGHTS)
-    with pytest.raises(InputError, match="q_proj.lora_a holds numbers beyond float32"):
+    with pytest.raises(InputError, match="q_proj.lora_a holds values out of the range of float32"):
         start_adapters(tmp_path, params, OLD)
 
 
@@ -181,7 +181,7 @@ def test_what_is_no_adapter_of_this_base_is_refused(tmp_path):
     _, smaller = tiny_decoder(hidden_size=8, head_dim=2)
     with pytest.raises(InputError, match="has shape"):
         start_adapters(tmp_path, smaller, OLD)
-    with pytest.raises(InputError, match="target 'q_prj' matches no module"):
+    with pytest.raises(InputError, match="target_modules 'q_prj' matches no module"):
         start_adapters(tmp_path, params, replace(OLD, target_modules=["q_prj"]))
     raw = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**raw, "r": 5}))

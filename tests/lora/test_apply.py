@@ -109,7 +109,13 @@ def test_path_equals_merging_in_values_and_gradients(case):
     assert largest_difference(gradient, expected_gradient) < 1e-4
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "dora" not in name])
+SHORT = ("decoder-default", "decoder-layers_differ", "decoder-full", "dense", "scan", "attention", "conv_einsum")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c if c in SHORT else pytest.param(c, marks=pytest.mark.long) for c in CASES if "dora" not in c],
+)
 def test_step_zero_is_the_base_to_the_last_bit(case):
     model, params, x, spec = CASES[case]()
     low_rank = {"params": params, "lora": init_adapters(jax.random.key(0), params, spec)}

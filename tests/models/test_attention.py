@@ -1,5 +1,6 @@
 """One table over all ways of attention: values and gradients, segments, windows, memory, names, and what picks one."""
 
+import json
 import math
 import re
 from functools import partial
@@ -9,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as binding
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from stablelora_jax.models.attention import KINDS, SEGMENTS, attend, best_attention, best_here, self_attention
 from stablelora_jax.models.attention_kernels import cudnn as attention_cudnn
-from stablelora_jax.models.attention_kernels.cudnn import segments_of
+from stablelora_jax.models.attention_kernels import cudnn_packed
+from stablelora_jax.models.attention_kernels.cudnn_packed import segments_of
 from stablelora_jax.models.attention_kernels.splash import splash
-from stablelora_jax.models.attention_kernels.tiles import pairs, tile, tiled_ids
+from stablelora_jax.models.attention_kernels.tiles import pairs, tile_size, tiled_ids
+from stablelora_jax.models.remat import saveable
 from stablelora_jax.training.flops import dots
 from stablelora_jax.utils.errors import InputError
 from tests.helpers import jit, largest_difference, tiny_decoder
@@ -194,8 +196,8 @@ def test_tiles_multiply_half_of_all_pairs_and_little_more(length):
     """Two products forwards and five backwards, each of T (T + t / 2) / 2 pairs of tokens; ``do * out`` is one of T."""
     q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length=length, groups=1))
     run = jax.value_and_grad(lambda q, k, v: jnp.sin(self_attention(q, k, v, kind="blockwise")).sum(), (0, 1, 2))
-    seen = length * (length + tile(length) / 2) / 2
-    assert dots(jax.make_jaxpr(run)(q, k, v)) == (7 * seen + length) * 2 * math.prod([2, 4, 16])
+    visited = length * (length + tile_size(length) / 2) / 2
+    assert dots(jax.make_jaxpr(run)(q, k, v)) == (7 * visited + length) * 2 * math.prod([2, 4, 16])
 
 
 def equations(jaxpr):
@@ -208,16 +210,29 @@ def equations(jaxpr):
 
 
 @pytest.fixture
-def fake_cudnn(monkeypatch):
-    """What the binding asks of a GPU, answered as by a Hopper."""
+def binding():
+    """jax's private lowering, if this jax has it where we know it: only tests look there."""
+    return pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+
+
+@pytest.fixture
+def fake_cudnn(monkeypatch, binding):
+    """Answers of a Hopper to jax's questions, and to ours."""
     monkeypatch.setattr(binding, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(binding, "check_compute_capability", lambda least: True)
     monkeypatch.setattr(binding, "is_cuda_compute_capability_equal", lambda other: False)
+    monkeypatch.setattr(attention_cudnn, "compute_capability", lambda: 9.0)
+
+
+def count_primitives(run, x, word):
+    program = jax.make_jaxpr(jax.value_and_grad(run, (0, 1, 2)))(*x).jaxpr
+    program, _ = dce_jaxpr(program, [True] * len(program.outvars))
+    return sum(word in f"{eqn.primitive} {eqn.params.get('target_name')}" for eqn in equations(program))
 
 
 @pytest.mark.parametrize(
     "kind, heavy, once",
-    [("xla", "exp", 1), ("blockwise", "scan", 2), ("cudnn", "dot_product_attention", 2), ("splash", "pallas_call", 3)],
+    [("xla", "exp", 1), ("blockwise", "scan", 2), ("cudnn", "fmha", 2), ("splash", "pallas_call", 3)],
 )
 def test_what_is_named_is_not_computed_twice(kind, heavy, once, fake_cudnn):
     """Under a policy that saves the names, the backward finds all it needs; without them, the forward runs again."""
@@ -226,11 +241,18 @@ def test_what_is_named_is_not_computed_twice(kind, heavy, once, fake_cudnn):
     def heavies(*names):
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         run = jax.checkpoint(lambda *x: jnp.sin(self_attention(*x, ids, kind=kind)).sum(), policy=policy)
-        program = jax.make_jaxpr(jax.value_and_grad(run, (0, 1, 2)))(*x).jaxpr
-        program, _ = dce_jaxpr(program, [True] * len(program.outvars))
-        return sum(heavy in str(eqn.primitive) for eqn in equations(program))
+        return count_primitives(run, x, heavy)
 
     assert heavies("context", "lse", "attention_probs") == once < heavies("nothing")
+
+
+@pytest.mark.parametrize("length", [T, T + 1])
+@pytest.mark.parametrize("policy, calls", [("save_dots", 2), ("attention", 2), ("nothing", 3)])
+def test_whole_rows_by_cudnn_are_not_computed_twice(length, policy, calls, fake_cudnn):
+    """jax names nothing there: the policies know the primitive. One copy of the output is saved."""
+    x = inputs(length=length, width=64, dtype=jnp.bfloat16)
+    run = jax.checkpoint(lambda *x: jnp.sin(self_attention(*x, kind="cudnn")).sum(), policy=saveable(policy))
+    assert count_primitives(run, x, "dot_product_attention") == calls
 
 
 def run_starts(ids):
@@ -244,6 +266,7 @@ def run_starts(ids):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_segments_are_found(seed):
+    """Counted over the batch, in order; a row of too many is flagged and changes no other row."""
     rng = np.random.default_rng(seed)
     lengths = [rng.integers(1, 9, 40) for _ in range(4)]
     ids = np.stack([np.repeat(np.arange(1, 41), n)[:37] for n in lengths]).astype(np.int32)
@@ -254,61 +277,119 @@ def test_segments_are_found(seed):
         starts, counts, fits = jit(partial(segments_of, most=cap))(ids)
         assert starts.shape == (4, cap + 1) and counts.shape == (4, cap) and starts.dtype == counts.dtype == jnp.int32
         assert fits.tolist() == [len(row) <= cap for row in expected]
-        for row, start, length, fit in zip(expected, starts.tolist(), counts.tolist(), fits.tolist(), strict=True):
-            blank = [-1] * (cap - len(row))
-            assert not fit or (start == [a for a, _ in row] + [*blank, -1] and length == [n for _, n in row] + blank)
+        found = [(a, n) for a, n in zip(starts.ravel().tolist(), counts.ravel().tolist(), strict=False) if n]
+        for number, (row, fit) in enumerate(zip(expected, fits.tolist(), strict=True)):
+            own = [(a - 37 * number, n) for a, n in found if a // 37 == number]
+            assert own == row if fit else own[:-1] == row[: cap - 1] and sum(own[-1]) == 37
+        rest = len(found)
+        assert (starts.ravel()[rest:] == ids.size).all() and not counts.ravel()[rest:].any()
 
 
-def test_cudnn_is_handed_each_segment_of_each_row():
-    """Through jax's own translation: offsets count elements from the first row's start, each by its own heads."""
-    q, k, v = (x.astype(jnp.bfloat16) for x in inputs(groups=1))
-    ids = jnp.array(PACKED, jnp.int32)
-    starts, lengths, _ = segments_of(ids, 6)
-    length, _, at, _ = jit(binding._fix_seqlen_offsets)(lengths, lengths, starts, starts, q, k)
+def test_cudnn_is_handed_each_segment_of_each_row(monkeypatch):
+    """Offsets count elements from the first row's start, each by its own heads."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in inputs(groups=2))
+    ids, seen = jnp.array(PACKED, jnp.int32), []
+
+    def call(*_, **__):
+        return lambda *operands: seen.append(operands) or [operands[0].transpose(0, 2, 1, 3), None]
+
+    monkeypatch.setattr(jax.ffi, "ffi_call", call)
+    cudnn_packed.packed_attention(q, k, v, ids, 6)
+    [(*_, lengths, lengths_kv, at, at_kv)] = seen
     expected = [(row * T + a, n) for row, runs in enumerate(run_starts(ids)) for a, n in runs]
-    assert length.ravel()[:7].tolist() == [n for _, n in expected] and not length.ravel()[7:].any()
-    stride = q.shape[2] * q.shape[3]
-    assert at.ravel()[:8].tolist() == [a * stride for a, _ in expected] + [q.size]
+    assert lengths.ravel()[:7].tolist() == [n for _, n in expected] and not lengths.ravel()[7:].any()
+    assert lengths_kv is lengths
+    for x, offsets in ((q, at), (k, at_kv)):
+        stride = x.shape[2] * x.shape[3]
+        assert offsets.ravel()[:8].tolist() == [a * stride for a, _ in expected] + [x.size]
 
 
-def by_cudnn(q, k, v, scale, mask, starts, lengths, window):
-    """What cuDNN does with the starts and lengths that it is given; what no segment covers is garbage."""
-    assert scale == q.shape[-1] ** -0.5 and mask.name == ("PADDING_CAUSAL" if starts.ndim > 1 else "CAUSAL")
-    if starts.ndim == 1:
-        return reference(q, k, v, None, window)
-    assert window is None and (k.shape == q.shape or jax.__version_info__ >= (0, 12))  # or keys are those of others
-    label = np.zeros(q.shape[:2], np.int32)
-    for row, start, length in zip(label, starts.tolist(), lengths.tolist(), strict=True):
-        for number, (a, n) in enumerate(zip(start[:-1], length, strict=True), 1):
-            row[a : a + n] = number if n >= 0 else row[a : a + n]
+def custom_calls(run, x):
+    """cuDNN's calls in a program for a GPU, without the names of operands: ``[(call, configuration), ...]``."""
+    text, found = jax.jit(run).trace(*x).lower(lowering_platforms=("cuda",)).as_text(), []
+    for line in text.splitlines():
+        if "custom_call @__cudnn" in line:
+            quoted = re.search(r'backend_config = "((?:[^"\\]|\\.)*)"', line).group(1)
+            config = json.loads(quoted.replace("\\22", '"').replace('\\"', '"'))
+            found.append((re.sub(r"%[\w:#]+", "%", line.replace(quoted, "")).strip(), config))
+    return found
+
+
+def without_defaults(config):
+    """jax writes out empty fields of the scores' shape."""
+    drop = lambda tree: {
+        name: drop(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if value not in ([], "0", "PRIMITIVE_TYPE_INVALID")
+    }
+    own = config["cudnn_fmha_backend_config"]
+    shape = drop(own["intermediate_tensor_shape"])
+    return {**config, "cudnn_fmha_backend_config": {**own, "intermediate_tensor_shape": shape}}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_packed_calls_are_those_of_jax_s_own_lowering(dtype, groups, fake_cudnn, binding):
+    q, k, v = inputs(length=132, groups=groups, width=64, dtype=dtype)
+    starts, lengths, _ = segments_of(jnp.ones((2, 132), jnp.int32), 9)
+
+    def theirs(q, k, v):
+        where = dict(q_offsets=starts, kv_offsets=starts, q_seqlen=lengths, kv_seqlen=lengths)
+        mask = binding.MaskType.PADDING_CAUSAL
+        return binding.dot_product_attention(q, k, v, **where, scale=q.shape[-1] ** -0.5, mask_type=mask)
+
+    ours = lambda q, k, v: cudnn_packed._fused(q, k, v, starts, lengths)
+    for use in (lambda f: f, lambda f: jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))):
+        expected = [(call, without_defaults(config)) for call, config in custom_calls(use(theirs), (q, k, v))]
+        assert expected and custom_calls(use(ours), (q, k, v)) == expected
+
+
+def by_cudnn(q, k, v, lengths, at, at_kv):
+    """What cuDNN does with the offsets and lengths that it is given; what no segment covers is garbage."""
+    label = np.zeros(q.shape[0] * q.shape[1], np.int32)
+    for number, (a, b, n) in enumerate(zip(at.ravel()[:-1], at_kv.ravel()[:-1], lengths.ravel(), strict=False), 1):
+        start = int(a) // (q.shape[2] * q.shape[3])
+        assert start * k.shape[2] * k.shape[3] == b
+        label[start : start + int(n)] = number
+    label = label.reshape(q.shape[:2])
     return jnp.where(label[:, :, None, None] > 0, reference(q, k, v, label), jnp.nan)
 
 
 @pytest.fixture
 def emulated_cudnn(monkeypatch):
-    """The binding's two doors, with the arguments that jax gives them."""
+    """jax's two public functions, with the arguments that they are given."""
 
-    def forward(q, k, v, *, scale, mask_type, return_residual, sliding_window_length, **more):
-        none = jnp.zeros(0)
-        starts, starts_kv, lengths, lengths_kv = (
-            more.get(name, none) for name in ("q_offsets", "kv_offsets", "q_seqlen", "kv_seqlen")
-        )
-        out = by_cudnn(q, k, v, scale, mask_type, starts, lengths, sliding_window_length)
-        assert starts_kv is starts and lengths_kv is lengths
-        return (out, jnp.full(3, 7.0)) if return_residual else out
+    def whole_rows(q, k, v, *, is_causal, local_window_size, implementation):
+        assert is_causal and implementation == "cudnn" and q.shape[1] % 2 == 0
+        before, after = local_window_size or (None, 0)
+        assert after == 0
+        return reference(q, k, v, None, None if before is None else before + 1)
 
-    def backward(q, k, v, bias, lengths, lengths_kv, starts, starts_kv, pages_k, pages_v, lse, out, given, **more):
-        again = lambda *x: by_cudnn(
-            *x, more["scale"], more["mask_type"], starts, lengths, more["sliding_window_length"]
-        )
-        expected, back = jax.vjp(again, q, k, v)
-        assert lengths_kv is lengths and starts_kv is starts and lse.shape == (3,)
-        assert bias.size == pages_k.size == pages_v.size == 0 and np.array_equal(out, expected)
-        return list(back(given))
+    def ffi_call(target, results, *, output_layouts, legacy_backend_config, custom_call_api_version, vmap_method):
+        config = json.loads(legacy_backend_config)["cudnn_fmha_backend_config"]
+        assert custom_call_api_version == 2 and config["mask_type"] == "PADDING_CAUSAL"
 
-    monkeypatch.setattr(attention_cudnn, "_api", lambda: binding)
-    monkeypatch.setattr(binding, "dot_product_attention", forward)
-    monkeypatch.setattr(binding, "_dot_product_attention_bwd_p_wrapper", SimpleNamespace(bind=backward))
+        def call(q, k, v, *more):
+            *more, lengths, lengths_kv, at, at_kv = more
+            assert lengths_kv is lengths and config["fmha_scale"] == q.shape[-1] ** -0.5
+            assert config["max_seg_per_batch"] == lengths.shape[1] == at.shape[1] - 1
+            run = lambda *x: by_cudnn(*x, lengths, at, at_kv)
+            if target == "__cudnn$fmhaSoftmax":
+                out = [run(q, k, v)] + [jnp.full(x.shape, 7.0, x.dtype) for x in results[1:-1]]
+            else:
+                lse, given, out = more
+                expected, back = jax.vjp(run, q, k, v)
+                assert (lse == 7).all() and np.array_equal(out, expected)
+                out = list(back(given))
+            swapped = [x.transpose(0, 2, 1, 3) if x.ndim == 4 else x for x in out]
+            assert [x.shape for x in swapped] == [x.shape for x in results[:-1]]
+            return [*swapped, jnp.zeros(0, jnp.uint8)]
+
+        return call
+
+    monkeypatch.setattr(attention_cudnn, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", whole_rows)
+    monkeypatch.setattr(jax.ffi, "ffi_call", ffi_call)
 
 
 @pytest.mark.parametrize("case", ["whole rows", "window", "packed"])
@@ -321,9 +402,16 @@ def test_cudnn_s_way_is_the_others(case, emulated_cudnn):
     assert largest_difference([y.astype(jnp.float32) for y in found], expected) < 0.02
 
 
-def test_a_row_of_too_many_segments_is_nan(monkeypatch):
+@pytest.fixture
+def idle_cudnn(monkeypatch):
+    """A GPU that gives back the queries."""
+    monkeypatch.setattr(attention_cudnn, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **__: q)
+    monkeypatch.setattr(cudnn_packed, "_fused", lambda q, *_: q)
+
+
+def test_a_row_of_too_many_segments_is_nan(idle_cudnn):
     """Never mixed, never dropped: the loss is not finite, and the loop reports it. Other rows are whole."""
-    monkeypatch.setattr(attention_cudnn, "_call", lambda q, *_: q)
     ids = jnp.array([[1, 2, 3, 0], [1, 1, 2, 2]], jnp.int32)
     q, k, v = inputs(length=4, dtype=jnp.bfloat16)
     bad = jnp.isnan(self_attention(q, k, v, ids, kind="cudnn", segments=3))
@@ -359,21 +447,33 @@ def test_splash_lowers_for_a_tpu():
         ("fast", jnp.float32, {}, "no attention is named 'fast'"),
         ("cudnn", jnp.float32, {}, "takes bfloat16 or float16"),
         ("cudnn", jnp.bfloat16, {}, "cuDNN is not detected"),
+        ("cudnn", jnp.bfloat16, {"segment_ids": jnp.ones((2, T), jnp.int32)}, "cuDNN is not detected"),
         ("cudnn", jnp.bfloat16, {"segment_ids": jnp.ones((2, T), jnp.int32), "window": 5}, "no window in packed rows"),
         ("cudnn", jnp.bfloat16, {"window": jnp.int32(5)}, "one window for all layers"),
         ("splash", jnp.bfloat16, {"window": jnp.int32(5)}, "one window for all layers"),
     ],
 )
-def test_what_a_kind_cannot_do_is_said(kind, dtype, kwargs, words, monkeypatch):
+def test_what_a_kind_cannot_do_is_said(kind, dtype, kwargs, words, monkeypatch, binding):
     monkeypatch.setattr(binding, "cuda_versions", None)
     with pytest.raises(InputError, match=words):
         self_attention(*inputs(dtype=dtype), **kwargs, kind=kind)
 
 
-def test_a_jax_that_has_moved_its_binding_is_named(monkeypatch):
-    monkeypatch.setattr(binding, "dot_product_attention", lambda q, k, v: q)
-    with pytest.raises(InputError, match="has no cuDNN attention that we know"):
-        self_attention(*inputs(dtype=jnp.bfloat16), kind="cudnn")
+def test_packed_rows_need_a_hopper(fake_cudnn, monkeypatch):
+    monkeypatch.setattr(attention_cudnn, "compute_capability", lambda: 8.6)
+    with pytest.raises(InputError, match="takes packed rows on Hopper GPUs or newer: choose attention: blockwise"):
+        self_attention(*inputs(dtype=jnp.bfloat16), segment_ids=jnp.ones((2, T), jnp.int32), kind="cudnn")
+
+
+@pytest.mark.parametrize("segments", [None, PACKED])
+def test_cudnn_inside_shard_map(segments, fake_cudnn):
+    """Each device's rows are its own; types with varying axes are those that ``shard_map`` checks."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    ids = None if segments is None else jnp.array(segments, jnp.int32)
+    run = jax.grad(lambda q, k, v, ids: self_attention(q, k, v, ids, kind="cudnn", segments=9).sum(), (0, 1, 2))
+    rows = jax.sharding.PartitionSpec("data")
+    whole = jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows)
+    assert len(custom_calls(whole, (*inputs(width=64, dtype=jnp.bfloat16), ids))) == 2
 
 
 def test_splash_takes_no_float64(x64):
@@ -428,9 +528,8 @@ def test_a_gpu_is_asked_what_it_is(capability, kind, monkeypatch):
     assert best_here(HALF, tiny_decoder(head_dim=8)[0].config, 256, 0) == kind
 
 
-def test_packed_rows_of_a_decoder_by_cudnn(monkeypatch):
+def test_packed_rows_of_a_decoder_by_cudnn(idle_cudnn):
     """As many texts as it is told, be they more than ``auto`` gives to cuDNN; told nothing, it says so."""
-    monkeypatch.setattr(attention_cudnn, "_call", lambda q, *_: q)
     model, params = tiny_decoder(max_position_embeddings=200)
     ids = jnp.repeat(jnp.arange(1, 101, dtype=jnp.int32), 2)[None]
     run = lambda **how: model.clone(dtype=jnp.bfloat16, **how).apply({"params": params}, ids % 7, segment_ids=ids)

@@ -126,7 +126,7 @@ def test_rows_of_a_cache_can_be_mapped():
     cache = empty_cache(model.config, 3, 8, jnp.float32)
     x, positions = tokens(3, 4), positions_of(jnp.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]]))
     at = jnp.array([[3], [3], [2]])
-    run = lambda x, positions, cache, at: model.apply({"params": params}, x, positions, cache=cache, at=at)
+    run = lambda x, positions, cache, at: model.apply({"params": params}, x, positions, cache=cache, logit_positions=at)
 
     def one(x, positions, cache, at):
         alone = Cache(cache.k[:, None], cache.v[:, None], cache.positions[None], cache.used)
@@ -142,7 +142,7 @@ def test_rows_of_a_cache_can_be_mapped():
 def test_logits_where_they_are_asked_for():
     model, params = tiny_decoder()
     x, at = tokens(2, 6), jnp.array([[5, 0], [2, 2]])
-    some = logits(model, params, x, at=at)
+    some = logits(model, params, x, logit_positions=at)
     assert largest_difference(some, jnp.take_along_axis(logits(model, params, x), at[..., None], axis=1)) < 1e-6
 
 

@@ -92,9 +92,12 @@ OTHERS = {
     "positions": ({"positions": row(0)}, "positions must have the shape of the tokens"),
     "positions of floats": ({"positions": jnp.ones((1, 2))}, "positions must be whole numbers"),
     "segments": ({"segment_ids": row(1)}, "segment_ids must have the shape of the tokens"),
-    "places of nothing": ({"at": jnp.zeros((1, 0), jnp.int32)}, "at must be whole numbers"),
-    "places of floats": ({"at": jnp.ones((1, 1))}, "at must be whole numbers"),
-    "places of other rows": ({"at": jnp.ones((3, 1), jnp.int32)}, "at must name places in each of 1 rows"),
+    "places of nothing": ({"logit_positions": jnp.zeros((1, 0), jnp.int32)}, "logit_positions must be whole numbers"),
+    "places of floats": ({"logit_positions": jnp.ones((1, 1))}, "logit_positions must be whole numbers"),
+    "places of other rows": (
+        {"logit_positions": jnp.ones((3, 1), jnp.int32)},
+        "a row for each of 1 rows of tokens, not 3",
+    ),
 }
 
 
@@ -137,7 +140,7 @@ def test_texts_beyond_the_vocabulary_are_not_measured(tiny):
     model, params, _ = tiny
     layout = pmap_layout(jax.devices()[:1])
     inner = make_compute(model, layout)
-    compute = lambda rows: inner(layout.place_base(params), layout.state({}), rows)
+    compute = lambda rows: inner(layout.place_base(params), layout.place_state({}), rows)
     assert np.isfinite(likelihoods(compute, [Request((1, 2), (3,))], rows=1, max_length=8)[0].total)
     for request in (Request((1, V), (3,)), Request((1, 2), (V + 3,)), Request((1, -1), (3,))):
         with pytest.raises(InputError, match=f"gives ids beyond its vocabulary of {V}"):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
+import pytest
 
 from stablelora_jax import optimizers
 
@@ -238,3 +239,11 @@ CORE = [
     "lora_fa",
     "lora_fa_peft",
 ]
+
+# where optax's wrappers are tested, which see no rule of a member: the other rows of CORE take ``--long``
+WRAPPED = ["stable_lora", "lora_plus", "scaled_adamw", "lora_pro", "oplora", "stiefel_lora", "lora_fa"]
+
+
+def some(few, rows):
+    """``rows`` as parameters, those outside ``few`` marked ``long``."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.long) for name in rows]

@@ -13,7 +13,7 @@ from stablelora_jax.optimizers import still_shrinking
 from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
 from stablelora_jax.utils import tree
 from tests.helpers import jit, tiny_decoder, tokens, trained
-from tests.optimizers.members import CORE, MEMBERS
+from tests.optimizers.members import CORE, MEMBERS, WRAPPED, some
 
 FULL = LoraSpec(
     rank=3,
@@ -36,7 +36,7 @@ def by_name(mask, adapters, params, spec):
     """Whether each tensor is frozen, by our name for it, along the table that writes PEFT's files."""
     found = {}
     for entry in layout(find_target_modules(params, spec), params, spec):
-        leaf, one = (tree.get_in(t, entry.place) for t in (adapters, mask))
+        leaf, one = (tree.get_in(t, entry.path) for t in (adapters, mask))
         assert one.dtype == bool and one.ndim == leaf.ndim
         part = entry.take(np.broadcast_to(one, leaf.shape))
         assert part.all() or not part.any(), entry.name
@@ -45,7 +45,7 @@ def by_name(mask, adapters, params, spec):
             "",
         )
         module = entry.name.split(f".{kind}")[0] if kind else entry.name.rsplit(".", 1)[0].replace(".base_layer", "")
-        found[f"{module}.{entry.place[-1]}"] = bool(part.all())
+        found[f"{module}.{entry.path[-1]}"] = bool(part.all())
     return found
 
 
@@ -199,7 +199,7 @@ def gradients(adapters, step):
 
 
 def run(tx, adapters, grads, steps=4):
-    update, state = jit(tx.update), tx.init(adapters)
+    update, state = jit(tx.update), jit(tx.init)(adapters)
     for step in range(steps):
         updates, state = update(grads(step), state, adapters)
         adapters = optax.apply_updates(adapters, updates)
@@ -216,7 +216,7 @@ def bits(leaf):
     return np.asarray(leaf, np.float32).view(np.uint32)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", some(CORE, MEMBERS))
 def test_frozen_numbers_stay_to_the_bit_and_nothing_is_nan(name):
     """Decay, clipping and shrink around everything; pairs frozen whole, A alone, B alone, one layer of a stack."""
     half = name != "stiefel_lora"
@@ -234,7 +234,7 @@ def test_frozen_numbers_stay_to_the_bit_and_nothing_is_nan(name):
         assert one.all() or path[-1].key in idle or (bits(old) != bits(new)).any()
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", some([*WRAPPED, "lora_rite"], CORE))
 def test_free_pairs_do_not_see_the_frozen_ones(name):
     adapters, mask = problem(half=False)
     after, _ = run(freeze(make(name), mask), adapters, lambda step: gradients(adapters, step))
@@ -258,7 +258,7 @@ def test_what_freezing_one_factor_alone_means(name):
         mask = {"p": {still: np.ones((1, 1), bool), moving: np.zeros((1, 1), bool)}}
         tx, free = freeze(make_plain(name), mask), make_plain(name)
         update, free_update = jit(tx.update), jit(free.update)
-        ours, taken_back, state, free_state = adapters, adapters, tx.init(adapters), free.init(adapters)
+        ours, taken_back, state, free_state = adapters, adapters, jit(tx.init)(adapters), jit(free.init)(adapters)
         for step in range(4):
             updates, state = update(gradients(ours, step), state, ours)
             ours = optax.apply_updates(ours, updates)

@@ -58,7 +58,7 @@ def problem(dtype, dropout, tx=TX, **shape):
 
 def go(step, layout, params, state, given):
     """Steps over ``given``: ``(the last state as host arrays, losses)``; ``params`` are placed."""
-    placed, losses = layout.state(state), []
+    placed, losses = layout.place_state(state), []
     for batch in given:
         placed, metrics = step(placed, params, layout.split(batch))
         losses.append(float(layout.fetch(metrics)["loss"]))

@@ -15,7 +15,7 @@ from tests.parallel.cases import LAYOUTS, TX, batches, go, make, problem
 
 def few(name):
     """The others take a minute and more to compile: ``--long``."""
-    short = ("one device", "pmap 8", "mesh 2 4 1", "mesh 1 1 8", "mesh 2 2 2, 4 micro-batches")
+    short = ("one device", "pmap 8", "mesh 2 2 2, 4 micro-batches")
     return name if name in short else pytest.param(name, marks=pytest.mark.long)
 
 

@@ -29,7 +29,7 @@ def free_port():
 
 
 def environment():
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
@@ -68,6 +68,7 @@ def test_steps_and_checkpoints(one_device, tmp_path):
         assert np.abs(run(state, batches()[10:13])[1] / expected[10:13] - 1).max() < 1e-9, name
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_ends_both_at_the_same_step(tmp_path):
     port, out = free_port(), tmp_path / "r"
     words = ["experiments/train.py", "steps=100000", "batch_size=8", "task.train_limit=64", "evaluate=false"]
@@ -86,6 +87,7 @@ def test_a_signal_to_one_process_ends_both_at_the_same_step(tmp_path):
     assert steps == list(range(newest + 1)), "one process writes, each step once"
 
 
+@pytest.mark.long
 def test_an_adapted_embedding_that_is_split_over_processes_is_written_whole(tmp_path):
     port, out = free_port(), tmp_path / "r"
     words = ["experiments/train.py", "steps=1", "batch_size=8", "task.train_limit=64", "evaluate=false"]

@@ -33,7 +33,9 @@ for name, layout in layouts.items():
 
     def place(path, x, layout=layout):
         keys, host = tuple(key.key for key in path), np.asarray(x)
-        return jax.make_array_from_callback(host.shape, layout.base(keys, host.shape), lambda index: host[index])
+        return jax.make_array_from_callback(
+            host.shape, layout.base_sharding(keys, host.shape), lambda index: host[index]
+        )
 
     placed = jax.tree_util.tree_map_with_path(place, params)
     step = make_train_step(model, TX, layout)

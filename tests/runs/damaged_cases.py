@@ -4,7 +4,28 @@ from functools import partial
 
 import numpy as np
 
-from tests.runs.damage import cut, eight_bits, entry, flip, folder, framed, gguf, gguf_array, gone, junk, key, loop, put, recast, renamed, reshaped, tensors, turned, unreadable, value
+from tests.runs.damage import (
+    cut,
+    eight_bits,
+    entry,
+    flip,
+    folder,
+    framed,
+    gguf,
+    gguf_array,
+    gone,
+    junk,
+    key,
+    loop,
+    put,
+    recast,
+    renamed,
+    reshaped,
+    tensors,
+    turned,
+    unreadable,
+    value,
+)
 
 MODEL, ADAPTER, INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"
 Q, DOWN, EMBEDDING = (

@@ -1,7 +1,7 @@
 """Kill a run at random moments, start it again each time, and compare it with one that nobody disturbed.
 
-``python tests/runs/kill_and_resume.py [--optimizer lora_rite] [--kills 20] [--steps 60] [--seed 0]`` prints where it killed
-and what is equal; ``test_kill_and_resume.py`` runs a short form. Some kills wait for a checkpoint that is half
+``python tests/runs/kill_and_resume.py [--optimizer lora_rite] [--kills 20] [--steps 60] [--seed 0]`` prints where it
+killed and what is equal; ``test_kill_and_resume.py`` runs a short form. Some kills wait for a checkpoint that is half
 written, most for a random step and then a random moment in it; some come while the run starts.
 """
 
@@ -58,7 +58,8 @@ def command(directory: Path, optimizer: str, steps: int) -> list[str]:
 
 def environment(scratch: Path) -> dict[str, str]:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(scratch / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    two = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": two, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **flags, **cache}
 
 

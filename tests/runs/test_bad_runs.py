@@ -15,11 +15,26 @@ from pathlib import Path
 
 import pytest
 
-from stablelora_jax.training import checkpoint
 from stablelora_jax.runs.directory import lock
-from tests.runs import bad_runs
-from tests.runs.bad_runs import CLOSED, FULL, GOOD, half, in_place_of, largest, lost, modes, one_bit, remove, same, snapshot, train, write_rows
+from stablelora_jax.training import checkpoint
 from tests.conftest import ROOT
+from tests.runs import bad_runs
+from tests.runs.bad_runs import (
+    CLOSED,
+    FULL,
+    GOOD,
+    half,
+    in_place_of,
+    largest,
+    lost,
+    modes,
+    one_bit,
+    remove,
+    same,
+    snapshot,
+    train,
+    write_rows,
+)
 from tests.runs.damage import tensors, value
 
 NEWEST = "run/checkpoints/3"

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from stablelora_jax import InputError, base_directory
+from stablelora_jax.parallel import require_devices
 from stablelora_jax.runs.cli import add_model_options, exit_code, load_model
 from stablelora_jax.utils.errors import Interrupted, RunError
-from stablelora_jax.parallel import require_devices
 
 
 def throw(error):
@@ -76,8 +76,8 @@ def test_every_option_arrives(monkeypatch):
     load_model(parsed("base", "--adapter", "there", "--merged", "--untie", "--dtype", "bfloat16"))
     load_model(parsed("base", "--adapter", "there", "--strict"))
     assert given == [
-        ("base", "there", {"dtype": "bfloat16", "merged": True, "apart": True, "strict": False}),
-        ("base", "there", {"dtype": "float32", "merged": False, "apart": False, "strict": True}),
+        ("base", "there", {"dtype": "bfloat16", "merged": True, "untie": True, "strict": False}),
+        ("base", "there", {"dtype": "float32", "merged": False, "untie": False, "strict": True}),
     ]
 
 

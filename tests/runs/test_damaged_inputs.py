@@ -18,9 +18,9 @@ import pytest
 
 from stablelora_jax import LoraSpec, init_adapters, load_peft, load_pretrained, save_peft, save_pretrained
 from stablelora_jax.utils.errors import InputError
+from tests.helpers import tiny_decoder, trained
 from tests.runs.damage import GGUF_TOKENIZER, cut, key, renamed, tensors, value
 from tests.runs.damaged_cases import ADAPTER, MODEL, A, Q, may_be_harmless, must_be_noticed
-from tests.helpers import tiny_decoder, trained
 
 ROOT = Path(__file__).parents[2]
 SEEDS = 25

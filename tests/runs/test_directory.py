@@ -4,16 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from stablelora_jax import InputError, LoraSpec
-from stablelora_jax import config
+from stablelora_jax import InputError, LoraSpec, config
 from stablelora_jax.config.run import ArcTask, RunConfig
 from stablelora_jax.runs.directory import create, default_directory, locate, read_summary
 
 
 def claim(run_config):
-    directory = locate(run_config)
-    create(directory, run_config)
-    return directory
+    located = locate(run_config)
+    create(located, run_config)
+    return located.path
 
 
 def test_claim_is_idempotent_for_the_same_configuration(tmp_path):
@@ -31,6 +30,16 @@ def test_another_configuration_is_refused_and_named(tmp_path):
         InputError, match=r"\(lora.rank is 8 there and 2 here; seed is 0 there and 4 here\): choose another output="
     ):
         claim(replace(mine, seed=4, lora=LoraSpec(rank=2)))
+    assert (tmp_path / "r" / "config.yaml").read_bytes() == before
+
+
+def test_a_directory_that_another_process_has_written_in_the_meantime_is_refused(tmp_path):
+    mine = RunConfig(output=str(tmp_path / "r"))
+    located = locate(mine)
+    claim(replace(mine, seed=4))
+    before = (tmp_path / "r" / "config.yaml").read_bytes()
+    with pytest.raises(InputError, match="another process has written to .*/r in the meantime: start again"):
+        create(located, mine)
     assert (tmp_path / "r" / "config.yaml").read_bytes() == before
 
 

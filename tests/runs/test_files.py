@@ -6,13 +6,12 @@ import os
 import matplotlib.figure
 import pytest
 
-from stablelora_jax import InputError
-from stablelora_jax import config
-from stablelora_jax.runs import plots
-from stablelora_jax.training.metrics import append_record
+from stablelora_jax import InputError, config
 from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs import plots
 from stablelora_jax.runs.directory import create, locate, lock
 from stablelora_jax.runs.files import MARK, is_picture, is_run
+from stablelora_jax.runs.records import append_record
 from tests.utils.test_outputs import snapshot
 
 FIRST = '{"step": 0, "data": {"texts": 3, "digest": "d"}}\n'
@@ -28,8 +27,9 @@ def put(directory, files):
 def begun(directory, run_config=None, files=()):
     """The directory of a run, made as a run makes it."""
     run_config = run_config or RunConfig(output=str(directory))
-    with lock(locate(run_config)):
-        create(directory, run_config)
+    located = locate(run_config)
+    with lock(located.path):
+        create(located, run_config)
     put(directory, {"metrics.jsonl": FIRST, **dict(files)})
     return run_config
 
@@ -108,8 +108,8 @@ def test_a_run_of_before_the_mark_goes_on(tmp_path):
     assert text.startswith(MARK) and text.count("#") == 1
     path.write_text(text.removeprefix(MARK))
     (tmp_path / "r/.lock").unlink()
-    assert is_run(tmp_path / "r") and locate(run_config) == tmp_path / "r"
-    create(tmp_path / "r", run_config)
+    assert is_run(tmp_path / "r") and locate(run_config).path == tmp_path / "r"
+    create(locate(run_config), run_config)
     assert path.read_text() == text and sorted(p.name for p in (tmp_path / "r").iterdir()) == [
         "config.yaml",
         "metrics.jsonl",
@@ -121,7 +121,7 @@ def test_comments_that_a_user_adds_are_kept(tmp_path):
     path = tmp_path / "r/config.yaml"
     text = path.read_text() + "# the good one\n"
     path.write_text(text)
-    create(tmp_path / "r", run_config, 7)
+    create(locate(run_config), run_config, 7)
     assert (tmp_path / "r/config-until-7.yaml").read_text() == text and "good" not in path.read_text()
 
 
@@ -142,7 +142,7 @@ def test_what_a_killed_run_left_goes_and_nothing_else(tmp_path):
     run_config = begun(tmp_path / "r")
     ours = [f".stablelora_jax-{digit * 16}.partial" for digit in "01"]
     put(tmp_path / "r", {f"{ours[0]}/x": "half", ours[1]: "half", ".stablelora_jax-mine.partial": "x", ".partial": "x"})
-    create(tmp_path / "r", run_config)
+    create(locate(run_config), run_config)
     left = {path.name for path in (tmp_path / "r").iterdir()} - {"config.yaml", "metrics.jsonl", ".lock"}
     assert left == {".stablelora_jax-mine.partial", ".partial"}
 

@@ -20,17 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stablelora_jax
-from stablelora_jax import InputError, LoraSpec, base_directory, init_adapters, load_peft, save_peft
-from stablelora_jax.training import checkpoint
-from stablelora_jax import config
-from stablelora_jax.runs.curves import read_curves
-from stablelora_jax.utils.errors import RunError
+from stablelora_jax import InputError, LoraSpec, base_directory, config, init_adapters, load_peft, save_peft
+from stablelora_jax.config.run import JsonlTask, RunConfig
+from stablelora_jax.data.tasks import load_questions
 from stablelora_jax.generation.generate import encode_prompts
 from stablelora_jax.models.pretrained.load import load_pretrained, save_pretrained
-from stablelora_jax.utils.outputs import new_file
-from stablelora_jax.config.run import JsonlTask, RunConfig
+from stablelora_jax.runs.curves import read_curves
 from stablelora_jax.runs.directory import locate
-from stablelora_jax.data.tasks import load_questions
+from stablelora_jax.training import checkpoint
+from stablelora_jax.utils.errors import RunError
+from stablelora_jax.utils.outputs import new_file
 from tests.helpers import tiny_decoder
 from tests.utils.test_outputs import snapshot
 
@@ -49,7 +48,7 @@ VALUE = st.recursive(
 )
 
 
-@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.long)])
+@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.soak)])
 def drawn(request):
     """Run a check on drawn values: ``drawn(kind, check, strategy...)``."""
 
@@ -330,8 +329,8 @@ def test_arguments(drawn, model):
 
 def test_files_of_ggufs(drawn, tmp_path):
     pytest.importorskip("gguf")
-    from tests.runs.damage import GGUF_TOKENIZER
     from tests.models.gguf_files import hf_tensors, write
+    from tests.runs.damage import GGUF_TOKENIZER
 
     write(tmp_path / "whole.gguf", hf_tensors(), keys=GGUF_TOKENIZER)
     whole = (tmp_path / "whole.gguf").read_bytes()

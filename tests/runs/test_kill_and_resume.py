@@ -5,12 +5,12 @@ import pytest
 from tests.runs.kill_and_resume import check
 
 
-@pytest.mark.parametrize("optimizer,kills", [("stable_lora", 3), ("lora_rite", 2)])
+@pytest.mark.parametrize("optimizer,kills", [("stable_lora", 2), pytest.param("lora_rite", 2, marks=pytest.mark.long)])
 def test_short(optimizer, kills, tmp_path):
     assert sum(check(optimizer, kills, 20, 1, tmp_path).values()) == kills
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.parametrize("optimizer", ["stable_lora", "lora_rite"])
 def test_twenty_kills(optimizer, tmp_path):
     assert sum(check(optimizer, 20, 60, 0, tmp_path).values()) == 20

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, stable_lora
-from stablelora_jax.runs.log import RunLog
 from stablelora_jax.optimizers import latches
-from stablelora_jax.runs.summary import summary_lines, summarize
+from stablelora_jax.runs.log import open_log
+from stablelora_jax.runs.summary import summarize, summary_lines
 from tests.conftest import ROOT
 
 SPEC = LoraSpec()
 
 
 def opened(directory, step=0, schedule=lambda count: 0.5 * count, **given):
-    return RunLog(directory, step, 100, schedule, SPEC, **{"trackers": (), **given})
+    return open_log(directory, step, 100, schedule, SPEC, **{"trackers": (), **given})
 
 
 def metrics(loss=1.0, **more):
@@ -46,12 +46,12 @@ def test_a_resumed_log_goes_on_as_one_that_was_never_interrupted(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     log = opened(tmp_path, step=2)
-    assert log.evaluations() == {0: evaluation} and log.evaluation(3) is None
+    assert log.history.evaluations == {0: evaluation}
     log.write_data({"digest": "d"})
     log.write_step(3, metrics(0.1 * 3))
     log.write_evaluation(3, evaluation)
     timeless = lambda records: [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
-    assert timeless(read(tmp_path)) == timeless(before) and log.evaluation(3) == evaluation
+    assert timeless(read(tmp_path)) == timeless(before) and log.history.evaluations[3] == evaluation
     assert [r["loss"] for r in read(tmp_path) if "loss" in r] == [float(np.float32(0.1 * s)) for s in (1, 2, 3)]
     with pytest.raises(InputError, match="was begun with other training data"):
         opened(tmp_path, step=3).write_data({"digest": "other"})
@@ -60,10 +60,12 @@ def test_a_resumed_log_goes_on_as_one_that_was_never_interrupted(tmp_path):
 def test_a_skipped_step_is_marked_and_does_not_move_the_learning_rate(tmp_path):
     log = opened(tmp_path, schedule=lambda count: (10.0, 11.0, 12.0)[count])
     log.write_step(1, metrics(applied=jnp.int32(0), skipped=jnp.int32(0)))
-    log.write_step(2, metrics(np.nan, applied=jnp.int32(1), skipped=jnp.int32(1), consecutive_skips=1, gradient_norm=jnp.inf))
+    log.write_step(
+        2, metrics(np.nan, applied=jnp.int32(1), skipped=jnp.int32(1), consecutive_skips=1, gradient_norm=jnp.inf)
+    )
     log.write_step(3, metrics(applied=jnp.int32(1), skipped=jnp.int32(0)))
     one, two, three = read(tmp_path)
-    assert "in_a_row" not in two
+    assert "consecutive_skips" not in two
     assert [r["learning_rate"] for r in (one, two, three)] == [10.0, 11.0, 11.0]
     assert two["skipped"] is True and two["loss"] is None and two["gradient_norm"] is None
     assert set(one) == set(three) == {"step", "loss", "learning_rate", "tokens_per_second", "shrinking"}
@@ -76,7 +78,7 @@ def test_an_evaluation_that_is_not_finite_is_null_and_reads_back_as_nan(tmp_path
     log.write_evaluation(2, {"loss": math.nan, "acc": 0.5})
     assert read(tmp_path) == [{"step": 2, "validation": {"loss": None, "acc": 0.5}}]
     for same in (log, opened(tmp_path, step=2)):
-        assert math.isnan(same.evaluation(2)["loss"]) and same.evaluation(2)["acc"] == 0.5
+        assert math.isnan(same.history.evaluations[2]["loss"]) and same.history.evaluations[2]["acc"] == 0.5
 
 
 def test_each_pair_stops_once_also_across_a_resume(tmp_path):
@@ -98,12 +100,12 @@ def test_other_processes_read_the_same_and_write_nothing(tmp_path):
     log.write_evaluation(1, {"loss": 0.75})
     before = (tmp_path / "metrics.jsonl").read_bytes()
     other = opened(tmp_path, writes=False, trackers=("tensorboard", "wandb"))
-    assert other.evaluations() == {0: {"loss": 1.0}}, "though the one that writes has not dropped the rest yet"
+    assert other.history.evaluations == {0: {"loss": 1.0}}, "though the one that writes has not dropped the rest yet"
     other.write_data({"digest": "d"})
     other.write_step(2, {"loss": "is not even looked at"})
     other.write_evaluation(2, {"loss": 0.5})
     other.close()
-    assert other.evaluations() == {0: {"loss": 1.0}, 2: {"loss": 0.5}}, "both decide the same by them"
+    assert other.history.evaluations == {0: {"loss": 1.0}, 2: {"loss": 0.5}}, "both decide the same by them"
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -150,12 +152,12 @@ def test_the_summary_of_few_steps(tmp_path, count):
 FULL = """
     import sys
     from pathlib import Path
-    from stablelora_jax.command import exit_code
     from stablelora_jax import LoraSpec
-    from stablelora_jax.log import RunLog
+    from stablelora_jax.runs.cli import exit_code
+    from stablelora_jax.runs.log import open_log
 
     def work():
-        log = RunLog(Path(sys.argv[1]), 0, 9, lambda count: 0.1, LoraSpec(), trackers=TRACKERS)
+        log = open_log(Path(sys.argv[1]), 0, 9, lambda count: 0.1, LoraSpec(), trackers=TRACKERS)
         for step in range(1, 20_000):
             log.write_step(step, {"loss": 1.0, "tokens": 1, "latches": (), **{f"number_{i}": 0.1 for i in range(40)}})
 
@@ -195,7 +197,7 @@ def test_a_bar_shows_loss_and_speed_on_a_terminal(tmp_path, monkeypatch, capsys)
     log = opened(tmp_path, step=7)
     log.write_step(8, metrics(0.25))
     log.write_step(9, metrics(0.125))
-    log._bar.refresh()
+    log.progress.refresh()
     log.close()
     shown = capsys.readouterr().err
     assert "9/100" in shown and "loss=0.1250" in shown and "tokens_per_s=" in shown and "<" in shown

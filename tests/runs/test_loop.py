@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from stablelora_jax import InputError, LoraSpec
-from stablelora_jax.training import checkpoint
-from stablelora_jax import config
+from stablelora_jax import InputError, LoraSpec, config
+from stablelora_jax.config.parallel import MeshConfig
+from stablelora_jax.config.run import CompareSizesTask, DataConfig, RunConfig
 from stablelora_jax.runs import log
 from stablelora_jax.runs import run as module
-from stablelora_jax.utils.errors import Interrupted, RunError
-from stablelora_jax.config.parallel import MeshConfig
 from stablelora_jax.runs.run import run
-from stablelora_jax.config.run import CompareSizesTask, DataConfig, RunConfig
+from stablelora_jax.training import checkpoint
+from stablelora_jax.utils.errors import Interrupted, RunError
 from tests.runs.kill_and_resume import contents, equal, records
 
 SHORT = RunConfig(
@@ -150,7 +149,17 @@ def test_the_loop_passes_on_its_micro_batches(tmp_path, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(loop, "make_train_step", made)
-    run(replace(SHORT, output=str(tmp_path / "r"), steps=1, evaluate_every=None, evaluate=False, gradient_accumulation_steps=2), quiet)
+    run(
+        replace(
+            SHORT,
+            output=str(tmp_path / "r"),
+            steps=1,
+            evaluate_every=None,
+            evaluate=False,
+            gradient_accumulation_steps=2,
+        ),
+        quiet,
+    )
     assert asked == [2]
 
 
@@ -216,7 +225,7 @@ def test_a_directory_has_one_writer(whole, tmp_path):
     assert {path.name for path in (tmp_path / "r").iterdir()} == {".lock"}
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_two_thousand_steps_leak_nothing(tmp_path, monkeypatch):
     """Neither memory nor compilations grow, with evaluations, asynchronous checkpoints and a log."""
     compiled, seen, write = [], {}, log.RunLog.write_step

@@ -7,14 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from stablelora_jax import LoraSpec
-from stablelora_jax import config
-from stablelora_jax.runs import plots
-from stablelora_jax.runs.curves import labels, read_curves
-from stablelora_jax.utils.errors import RunError
-from stablelora_jax.training.metrics import append_record
+from stablelora_jax import LoraSpec, config
 from stablelora_jax.config.optimizer import CONFIGS
 from stablelora_jax.config.run import RunConfig
+from stablelora_jax.runs import plots
+from stablelora_jax.runs.curves import labels, read_curves
+from stablelora_jax.runs.records import append_record
+from stablelora_jax.utils.errors import RunError
 from tests.conftest import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -167,6 +166,10 @@ def test_a_long_run_is_kept_as_columns(tmp_path):
 def test_the_module_is_a_command(tmp_path):
     log(tmp_path, [1.0, 0.0])
     done = subprocess.run(
-        [sys.executable, "-m", "stablelora_jax.runs.plots", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "stablelora_jax.runs.plots", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0 and done.stderr == "" and "loss.png" in done.stdout

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stablelora_jax import InputError, LoraSpec, adapted, base_directory, load_peft, load_pretrained
-from stablelora_jax import config
-from stablelora_jax.runs.build import make_optimizer, make_schedule
-from stablelora_jax.utils.errors import RunError
-from stablelora_jax.interop.export import open_source
-from stablelora_jax.training.metrics import norm_summary
-from stablelora_jax.quantization import is_quantized
-from stablelora_jax.runs.run import run
+from stablelora_jax import InputError, LoraSpec, adapted, base_directory, config, load_peft, load_pretrained
 from stablelora_jax.config.run import CompareSizesTask, DataConfig, RunConfig
 from stablelora_jax.config.schedule import Constant, Cosine, Linear
+from stablelora_jax.interop.export import open_source
+from stablelora_jax.quantization import is_quantized
+from stablelora_jax.runs.build import make_optimizer, make_schedule
+from stablelora_jax.runs.run import run
+from stablelora_jax.training.metrics import norm_summary
+from stablelora_jax.utils.errors import RunError
 from tests.conftest import ROOT
 
 SHORT = RunConfig(
@@ -55,7 +54,7 @@ def test_what_peft_has_no_form_for_is_refused_before_training(tmp_path):
 
 def test_a_run_that_learns_nothing_fails_and_keeps_no_adapter(tmp_path):
     lora = LoraSpec(rank=2, alpha=1e38)
-    chosen = replace(SHORT, lora=lora, steps=3, evaluate=False, clip_norm=None, output=str(tmp_path / "r"))
+    chosen = replace(SHORT, lora=lora, steps=3, evaluate=False, max_grad_norm=None, output=str(tmp_path / "r"))
     for _ in range(2):  # the same command again says the same
         with pytest.raises(RunError, match="none of the 3 steps was applied.*no adapter is written. Try a smaller"):
             run(chosen, lambda _: None)
@@ -327,11 +326,11 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     "change,message",
     [
         (dict(batch_size=7), "a batch of 7 rows does not divide over 8 devices: batch_size must be a multiple of 8"),
-        (dict(length=100_000), "length 100000 is more than"),
+        (dict(max_length=100_000), "max_length 100000 is more than"),
         (dict(data=DataConfig(chat_template=True)), "has no chat template"),
         (dict(data=DataConfig(truncate="error"), max_length=16), "more than max_length=16: raise max_length"),
         (dict(stability_every=0), "stability_every must be at least 1"),
-        (dict(lora=LoraSpec(target_modules=["q_prj"])), "target 'q_prj' matches no module"),
+        (dict(lora=LoraSpec(target_modules=["q_prj"])), "target_modules 'q_prj' matches no module"),
     ],
 )
 def test_unusable_input_is_refused_before_training(tmp_path, change, message):

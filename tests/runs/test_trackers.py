@@ -9,15 +9,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from stablelora_jax import InputError, LoraSpec
-from stablelora_jax.utils.errors import RunError
-from stablelora_jax.runs.log import RunLog
+from stablelora_jax.runs.log import open_log
 from stablelora_jax.runs.trackers import TRACKERS, open_trackers, require_installed, settings
+from stablelora_jax.utils.errors import RunError
 
 
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "config.yaml").write_text("lora:\n  rank: 4\n  target: [q_proj]\n  rank_pattern: {}\nsteps: 3\n")
+    (tmp_path / "r" / "config.yaml").write_text(
+        "lora:\n  rank: 4\n  target_modules: [q_proj]\n  rank_pattern: {}\nsteps: 3\n"
+    )
     return tmp_path / "r"
 
 
@@ -61,7 +63,7 @@ def test_what_is_not_installed_is_named_before_training(run, monkeypatch, name, 
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     for ask in (
         lambda: require_installed(["tensorboard", name]),
-        lambda: RunLog(run, 0, 1, abs, LoraSpec(), trackers=[name]),
+        lambda: open_log(run, 0, 1, abs, LoraSpec(), trackers=[name]),
     ):
         with pytest.raises(InputError) as error:
             ask()
@@ -230,7 +232,7 @@ def test_a_service_that_fails_while_training_is_left_out(run, monkeypatch, capsy
 
     module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
-    log = RunLog(run, 0, 3, lambda count: 0.1, LoraSpec(), trackers=["wandb"])
+    log = open_log(run, 0, 3, lambda count: 0.1, LoraSpec(), trackers=["wandb"])
     for step in (1, 2):
         log.write_step(step, {"loss": 1.0, "tokens": 1, "latches": ()})
     log.close()
@@ -257,7 +259,7 @@ def test_numbers_that_are_not_finite_are_not_sent(run, monkeypatch):
     monkeypatch.setitem(
         TRACKERS, "tensorboard", lambda *_: SimpleNamespace(write=lambda *a: sent.append(a), close=None)
     )
-    log = RunLog(run, 0, 3, lambda count: 0.1, LoraSpec())
+    log = open_log(run, 0, 3, lambda count: 0.1, LoraSpec())
     log.write_step(1, {"loss": float("nan"), "gradient_norm": 2.0, "tokens": 1, "latches": (), "skipped": 1})
     log.write_evaluation(1, {"loss": 0.5, "acc": float("inf"), "answers": [1], "questions": 1})
     (step, train), evaluation = sent

@@ -560,10 +560,11 @@ TROUBLE = """
 import os, shutil, subprocess, sys
 import numpy as np
 from stablelora_jax import checkpoint
-from stablelora_jax.errors import InputError, RunError
+from stablelora_jax.utils.errors import InputError, RunError
 
-place, small = sys.argv[1] + "/c", {"a": np.random.default_rng(0).normal(size=9000)}
-large = {"a": np.random.default_rng(1).normal(size=300_000)}
+rng = np.random.default_rng(0)
+place, small = sys.argv[1] + "/c", {f"a{i}": rng.normal(size=300) for i in range(30)}
+large = {f"a{i}": rng.normal(size=10_000) for i in range(30)}  # many leaves: one fails while others are written
 
 def refused(act, kind=RunError):
     try:
@@ -571,7 +572,8 @@ def refused(act, kind=RunError):
     except kind as error:
         print(error)
         assert not [name for name in os.listdir(place) if "tmp" in name]  # it gives the space back
-        assert "\\n" not in str(error) and np.array_equal(checkpoint.restore(place, small)["a"], small["a"])
+        restored = checkpoint.restore(place, small)
+        assert "\\n" not in str(error) and all(np.array_equal(restored[name], small[name]) for name in small)
         return
     raise SystemExit("not refused")
 
@@ -606,6 +608,7 @@ try:
     checkpoint.save(place, 7, small)
 except InputError as error:
     print(error)
+assert sys.unraisablehook is sys.__unraisablehook__
 """
 
 
@@ -635,6 +638,32 @@ def test_a_directory_that_disappears(tmp_path):
     with pytest.raises(RunError, match="cannot write checkpoint 2 in .*/c: Not a directory; there is no other"):
         checkpoint.save(manager, 2, {"a": np.ones(3)})
     manager.close()
+
+
+DAMAGED = """
+import pathlib, sys
+import numpy as np
+from stablelora_jax import checkpoint
+from stablelora_jax.utils.errors import InputError
+
+place, state = pathlib.Path(sys.argv[1]), {f"a{i}": np.random.default_rng(i).normal(size=3000) for i in range(100)}
+with checkpoint.open_manager(place) as manager:
+    checkpoint.save(manager, 1, state)
+for file in [p for p in (place / "1" / "state").rglob("d/*") if p.stat().st_size > 4000]:
+    file.write_bytes(file.read_bytes()[:2000])  # some arrays can be read, others not
+try:
+    checkpoint.restore(place, state)
+except InputError as error:
+    print(error)
+assert sys.unraisablehook is sys.__unraisablehook__
+"""
+
+
+def test_a_process_that_saves_and_fails_to_restore_prints_nothing_at_exit(tmp_path):
+    done = subprocess.run([sys.executable, "-c", DAMAGED, str(tmp_path / "c")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"{tmp_path}/c/1 cannot be read (state: ") and len(done.stdout.splitlines()) == 1
 
 
 # the loop of the README

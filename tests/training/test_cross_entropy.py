@@ -1,4 +1,4 @@
-"""Cross-entropy against float64 transcriptions: of whole logits, and of tiles with their gradient."""
+"""Cross-entropy against float64 transcriptions: of whole logits, and of chunks with their gradient."""
 
 import chex
 import jax
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from stablelora_jax.training.cross_entropy import (
     chunk_length,
     chunked_cross_entropy,
-    masked_cross_entropy,
-    tiles,
+    join_chunks,
+    split_chunks,
     token_log_probs,
     token_scores,
-    untiled,
 )
 from stablelora_jax.training.flops import dots
 from tests.helpers import jit
+from tests.training.oracles import masked_cross_entropy
 
 
 def case(dtype=jnp.float32):
@@ -97,12 +97,12 @@ def by_hand(kernel, x, targets, weights):
     return loss, np.einsum("bkd,bkv->dv", x, dz), dz @ kernel.T
 
 
-TILES = [(3, 7, 1), (3, 7, 3), (3, 7, 7), (3, 7, 50), (1, 1, 1), (2, 1, 4), (1, 8, 2)]
+CHUNKS = [(3, 7, 1), (3, 7, 3), (3, 7, 7), (3, 7, 50), (1, 1, 1), (2, 1, 4), (1, 8, 2)]
 
 
-@pytest.mark.parametrize("B,K,tile", TILES)
-def test_tiles_give_the_loss_and_its_gradient(B, K, chunk):
-    kernel, x, targets, weights = drawn(B, K)
+@pytest.mark.parametrize("B,K,chunk", CHUNKS)
+def test_chunks_give_the_loss_and_its_gradient(B, K, chunk):
+    kernel, x, targets, weights = map(jnp.asarray, drawn(B, K))
     loss = lambda x: 3 * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, chunk)
     value, gradient = jit(jax.value_and_grad(loss))(x)
     expected, _, dx = by_hand(kernel, x, targets, weights)
@@ -113,7 +113,7 @@ def test_tiles_give_the_loss_and_its_gradient(B, K, chunk):
     np.testing.assert_allclose(jit(loss)(x), value, rtol=1e-6)
 
 
-def test_tiles_are_masked_cross_entropy():
+def test_chunks_are_masked_cross_entropy():
     """The definition: K = T places that read one token further left."""
     kernel, x, tokens, mask = drawn()
     total, _ = masked_cross_entropy(x @ kernel, tokens, mask)
@@ -166,14 +166,14 @@ def test_bfloat16_sums_in_float32_and_is_the_gradient_of_its_inputs():
     np.testing.assert_allclose(found["kernel"], gradient, rtol=2**-7, atol=2**-7)
 
 
-def test_tiles_of_huge_logits_stay_finite():
+def test_chunks_of_huge_logits_stay_finite():
     kernel, x, targets, weights = drawn()
     loss = lambda x: chunked_cross_entropy(head, {}, {"kernel": 1e4 * kernel}, x, targets, weights, 3)
     value, dx = jax.value_and_grad(loss)(x)
     assert np.isfinite(value) and value > 1e4 and np.isfinite(dx).all() and np.abs(dx).max() > 0
 
 
-def test_tiles_inside_a_scan_and_a_checkpoint():
+def test_chunks_inside_a_scan_and_a_checkpoint():
     kernel, x, targets, weights = drawn()
     one = lambda x, scale: scale * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 3)
     add = lambda total, scale: (total + jax.checkpoint(one)(x * scale, scale), None)
@@ -193,16 +193,16 @@ def test_the_head_is_multiplied_twice_and_without_a_gradient_once():
     assert dots(jax.make_jaxpr(jax.grad(loss))(x)) == 2 * one
 
 
-@pytest.mark.parametrize("rows,length,tile", TILES)
-def test_tiles_are_cut_and_joined(rows, length, chunk):
+@pytest.mark.parametrize("rows,length,chunk", CHUNKS)
+def test_chunks_are_cut_and_joined(rows, length, chunk):
     x = np.arange(rows * length * 2).reshape(rows, length, 2) + 1
-    cut = tiles(x, chunk)
-    assert cut.shape == (-(-length // chunk), rows, chunk, 2) and np.array_equal(untiled(cut, length), x)
+    cut = split_chunks(x, chunk)
+    assert cut.shape == (-(-length // chunk), rows, chunk, 2) and np.array_equal(join_chunks(cut, length), x)
     assert int(cut.sum()) == x.sum(), "the rest is zeros"
 
 
 @given(st.integers(1, 300), st.integers(1, 9000), st.integers(2, 300_000), st.integers(0, 9000))
-def test_tiles_are_alike_and_an_eighth_or_64_mib_at_most(rows, length, vocabulary, others):
+def test_chunks_are_alike_and_an_eighth_or_64_mib_at_most(rows, length, vocabulary, others):
     whole = length + others
     chunk = chunk_length(rows, length, vocabulary, whole)
     assert others or chunk == chunk_length(rows, length, vocabulary)

@@ -25,9 +25,9 @@ def test_formula_is_the_count_by_hand():
     config = DecoderConfig(**{**TINY, **sizes, "num_key_value_heads": 1, "head_dim": 4})
     layer = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 12  # q, k, v, o, and the three of the MLP
     assert flops_per_token(config, 0, 0) == 4 * (2 * layer + 80)
-    assert flops_per_token(config, 100, 0, learnt=0) == 4 * 2 * layer + 600
-    assert flops_per_token(config, 100, 0, learnt=0, held=40) == 4 * 2 * layer + 6 * 60 + 4 * 40
-    assert flops_per_token(config, 0, 5, learnt=0.25) == 4 * (2 * layer + 20) + 6 * 2 * 5 * 8
+    assert flops_per_token(config, 100, 0, loss_fraction=0) == 4 * 2 * layer + 600
+    assert flops_per_token(config, 100, 0, loss_fraction=0, frozen=40) == 4 * 2 * layer + 6 * 60 + 4 * 40
+    assert flops_per_token(config, 0, 5, loss_fraction=0.25) == 4 * (2 * layer + 20) + 6 * 2 * 5 * 8
 
 
 MORE = [("meta-llama/Llama-3.2-1B", 5.41), ("meta-llama/Llama-3.2-3B", 14.05)]
@@ -138,7 +138,7 @@ def test_the_training_step_does_what_the_formula_says(shape, rows, length, atten
 
     config = decoder_config(SHAPES[shape], shape)
     done, numbers = step_dots(config, rows, length, learnt, attention=attention)
-    needed = flops_per_token(config, numbers, length * (2 if attention == "xla" else 1), learnt=learnt)
+    needed = flops_per_token(config, numbers, length * (2 if attention == "xla" else 1), loss_fraction=learnt)
     assert done == pytest.approx(needed, rel=0.03)
 
 

@@ -89,7 +89,7 @@ def test_what_is_split_counts_once_a_device():
     x = np.zeros((8, 16), np.float32)
     layout = mesh_layout(2, 2, 2, key_value_heads=2)
     placed = layout.place_base({"model": {"layers": {"mlp": {"up_proj": {"kernel": x}}}}})
-    assert memory._bytes(placed) == x.nbytes // 4 and memory._bytes(layout.state(x)) == x.nbytes
+    assert memory._bytes(placed) == x.nbytes // 4 and memory._bytes(layout.place_state(x)) == x.nbytes
     assert memory._bytes({"a": x, "b": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}) == x.nbytes + 6
 
 

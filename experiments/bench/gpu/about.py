@@ -1,4 +1,4 @@
-"""What a row says of where it was measured: versions, card, commit."""
+"""The provenance of a row: date, GPU, versions, commit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn
 PACKAGES += ("optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft", "google-tunix", "qwix")
 
 
-def place() -> dict[str, Any]:
-    """What every row says of where and when it was measured."""
+def provenance() -> dict[str, Any]:
+    """Date, GPU, versions, commit and source hash of a measurement."""
     found = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "card": card(), "versions": versions()}
     return {**found, "commit": commit(), "source": source()}
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python and of what is installed among the packages that matter."""
+    """The versions of Python and of those of :data:`PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def card() -> str:
-    """The GPU's name, memory and driver, or the processor's name."""
+    """The GPU's name, memory and driver version; without a GPU, the CPU's name."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
@@ -52,7 +52,7 @@ def card() -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit, with ``+`` where files differ from it; None where the tree has travelled without its history."""
+    """The git commit, with ``+`` if tracked files are modified; None outside a git repository."""
     try:
         head = _git("rev-parse", "HEAD").strip()
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no").strip() else "")
@@ -67,7 +67,7 @@ def _git(*words: str) -> str:
 
 @cache
 def source() -> str:
-    """A hash of all Python files, the same for the same tree with and without its history."""
+    """A hash of all Python files; identifies the source outside a git repository too."""
     found = hashlib.sha256()
     for folder in ("stablelora_jax", "experiments"):
         for path in sorted((ROOT / folder).rglob("*.py")):

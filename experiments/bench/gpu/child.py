@@ -1,7 +1,7 @@
-"""One measurement as a process of its own: ``python -m bench.gpu.child '{"function": ..., "arguments": ...}'``.
+"""Runs one measurement in a child process: ``python -m bench.gpu.child '{"function": ..., "arguments": ...}'``.
 
-The result is one line of JSON on what was stdout; whatever libraries print goes to stderr. The process ends itself,
-with all that it has started, when the one that started it is gone.
+The result is one line of JSON on the original stdout; output of libraries goes to stderr. When the parent process dies,
+the child kills its whole process group.
 """
 
 from __future__ import annotations
@@ -21,25 +21,32 @@ MEMORY = ("resource_exhausted", "out of memory", "outofmemory", "cuda_error_out_
 
 
 def main() -> None:
-    """Measure what the command line says."""
+    """Run the measurement that the command line describes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    told = json.loads(sys.argv[1])
-    print(json.dumps(answer(**told), default=float), file=answers, flush=True)
-    answers.close()
+    request = json.loads(sys.argv[1])
+    print(json.dumps(run_measurement(**request), default=float), file=output, flush=True)
+    output.close()
     sys.stderr.flush()
-    os._exit(0)  # a library's threads may not keep the row waiting
+    os._exit(0)  # does not wait for threads of libraries
 
 
-def answer(function: str, arguments: dict[str, Any], gpu: bool, spoil: str | None = None) -> dict[str, Any]:
-    """``{"status", "why" or "measured"}`` of ``module:function``; with ``gpu``, a CPU's measurement does not count."""
+def run_measurement(function: str, arguments: dict[str, Any], gpu: bool, spoil: str | None = None) -> dict[str, Any]:
+    """Call ``module:function`` and return its row's ``status`` with ``measured`` or ``why``.
+
+    Args:
+      function: ``module:function``.
+      arguments: its keyword arguments.
+      gpu: whether the measurement has to run on a GPU; one on a CPU is then ``failed``.
+      spoil: a failure to inject, see :data:`bench.gpu.suite.FAILURES`.
+    """
     module, name = function.split(":")
     try:
-        _spoil(spoil)
+        _inject_failure(spoil)
         measured = getattr(import_module(module), name)(**arguments)
     except Exception as error:
-        if absent := _absent(error):
+        if absent := _missing_package(error):
             return {"status": "absent", "why": absent}
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"
@@ -47,12 +54,12 @@ def answer(function: str, arguments: dict[str, Any], gpu: bool, spoil: str | Non
         memory = isinstance(error, MemoryError) or any(word in text.lower() for word in MEMORY)
         return {"status": "memory" if memory else "failed", "why": f"{type(error).__name__}: {short}"[:300]}
     if gpu and measured.get("device") == "cpu":
-        return {"status": "failed", "why": "no GPU was seen: it was measured on the CPU", "raw": measured}
+        return {"status": "failed", "why": "no GPU found: measured on the CPU", "raw": measured}
     return {"status": "done", "measured": measured}
 
 
-def _absent(error: Exception) -> str | None:
-    """What to say of a package that is not installed; None for any other error, and for modules that have moved."""
+def _missing_package(error: Exception) -> str | None:
+    """The message for a package that is not installed; None for any other error (a missing module in a package too)."""
     if not isinstance(error, ModuleNotFoundError):
         return None
     package = (error.name or "").split(".")[0]
@@ -61,8 +68,8 @@ def _absent(error: Exception) -> str | None:
     return None if find_spec(package) else f"{package} is not installed here"
 
 
-def _spoil(how: str | None) -> None:
-    """Fail as a measurement may fail."""
+def _inject_failure(how: str | None) -> None:
+    """Fail on purpose: crash, hang or run out of memory."""
     if how == "crash":
         os.abort()
     if how == "hang":
@@ -74,7 +81,7 @@ def _spoil(how: str | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin, and never writes."""
+    """Kill the process group when stdin closes: the parent holds its other end open and never writes."""
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What comes before and after training: generation, loading, a checkpoint's cost, a bank of adapters."""
+"""Benchmarks outside the training step: generation, loading, checkpoints, a bank of adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from bench import ours
 from bench.gpu.training import work_of
 from bench.report import quartiles
-from bench.work import Work
+from bench.work import Workload
 from stablelora_jax import LoraSpec, adapted, init_adapters, load_pretrained
 from stablelora_jax.generation.bank import banked, make_bank
 from stablelora_jax.generation.decode import generate_tokens
@@ -29,7 +29,7 @@ ROUNDS, BANK = 5, 8
 
 
 def timed(call: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Seconds of ``call``: median and quartiles, after one that is not counted."""
+    """The seconds of ``call``: median and quartiles, after one untimed call."""
     call()
     times = []
     for _ in range(rounds):
@@ -40,7 +40,7 @@ def timed(call: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, Any]:
     return {"seconds": middle, "seconds_quartiles": [low, high]}
 
 
-def _work(shape: str, dtype: str, toy: bool, **more: Any) -> Work:
+def _work(shape: str, dtype: str, toy: bool, **more: Any) -> Workload:
     common = {"documents": 1, "rank": 16, "optimizer": "stable_lora", "batch": 8, "length": 64}
     return work_of(toy, shape=shape, dtype=dtype, **{**common, **more})
 
@@ -48,18 +48,18 @@ def _work(shape: str, dtype: str, toy: bool, **more: Any) -> Work:
 def _model(shape: str, dtype: str, toy: bool) -> tuple[Decoder, Any]:
     work = _work(shape, dtype, toy)
     model = Decoder(decoder_config(work.config, work.shape), dtype=jnp.dtype(dtype))
-    return model, ours.drawn(model, pmap_layout(jax.devices()[:1]), None)
+    return model, ours.random_params(model, pmap_layout(jax.devices()[:1]), None)
 
 
 def _adapters(params: Any, seed: int = 0) -> tuple[Any, LoraSpec]:
-    """Random in both factors, so that nothing is zero."""
+    """Adapters with random A and B, so that none of them is zero."""
     spec = LoraSpec(target_modules="all-linear", rank=16, alpha=32)
     found = init_adapters(jax.random.key(seed), params, spec)
     return jax.tree.map(lambda x: 0.01 * jax.random.normal(jax.random.key(seed), x.shape, x.dtype), found), spec
 
 
 def generation(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
-    """New tokens a second, greedy, adapter beside the base: 1, 8 and 64 prompts of 128 tokens."""
+    """Greedy generation in new tokens per second, with and without an adapter: 1, 8 and 64 prompts of 128 tokens."""
     model, params = _model(shape, dtype, toy)
     adapters, spec = _adapters(params)
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind}
@@ -77,7 +77,7 @@ def generation(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
 
 
 def loading(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
-    """Seconds from files on the disk, read before, to arrays on the device."""
+    """The seconds to load a model from disk (files in the page cache) to arrays on the device."""
     model, params = _model(shape, dtype, toy)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     with tempfile.TemporaryDirectory() as folder:
@@ -88,10 +88,10 @@ def loading(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
 
 
 def saving(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
-    """How long a step, and a checkpoint of the training state, keep the loop; what is saved in the background, too."""
+    """The seconds of a step, and of a checkpoint: blocking the loop, and until it is written in the background."""
     work = _work(shape, dtype, toy, **({"batch": 2} if toy else {"length": 2048}))
     layout = pmap_layout(jax.devices()[:1])
-    made = ours.ready(work, layout)
+    made = ours.make_step(work, layout)
     state = made.state
 
     def step() -> None:
@@ -99,25 +99,25 @@ def saving(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
         state, metrics = made.step(state, made.params, made.batch, made.numbers)
         jax.block_until_ready(metrics["loss"])
 
-    cost, held, whole = timed(step), [], []
+    cost, blocked, total = timed(step), [], []
     with tempfile.TemporaryDirectory() as folder, checkpoint.open_manager(Path(folder) / "c") as manager:
         for number in range(ROUNDS):
             began = time.perf_counter()
             checkpoint.save(manager, number + 1, layout.fetch(state))
-            held.append(time.perf_counter() - began)
+            blocked.append(time.perf_counter() - began)
             checkpoint.wait(manager)
-            whole.append(time.perf_counter() - began)
+            total.append(time.perf_counter() - began)
             step()
     size = sum(x.nbytes for x in jax.tree.leaves(layout.fetch(state)))
-    found = {"step_seconds": cost["seconds"], "held_seconds": quartiles(held)[1], "saved_seconds": quartiles(whole)[1]}
-    return {**found, "bytes": size, "device": jax.devices()[0].device_kind}
+    found = {"step_seconds": cost["seconds"], "bytes": size, "device": jax.devices()[0].device_kind}
+    return {**found, "held_seconds": quartiles(blocked)[1], "saved_seconds": quartiles(total)[1]}
 
 
 def bank(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
-    """A forward pass of 8 rows: each with an adapter of its own out of a bank of 8, beside one adapter for all."""
+    """A forward pass of 8 rows, each with its own adapter from a bank of 8, compared with one adapter for all rows."""
     model, params = _model(shape, dtype, toy)
     parts = [_adapters(params, seed) for seed in range(BANK)]
-    held = make_bank(params, parts)
+    adapter_bank = make_bank(params, parts)
     tokens = jnp.ones((BANK, 32 if toy else 512), jnp.int32)
     adapters, spec = parts[0]
 
@@ -128,6 +128,6 @@ def bank(*, shape: str, dtype: str, toy: bool = False) -> dict[str, Any]:
         return adapted(model, spec).apply({"params": params, "lora": adapters}, tokens)
 
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": BANK, "length": tokens.shape[1]}
-    for name, call, given in (("bank", jax.jit(many), held), ("one adapter", jax.jit(one), adapters)):
+    for name, call, given in (("bank", jax.jit(many), adapter_bank), ("one adapter", jax.jit(one), adapters)):
         found[name] = timed(lambda call=call, given=given: jax.block_until_ready(call(params, given, tokens)))
     return {**found, "ratio": found["bank"]["seconds"] / found["one adapter"]["seconds"]}

@@ -1,7 +1,7 @@
-"""The list of measurements, most wanted first.
+"""The list of measurements, in order of priority.
 
-Named remat policies come last, although they belong to the marks: there are twenty-five of them, and the profile, which
-decides what is mended next, is one. A study of the paper's claims on real models joins once there is one.
+The benchmarks with an explicit remat policy come last: there are twenty-five of them, and the profile, a single row, is
+more useful for deciding what to optimise next.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from bench.gpu.training import summary
 
-RIGHT = "Does it run right"
-PEERS = "Beside the peers"
-MARKS = "Beside published marks"
-PROFILE = "Where the time goes"
-SERVING = "Generation, loading, checkpoints, banks"
-BROKEN = ("crash", "hang", "memory")  # what --spoil can make of a row
+RIGHT = "Correctness"
+PEERS = "Comparison with peers"
+MARKS = "Published benchmarks"
+PROFILE = "Profile of a training step"
+SERVING = "Generation, loading, checkpoints, adapter banks"
+FAILURES = ("crash", "hang", "memory")  # that --spoil can inject
 POLICIES = ("everything", "save_dots", "no_mlp", "attention", "nothing")
 TOY: Mapping[str, Any] = {"toy": True, "length": 64, "steps": 1, "rounds": 2}
 
@@ -28,16 +28,16 @@ class Measurement:
 
     name: str
     section: str
-    function: str  # module:function, called with ``arguments`` in a process of its own
+    function: str  # module:function, called with ``arguments`` in a child process
     arguments: Mapping[str, Any]
-    toy: Mapping[str, Any] = field(default_factory=dict)  # what differs in a rehearsal
-    seconds: float = 150  # the time limit; with less than 0.4 of it left of the budget the row is not begun
-    summary: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None  # of what the function gives
+    toy: Mapping[str, Any] = field(default_factory=dict)  # arguments that replace these in a rehearsal
+    seconds: float = 150  # time limit; the row is not started if less than 0.4 of it is left of the budget
+    summary: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None  # applied to the result
     python: str | None = None  # the peer whose interpreter runs it
 
 
-def right() -> Iterator[Measurement]:
-    """What must hold before any speed counts."""
+def correctness() -> Iterator[Measurement]:
+    """Correctness checks, before any speed is measured."""
     limits = {"right:logits": 150, "right_attention:attention": 120, "right:optimizers": 240}
     for function, seconds in {**limits, "right:quantized": 120, "right:layouts": 120}.items():
         name = f"right.{function.partition(':')[2]}"
@@ -46,24 +46,24 @@ def right() -> Iterator[Measurement]:
 
 
 def training(name: str, section: str, side: str = "ours", seconds: float = 150, **arguments: Any) -> Measurement:
-    """A row of tokens a second."""
+    """A row of training throughput."""
     common = {"side": side, "rank": 16, "dtype": "bfloat16", "documents": 1, "steps": 5, "rounds": 5}
-    half = {} if section == PEERS else {"dtype": "float32"}  # which a CPU compiles sooner
-    toy = {**TOY, "batch": 2 * arguments.get("accumulate", 1), **half}
+    dtype = {} if section == PEERS else {"dtype": "float32"}  # compiles faster on a CPU
+    toy = {**TOY, "batch": 2 * arguments.get("accumulate", 1), **dtype}
     python = side if side == "tunix" else None
-    how: dict[str, Any] = {"seconds": seconds, "summary": summary, "python": python}
-    return Measurement(name, section, "bench.gpu.training:train", {**common, **arguments}, toy, **how)
+    options: dict[str, Any] = {"seconds": seconds, "summary": summary, "python": python}
+    return Measurement(name, section, "bench.gpu.training:train", {**common, **arguments}, toy, **options)
 
 
-def beside(shape: str, documents: int, sides: dict[str, tuple[str, str]], kind: str = "") -> Iterator[Measurement]:
-    """Ours and the peer on one shape, 8 rows of 2048 tokens."""
+def comparison(shape: str, documents: int, sides: dict[str, tuple[str, str]], kind: str = "") -> Iterator[Measurement]:
+    """Our side and the peers on one shape, 8 rows of 2048 tokens."""
     for name, (side, optimizer) in sides.items():
         more = {"shape": shape, "batch": 8, "length": 2048, "documents": documents, "optimizer": optimizer}
         yield training(f"train.{shape}{kind}.{name}", PEERS, side, 240 if "compile" in side else 150, **more)
 
 
 def marks(policy: str) -> Iterator[Measurement]:
-    """The shapes of published numbers, as their pages have them."""
+    """The workloads of published benchmarks, with the settings that their authors give."""
     remat = {} if policy == "auto" else {"remat": policy}
     pages: dict[str, dict[str, Any]] = {f"qwen3-{size}": QWEN3 for size in ("0.6b", "1.7b", "4b", "8b")}
     for shape, page in {"llama3.1-8b": LLAMA_8B, **pages}.items():
@@ -79,7 +79,7 @@ SERVED: Mapping[str, Any] = {"shape": "llama3.2-1b", "dtype": "bfloat16"}
 
 
 def serving() -> Iterator[Measurement]:
-    """What comes before and after training."""
+    """Everything outside the training step: generation, loading, checkpoints, adapter banks."""
     for name in ("generation", "loading", "saving", "bank"):
         yield Measurement(
             f"serve.{name}",
@@ -92,18 +92,18 @@ def serving() -> Iterator[Measurement]:
 
 
 def suite() -> list[Measurement]:
-    """All rows, in the order in which they are measured."""
+    """All rows, in the order of measurement."""
     step = {"shape": "llama3.2-1b", "batch": 8, "length": 2048, "documents": 4, "rank": 16, "dtype": "bfloat16"}
     profile = {**step, "optimizer": "stable_lora", "steps": 3}
     small = {"toy": True, "batch": 2, "length": 64}
-    rows = [*right()]
+    rows = [*correctness()]
     for shape in ("qwen2-0.5b", "llama3.2-1b"):
-        rows += beside(shape, 4, OURS | PEFT)
+        rows += comparison(shape, 4, OURS | PEFT)
     rows += marks("auto")
     rows.append(Measurement("profile.llama3.2-1b", PROFILE, "bench.gpu.profile:profile", profile, small, 240))
     rows += serving()
-    rows += beside("llama3.2-1b", 1, {"adamw": ("ours", "adamw"), **PEFT}, "-unpacked")
-    rows += beside("llama3.2-1b", 4, {"tunix": ("tunix", "adamw")})
+    rows += comparison("llama3.2-1b", 1, {"adamw": ("ours", "adamw"), **PEFT}, "-unpacked")
+    rows += comparison("llama3.2-1b", 4, {"tunix": ("tunix", "adamw")})
     for policy in POLICIES:
         rows += marks(policy)
     return rows

@@ -1,4 +1,4 @@
-"""A trace of the profiler as plain tuples, and what they add up to."""
+"""Reads a profiler trace into plain tuples and summarises them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST = 10
 
 
 def events_of(folder: str) -> list[Event]:
-    """All kernels in the trace under ``folder``: what a GPU's streams ran, or the instructions of a CPU's threads."""
+    """All kernels in the trace under ``folder``: those of a GPU's streams, or the instructions of a CPU's threads."""
     paths = sorted(Path(folder).rglob("*.xplane.pb"))
     planes = [plane for path in paths for plane in jax.profiler.ProfileData.from_file(str(path)).planes]
     gpu = jax.default_backend() == "gpu"
@@ -38,7 +38,7 @@ def _of_plane(plane: Any, gpu: bool) -> Iterator[Event]:
 
 
 def _instruction(stats: dict[Any, Any]) -> str:
-    """The instruction; where that is not said, or only the command buffer around it, the model's operation."""
+    """The HLO instruction of an event; if unknown, or only its command buffer is known, the model operation."""
     found = str(stats.get("hlo_op", ""))
     if found and not CONTAINER.match(found):
         return found
@@ -46,16 +46,19 @@ def _instruction(stats: dict[Any, Any]) -> str:
     return next((path for path in paths if "/" in path), found)
 
 
-def reduced(events: Iterable[Event], op_names: dict[str, str], steps: int) -> dict[str, Any]:
-    """Shares of device time by part, the time in which nothing runs, and the longest kernels.
+def summarize_trace(events: Iterable[Event], op_names: dict[str, str], steps: int) -> dict[str, Any]:
+    """Shares of device time by part, the idle time, and the longest kernels.
 
-    Device time is the sum over lines; where an event lies in another of its line, that time counts for the inner one.
-    The traced time goes from the start of the first kernel to the end of the last; ``guessed`` is the share of device
-    time that nothing but the kernel's name has put into a part.
+    Device time is summed over lines (streams or threads); the time of nested events counts for the innermost only. The
+    traced time is from the start of the first kernel to the end of the last. ``guessed`` is the share of device time
+    that is assigned to a part by the kernel's name only. Milliseconds are per step.
+
+    Raises:
+      ValueError: the trace contains no kernel.
     """
     kept = [event for event in events if not CONTAINER.match(event[1])]
     if not kept:
-        raise ValueError("the trace holds no kernel")
+        raise ValueError("the trace contains no kernel")
     by_kernel = {kernel_name(name): op for name, op in op_names.items()}
     times: dict[tuple[str, str], float] = defaultdict(float)
     calls: dict[tuple[str, str], int] = defaultdict(int)
@@ -81,12 +84,12 @@ def reduced(events: Iterable[Event], op_names: dict[str, str], steps: int) -> di
 
 
 def _own_times(events: Sequence[Event]) -> list[tuple[Event, float]]:
-    """Each event with its length less that of the events directly in it, on its line."""
+    """Each event with its self time: its duration minus that of the events nested directly in it, on the same line."""
     found: list[list[Any]] = []
-    around: list[int] = []  # those that the next event may lie in, outermost first
+    around: list[int] = []  # indices of the events that may enclose the next one, outermost first
     for event in sorted(events, key=lambda event: (event[0], event[3], -event[4])):
         line, _, _, start, length = event
-        while around and not _holds(found[around[-1]][0], line, start + length):
+        while around and not _contains(found[around[-1]][0], line, start + length):
             around.pop()
         if around:
             found[around[-1]][1] -= length
@@ -95,13 +98,13 @@ def _own_times(events: Sequence[Event]) -> list[tuple[Event, float]]:
     return [(event, max(0.0, own)) for event, own in found]
 
 
-def _holds(outer: Event, line: str, end: float) -> bool:
-    """Whether an event of ``line`` that starts not before ``outer`` and ends at ``end`` lies in ``outer``."""
+def _contains(outer: Event, line: str, end: float) -> bool:
+    """Whether ``outer`` encloses an event of ``line`` that does not start before it and ends at ``end``."""
     return outer[0] == line and end <= outer[3] + outer[4]
 
 
 def _busy(events: Iterable[Event]) -> float:
-    """The time in which at least one event runs, on any line."""
+    """The time during which at least one event runs, on any line."""
     busy, until = 0.0, float("-inf")
     for start, end in sorted((start, start + length) for *_, start, length in events):
         busy += max(0.0, end - max(start, until))
@@ -112,7 +115,7 @@ def _busy(events: Iterable[Event]) -> float:
 def _longest(
     times: dict[tuple[str, str], float], calls: dict[tuple[str, str], int], steps: int
 ) -> list[dict[str, Any]]:
-    """The kernels that take the most, summed by name; part and operation are those of most of the time."""
+    """The kernels with the largest total time by name; part and operation are those with the largest share of it."""
     total, names = sum(times.values()), defaultdict(list)
     for key in sorted(times, key=lambda key: -times[key]):
         names[key[0]].append(key)

@@ -1,4 +1,4 @@
-"""Tokens a second of one side of ``bench.py train``, alone on the card, in this process."""
+"""Throughput of one side of ``bench.py train``, alone on the GPU, in this process."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import time
 from typing import Any
 
 from bench.shapes import SHAPES
-from bench.work import Work
+from bench.work import Workload
 
 
-def work_of(toy: bool = False, **arguments: Any) -> Work:
-    """The work of a row; ``toy``: of a model that has hardly a size."""
+def work_of(toy: bool = False, **arguments: Any) -> Workload:
+    """The workload of a row; with ``toy``, of a tiny model."""
     config = dict(SHAPES[arguments["shape"]])
-    config |= shrunk(config) if toy else {}
+    config |= toy_sizes(config) if toy else {}
     given = {"target": ["q_proj", "down_proj"] if toy else "all-linear", "loss_fraction": 1.0, **arguments}
-    return Work(config=config, **{key: value for key, value in given.items() if key in Work.__dataclass_fields__})
+    return Workload(
+        config=config, **{key: value for key, value in given.items() if key in Workload.__dataclass_fields__}
+    )
 
 
-def shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes an architecture small."""
+def toy_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of ``config.json`` that make an architecture tiny."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
     sizes |= {"tie_word_embeddings": True}
@@ -27,19 +29,19 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(*, side: str, steps: int, rounds: int, toy: bool = False, **arguments: Any) -> dict[str, Any]:
-    """Seconds of a step in each round, and what the side says of itself and of its memory."""
+    """Run one side; returns its metadata, ``round_seconds`` (seconds per step in each round), loss and memory."""
     work = work_of(toy, **arguments)
-    ready = prepared(side, work, toy)
+    ready = prepare_side(side, work, toy)
     times = []
     for _ in range(rounds):
         began = time.perf_counter()
         loss = ready.run(steps)
         times.append((time.perf_counter() - began) / steps)
-    return {**ready.about, "round_seconds": times, "loss": loss, **ready.memory()}
+    return {**ready.metadata, "round_seconds": times, "loss": loss, **ready.memory()}
 
 
-def prepared(side: str, work: Work, toy: bool) -> Any:
-    """The side, warmed up."""
+def prepare_side(side: str, work: Workload, toy: bool) -> Any:
+    """The side after its warm-up."""
     if side == "ours":
         from bench.ours import prepare
 
@@ -50,12 +52,12 @@ def prepared(side: str, work: Work, toy: bool) -> Any:
         return prepare(work)
     from bench.peft import prepare
 
-    backend = "aot_eager" if toy else "inductor"  # Inductor compiles C++ for a CPU, which takes minutes
+    backend = "aot_eager" if toy else "inductor"  # on a CPU Inductor compiles C++, which takes minutes
     return prepare(work, backend if side == "peft compile" else None)
 
 
 def summary(found: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second, MFU and quartiles, from what :func:`train` gives."""
+    """Tokens per second, MFU and quartiles, from the result of :func:`train`."""
     from bench.report import summary as of_side
     from stablelora_jax.training.flops import peak_flops
 

@@ -1,4 +1,4 @@
-"""What a bank holds: adapters and their scales, stacked, with room for others of the same modules and ranks."""
+"""A bank: adapters and their scales, stacked, with room for others of the same modules and ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Bank:
 
     @property
     def size(self) -> int:
-        """How many adapters it holds."""
+        """Number of adapters, without the base model."""
         return len(jax.tree.leaves(self.numbers)[0]) - 1
 
 
@@ -50,7 +50,7 @@ def make_bank(
       params: the base; only shapes are read.
       parts: ``(adapters, spec)`` of each, numbered from 0. The modules that any of them adapts, in every layer of their
         stacks, are those that the bank can hold.
-      size: room for so many adapters; default ``len(parts)``. Numbers not taken yet are the base model.
+      size: number of adapters with room; default ``len(parts)``. Unused numbers are the base model.
       rank: the greatest rank that the bank can hold; default the greatest in ``parts``.
 
     Raises:
@@ -104,7 +104,7 @@ def replace_adapter(bank: Bank, index: int, adapters: Mapping[str, Any], spec: L
 
 
 def _shapes(target: TargetModule, rank: int, dtype: Any) -> dict[str, Any]:
-    """What a bank has at ``target`` for one adapter."""
+    """Shapes of a bank's leaves at ``target`` for one adapter."""
     shapes = {"lora_a": (target.size[0], rank), "lora_b": (rank, target.size[1]), "lora_scale": ()}
     return {name: jax.ShapeDtypeStruct(target.stack + shape, dtype) for name, shape in shapes.items()}
 
@@ -112,7 +112,7 @@ def _shapes(target: TargetModule, rank: int, dtype: Any) -> dict[str, Any]:
 def _slot(
     adapters: Any, targets: Mapping[Path, TargetModule], shapes: Mapping[Path, Mapping[str, Any]], label: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Pairs and scales of one adapter in the shapes of a bank: zeros wherever it has nothing."""
+    """Pairs and scales of one adapter in the shapes of a bank: zeros where it has none."""
     for path in targets:
         if path not in shapes:
             raise InputError(

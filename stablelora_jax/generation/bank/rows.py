@@ -34,10 +34,10 @@ class Banked:
           variables: ``"params"`` of the base; ``"bank"``; and ``"rows"``, (B,) int: the number of each row's adapter,
             -1 for the base model.
           *args: arrays, or trees of them, with the rows on their first axis; passed on to the model.
-          **kwargs: likewise; a decoder's ``cache`` is taken as it is; what is not an array is the same for all rows.
+          **kwargs: likewise; a decoder's ``cache`` keeps its own row axes; values that are no arrays are shared.
 
         Returns:
-          What the model returns, the rows on the first axis (in a cache, where it has them).
+          The model's output, rows on the first axis (in a cache, on its own).
 
         Raises:
           InputError: rows outside the bank, or not one for each row of the batch. While tracing, numbers are not known:
@@ -75,7 +75,7 @@ def banked(model: nn.Module) -> Banked:
 
 
 def _checked(rows: Any, size: int, args: Any) -> jax.Array:
-    """Places in the bank's arrays: the last for -1, one beyond it for what is outside."""
+    """Indices into the bank's arrays: the last for -1, one beyond it for numbers outside the bank."""
     try:
         rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     except ValueError:  # lists of different lengths
@@ -106,7 +106,7 @@ def _axis(value: Any) -> Any:
 
 
 def _with(change: Any, value: Any, axes: Any) -> Any:
-    """``change(leaf, axis)`` for every leaf whose rows lie on an axis; ``axes`` may be a prefix of ``value``."""
+    """``change(leaf, axis)`` for every leaf with an axis of rows; ``axes`` may be a prefix of ``value``."""
     spread = jax.tree.map(
         lambda axis, below: jax.tree.map(lambda _: axis, below), axes, value, is_leaf=lambda axis: axis is None
     )

@@ -1,6 +1,6 @@
 """Checkpoints whose layers bitsandbytes has quantised to NF4, read as they are: no number is decoded.
 
-Beside each quantised ``NAME.weight`` (n / 2, 1) uint8 lie, under ``NAME.weight.``: ``absmax``, ``quant_map``,
+Beside each quantised ``NAME.weight`` (n / 2, 1) uint8 are, under ``NAME.weight.``: ``absmax``, ``quant_map``,
 ``nested_absmax``, ``nested_quant_map``, and ``quant_state.bitsandbytes__nf4``, a JSON object as bytes with the shape,
 the sizes of blocks and the mean of the scales. The maps have to be those of :mod:`~stablelora_jax.quantization.nf4`,
 which one bit may tell apart from those of the machine that wrote them.
@@ -33,7 +33,7 @@ def unpacked(raw: Mapping[str, Any], source: TensorSource) -> tuple[dict[str, An
     Quantised ones have the shape (out, in) there, and are had from ``source.quantized``.
 
     Raises:
-      InputError: it is another way of quantising, or the tensors are not what it says.
+      InputError: another quantisation method, or tensors that do not fit it.
     """
     config = raw[KEY] if isinstance(raw[KEY], Mapping) else {}
     nested = config.get("quant_method") == "bitsandbytes" and config.get("bnb_4bit_use_double_quant") is True

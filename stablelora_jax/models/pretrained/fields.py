@@ -8,11 +8,11 @@ from typing import Any
 
 from stablelora_jax.utils.errors import InputError
 
-LARGEST = 2**24  # of any size; what is beyond it is damage, and would be tried as an allocation
+LARGEST = 2**24  # of any size: a larger one is a damaged file, and would be allocated
 
 
 def size(raw: Mapping[str, Any], name: str, source: str, default: int | None = None, most: int = LARGEST) -> int:
-    """A positive whole number of at most ``most``; ``default`` stands for an absent key and for null."""
+    """A positive whole number of at most ``most``; ``default`` for an absent key and for null."""
     value = default if raw.get(name) is None else raw[name]
     if value is None:
         raise InputError(f"{source}: the key {name} is missing")
@@ -40,7 +40,7 @@ def flag(raw: Mapping[str, Any], name: str, source: str) -> bool:
 
 
 def token_ids(raw: Mapping[str, Any], name: str, source: str, default: int | None = None) -> tuple[int, ...]:
-    """One token id or a list of them; ``default`` stands for an absent key, and null is none."""
+    """One token id or a list of them; ``default`` for an absent key, none for null."""
     value = raw.get(name, default)
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(token, int) and not isinstance(token, bool) and -(2**31) <= token < 2**31 for token in ids):

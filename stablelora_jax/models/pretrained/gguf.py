@@ -142,7 +142,7 @@ def _refuse_unknown(metadata: Mapping[str, Any], arch: str) -> None:
 def _head_dim(metadata: Mapping[str, Any], arch: str, config: Mapping[str, Any]) -> int:
     """The size of a head, after checking that keys and values have the same and that the whole of it is rotated."""
     usual = config["hidden_size"] // config["num_attention_heads"]
-    head_dim = _number(metadata, f"{arch}.attention.key_length", int, usual)
+    head_dim: int = _number(metadata, f"{arch}.attention.key_length", int, usual)
     for name in ("attention.value_length", "rope.dimension_count"):
         value = metadata.get(f"{arch}.{name}", head_dim)
         if value != head_dim:

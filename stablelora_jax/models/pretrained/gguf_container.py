@@ -23,7 +23,7 @@ ELSE = "use the model's safetensors instead"
 
 
 class Stored(NamedTuple):
-    """One tensor as it lies in the file: ggml's number of its type, its shape, where its bytes begin."""
+    """One tensor of the file: ggml's number of its type, its shape, and the offset of its bytes."""
 
     kind: int
     shape: tuple[int, ...]
@@ -82,7 +82,7 @@ def _value(file: mmap.mmap, kind: int) -> Any:
 
 
 def check_data(table: Mapping[str, Stored], size: int) -> None:
-    """Every tensor is of a type that ``gguf.quants`` decodes, and lies inside the file."""
+    """Check that every tensor is of a type that ``gguf.quants`` decodes, and inside the file."""
     blocks = {kind: _block(kind) for kind in {tensor.kind for tensor in table.values()}}
     for name, (kind, shape, offset) in table.items():
         length, width = blocks[kind]

@@ -53,7 +53,7 @@ def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int) -> Any | None:
 
     Args:
       metadata: of the GGUF file.
-      vocab_size: rows of the embedding; no token may lie beyond them.
+      vocab_size: rows of the embedding; no token id may be beyond them.
 
     Raises:
       InputError: the tokenizer is of an unknown kind, or its metadata is incomplete or inconsistent.

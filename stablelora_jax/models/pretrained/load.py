@@ -53,7 +53,7 @@ def load_pretrained(
     Returns:
       ``(model, params)``: ``model.apply({"params": params}, tokens)`` gives logits (B, T, V); ``model.config`` is a
       ``DecoderConfig``, with the end ids of ``generation_config.json`` where there are some, and ``model.tokenizer``
-      the tokenizer that came with the weights, or None.
+      the tokenizer of the same directory or file, or None.
 
     Raises:
       InputError: the files are missing, damaged, inconsistent, or describe a model that this decoder is not.

@@ -57,7 +57,7 @@ def load_params(
 
 
 def hf_tensors(path: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, in Hugging Face's layout, of the tensors behind one leaf, in stack order."""
+    """Names and shapes, in Hugging Face's layout, of the tensors of one leaf, in stack order."""
     stacked = STACK in path
     own = shape[1:] if stacked else shape
     own = own[::-1] if path[-1] == "kernel" else own
@@ -143,8 +143,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _place(path: tuple[str, ...], array: np.ndarray, sharding: Sharding | None) -> jax.Array:
     try:
         if sharding is None:
-            return jax.device_put(array).block_until_ready()
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]).block_until_ready()
+            placed: jax.Array = jax.device_put(array)
+        else:
+            placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return placed.block_until_ready()
     except ValueError as error:
         raise InputError(f"{'.'.join(path)} of shape {array.shape} cannot be laid out: {named(error)}") from None
 

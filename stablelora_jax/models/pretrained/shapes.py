@@ -1,4 +1,4 @@
-"""What a decoder looks like without its weights: from a ``config.json``, or for the paper's four models from here.
+"""Architectures without weights: from a ``config.json``, or of the paper's four models from here.
 
 :data:`KNOWN` holds what their ``config.json`` say, so that a run can be traced and compiled where there is no network.
 """

@@ -42,13 +42,15 @@ def safetensors_source(directory: Path) -> TensorSource:
 
     def read(name: str) -> np.ndarray:
         try:
-            return where[name].get_tensor(name)
+            tensor: np.ndarray = where[name].get_tensor(name)
+            return tensor
         except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # numpy has no floats of eight bits
             raise InputError(f"{directory}: tensor {name} cannot be read: {named(error)}") from None
 
     def read_rows(name: str, rows: slice) -> np.ndarray:
         try:
-            return where[name].get_slice(name)[rows]
+            tensor: np.ndarray = where[name].get_slice(name)[rows]
+            return tensor
         except (SafetensorError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{directory}: tensor {name} cannot be read: {named(error)}") from None
 

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model directory, without PyTorch, without guessing, and without a stranger's code.
+"""The tokenizer of a model directory, without PyTorch, without guessing, and without code from the directory.
 
 ``tokenizer.json`` holds the whole tokenizer, so it is read as it is. ``AutoTokenizer`` is *not* used where that file
 exists: transformers 5 replaces the tokenizer of some model types (``qwen2`` among them) by its own class built over
@@ -21,7 +21,7 @@ PARTS = ("normalizer", "pre_tokenizer", "decoder")
 GROWTH = 64  # how many times as long a tokenizer may make a text
 LONGEST = 10_000  # characters of an expression
 SUSPECT = (b'"normalizer"', b'"pre_tokenizer"', b'"decoder"', rb"\u00")
-HIDDEN = rb'"(?:normalizer|pre_tokenizer|decoder)"\s*:\s*\{|\\u00[4-7]'  # a part behind the vocabulary, or in disguise
+HIDDEN = rb'"(?:normalizer|pre_tokenizer|decoder)"\s*:\s*\{|\\u00[4-7]'  # a part after the vocabulary, or escaped
 # a repeated group that holds a repetition: (a+)+ tries every way to cut a run of letters in pieces
 _INSIDE = r"(?:[^()\\\[\]]|\\.|\[(?:[^\]\\]|\\.)*\])*"
 NESTED = re.compile(rf"\({_INSIDE}(?:[*+]|\{{\d+,\d*\}}){_INSIDE}\)(?:[*+]|\{{\d+,)")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from stablelora_jax.utils.errors import InputError, RunError, brief
 from stablelora_jax.utils.files import as_path
 
+T = TypeVar("T")
 Where = Any  # an Orbax CheckpointManager, or str | os.PathLike[str]
 
 
@@ -32,42 +30,14 @@ def _audible(record: logging.LogRecord) -> bool:
     return absl_logging.get_verbosity() >= absl_logging.INFO or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def ignore_closed_loop_errors() -> None:
-    """For good: where a write fails, those beside it end, at any time, after Orbax has closed their event loop."""
-    hook = sys.unraisablehook
-    if getattr(hook, "silent", False):
-        return
-
-    def quiet(found: Any) -> None:
-        if "Event loop is closed" not in str(found.exc_value):
-            hook(found)
-
-    quiet.silent = True  # type: ignore[attr-defined]
-    sys.unraisablehook = quiet
-
-
-def attempt(act: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What ``act`` returns, and None; or None, and why Orbax could not do it.
-
-    Where one read or write fails, those beside it may end with an error that nobody asks for, which Python would show
-    as a traceback at any later time. They are waited for and let go.
-    """
-    ignore_closed_loop_errors()
-    log = logging.getLogger("asyncio")
-    retrieved = lambda record: "never retrieved" not in record.getMessage()  # noqa: E731
-    log.addFilter(retrieved)
+def attempt(act: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of ``act`` and None; or None and the reason why Orbax could not do it."""
     try:
-        try:
-            return act(), None
-        except (InputError, RunError):
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            reason = reason_of(error)
-        time.sleep(0.1)
-        gc.collect()
-        return None, reason
-    finally:
-        log.removeFilter(retrieved)
+        return act(), None
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        return None, reason_of(error)
 
 
 def is_manager(where: Where) -> bool:

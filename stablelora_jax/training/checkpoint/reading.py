@@ -15,6 +15,7 @@ from stablelora_jax.training.checkpoint.backend import Where, attempt, is_manage
 from stablelora_jax.training.checkpoint.leaves import checksum_of, form, named_leaves, place, wanted
 from stablelora_jax.training.checkpoint.ownership import candidates, kind_of
 from stablelora_jax.training.checkpoint.record import Record, as_json, is_record, plain, whole_number
+from stablelora_jax.training.checkpoint.settled import standard_handler
 from stablelora_jax.training.checkpoint.wording import differences, shown_forms, shown_values, some
 from stablelora_jax.utils.errors import InputError
 
@@ -149,7 +150,7 @@ def _read(path: Any, step: int, state: Any, record: Record) -> dict[str, Any]:
     item = jax.tree.unflatten(jax.tree.structure(state), list(asked.values()))
 
     def read() -> Any:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(standard_handler()) as checkpointer:
             return checkpointer.restore(path / str(step) / "state", args=ocp.args.StandardRestore(item))
 
     tree, problem = attempt(read)

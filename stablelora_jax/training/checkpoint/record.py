@@ -21,7 +21,8 @@ class Record(NamedTuple):
 def plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """As JSON gives it back."""
     try:
-        return json.loads(json.dumps(dict(metadata or {})))
+        found: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
+        return found
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"metadata cannot be written as JSON: {brief(error)}") from None
 

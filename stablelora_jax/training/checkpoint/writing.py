@@ -14,7 +14,6 @@ import jax
 from stablelora_jax.training.checkpoint.backend import (
     Where,
     attempt,
-    ignore_closed_loop_errors,
     is_manager,
     orbax,
     path_of,
@@ -24,6 +23,7 @@ from stablelora_jax.training.checkpoint.leaves import checksum_of, fetched, form
 from stablelora_jax.training.checkpoint.ownership import kind_of, remove_half_written, require_own
 from stablelora_jax.training.checkpoint.reading import steps
 from stablelora_jax.training.checkpoint.record import as_json, plain, whole_number
+from stablelora_jax.training.checkpoint.settled import standard_handler
 from stablelora_jax.utils.errors import InputError, RunError
 
 
@@ -41,7 +41,6 @@ def open_manager(
         of ours; or ``keep`` is not a positive whole number.
     """
     keep = whole_number("keep", keep, least=1)
-    ignore_closed_loop_errors()
     ocp, path = orbax(), path_of(directory)
 
     def kept(checkpoints: Any, *, context: Any) -> list[bool]:
@@ -65,7 +64,8 @@ def open_manager(
         require_own(path)
         if jax.process_index() == 0:
             remove_half_written(path)
-        manager = ocp.CheckpointManager(path, options=options)
+        items = {"state": standard_handler(), "about": ocp.JsonCheckpointHandler()}
+        manager = ocp.CheckpointManager(path, options=options, item_handlers=items)
     except InputError:
         raise
     except Exception as error:
