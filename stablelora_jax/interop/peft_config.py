@@ -14,6 +14,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
+from stablelora_jax.lora.names import hits, layer_number, matches, module_names, stack_depth, suffixes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.peft_config import make_spec, spec_arguments
 from stablelora_jax.lora.spec import LoraSpec, shown
@@ -150,10 +151,10 @@ def _has_bias(params: Mapping[str, Any], name: str) -> bool:
 def _matching(key: str, patterns: Any, modules: Sequence[str], dropped: list[str]) -> Any:
     """``patterns`` without those that match none of ``modules``, which are added to ``dropped``."""
     if isinstance(patterns, str):
-        unused = key == "exclude_modules" and not any(tree.matches(patterns, name) for name in modules)
+        unused = key == "exclude_modules" and not any(matches(patterns, name) for name in modules)
         dropped += [f"{key} {patterns!r:.80}"] * unused
         return () if unused else patterns
-    found = tree.hits(patterns, modules) if key.endswith("pattern") else tree.suffixes(modules) & set(patterns)
+    found = hits(patterns, modules) if key.endswith("pattern") else suffixes(modules) & set(patterns)
     dropped += [f"{key} {p!r:.80}" for p in patterns if p not in found]
     kept = [p for p in patterns if p in found]
     return {p: patterns[p] for p in kept} if isinstance(patterns, Mapping) else kept
@@ -163,7 +164,7 @@ def _matching_layers(layers: Any, modules: Sequence[str], dropped: list[str]) ->
     if layers is None:
         return None
     layers = layers if isinstance(layers, list) else [layers]
-    found = {tree.layer_number(name, ("layers",)) for name in modules}
+    found = {layer_number(name, ("layers",)) for name in modules}
     dropped += [
         f"layers_to_transform {shown(layer)}" for layer in layers if isinstance(layer, int) and layer not in found
     ]
@@ -188,8 +189,8 @@ def _names(params: Mapping[str, Any]) -> list[str]:
     paths = {path[:-1]: leaf.shape for path, leaf in _flat(params).items()}
     names: dict[str, None] = {}
     for path, shape in sorted(paths.items()):
-        depth = tree.stack_depth(path, ("layers",))
-        for name in tree.names(path, shape[:depth], ("layers",)):
+        depth = stack_depth(path, ("layers",))
+        for name in module_names(path, shape[:depth], ("layers",)):
             parts = name.split(".")
             names |= dict.fromkeys(".".join(parts[: i + 1]) for i in range(len(parts)))
     return list(names)
@@ -202,8 +203,8 @@ def _to_saved(spec: LoraSpec, params: Mapping[str, Any] | None) -> list[str] | N
     names = _names(params)
     stacks = {n.rpartition(".")[0] for n in names if "." in n and n.rpartition(".")[2].isdigit()}  # PEFT selects none
     layers = {name: name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in stacks}
-    ours = [n for n in names if n not in stacks and tree.matches(spec.modules_to_save, n)]
-    ours += [n for n, stack in layers.items() if tree.matches(spec.modules_to_save, stack)]
+    ours = [n for n in names if n not in stacks and matches(spec.modules_to_save, n)]
+    ours += [n for n, stack in layers.items() if matches(spec.modules_to_save, stack)]
     theirs = [name for name in names if name.endswith(spec.modules_to_save)]
     return list(spec.modules_to_save) if ours == theirs else ours
 
@@ -216,7 +217,7 @@ def _from_saved(entries: Sequence[str], params: Mapping[str, Any], dropped: list
     found = set(kept)
     dropped += [f"modules_to_save {entry!r:.80}" for entry in dict.fromkeys(entries) if entry not in found]
     theirs = [name for name in names if kept and name.endswith(kept)]
-    ours = [name for name in names if tree.matches(kept, name)]
+    ours = [name for name in names if matches(kept, name)]
     return kept if ours == theirs else tuple(theirs)
 
 

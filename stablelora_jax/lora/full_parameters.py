@@ -21,6 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
+from stablelora_jax.lora.names import module_names, require_match, stack_depth, suffixes
 from stablelora_jax.lora.pairs import FULL
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, kernel_leaf
@@ -120,9 +121,9 @@ def _laid(base: jax.Array, value: jax.Array, leaf: TrainedParameter) -> jax.Arra
 
 
 def _trained_parameter(path: Path, shape: tuple[int, ...], params: Any, spec: LoraSpec) -> TrainedParameter:
-    depth = tree.stack_depth(path[:-1], spec.stacked)
+    depth = stack_depth(path[:-1], spec.stacked)
     depth = depth if len(shape) > depth else 0
-    names = tree.names(path[:-1], shape[:depth], spec.stacked)
+    names = module_names(path[:-1], shape[:depth], spec.stacked)
     linear = kernel_leaf(tree.get_in(params, path[:-1])) is not None
     biases = path[-1] == "bias" and (spec.bias == "all" or (spec.bias == "lora_only" and linear))
     chosen = tuple(
@@ -132,11 +133,11 @@ def _trained_parameter(path: Path, shape: tuple[int, ...], params: Any, spec: Lo
 
 
 def _check_names(leaves: list[TrainedParameter], params: Any, spec: LoraSpec) -> None:
-    modules = [name for leaf in leaves for name in tree.names(leaf.path[:-1], leaf.stack, spec.stacked)]
+    modules = [name for leaf in leaves for name in module_names(leaf.path[:-1], leaf.stack, spec.stacked)]
     ancestors = [".".join(name.split(".")[: i + 1]) for name in set(modules) for i in range(name.count(".") + 1)]
-    there = tree.suffixes(ancestors) if spec.modules_to_save else ()
+    there = suffixes(ancestors) if spec.modules_to_save else ()
     for pattern in spec.modules_to_save:
-        tree.require_match("modules_to_save", pattern, pattern in there, modules)
+        require_match("modules_to_save", pattern, pattern in there, modules)
     if spec.bias != "none" and not any(leaf.path[-1] == "bias" and leaf.chosen for leaf in leaves):
         raise InputError(
             f"bias={spec.bias!r}: the {'adapted modules have' if spec.bias != 'all' else 'model has'} none"

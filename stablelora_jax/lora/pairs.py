@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from stablelora_jax.lora.names import module_names
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
@@ -83,7 +84,7 @@ def make_target_module(
 
     ``all-linear`` means kernels, as in PEFT: an embedding has to be named.
     """
-    names = tree.names(path, stack, spec.stacked)
+    names = module_names(path, stack, spec.stacked)
     chosen = [
         spec.selects(name) and not (leaf == "embedding" and spec.target_modules == "all-linear") for name in names
     ]

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stablelora_jax.utils import patterns, tree
+from stablelora_jax.lora.names import first_match, layer_number, lists_one, matches
+from stablelora_jax.utils import patterns
 from stablelora_jax.utils.errors import InputError
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "unembed")  # never part of "all-linear"
@@ -161,13 +162,13 @@ class LoraSpec:
         """Whether the module called ``name`` is adapted; what is trained in full is not."""
         if self.saves(name):
             return False
-        if self.exclude_modules and tree.matches(self.exclude_modules, name):
+        if self.exclude_modules and matches(self.exclude_modules, name):
             return False
         if self.target_modules == "all-linear":
             chosen = name.rsplit(".", 1)[-1] not in HEADS
         else:
-            chosen = tree.matches(self.target_modules, name)
-        return chosen and (self.layers_to_transform is None or self._has_layer(tree.layer_number(name, self.stacked)))
+            chosen = matches(self.target_modules, name)
+        return chosen and (self.layers_to_transform is None or self._has_layer(layer_number(name, self.stacked)))
 
     def _has_layer(self, number: int | None) -> bool:
         layers = self.layers_to_transform or ()  # sorted
@@ -178,15 +179,15 @@ class LoraSpec:
         """Whether the module called ``name``, or one that it lies in, is trained in full by ``modules_to_save``."""
         parts = name.split(".")
         above = (".".join(parts[: i + 1]) for i in range(len(parts)))
-        return bool(self.modules_to_save) and tree.lists_one(self.modules_to_save, above)
+        return bool(self.modules_to_save) and lists_one(self.modules_to_save, above)
 
     def rank_of(self, name: str) -> int:
         """The rank of the module called ``name``: the first key of ``rank_pattern`` that matches, else ``rank``."""
-        return tree.first_match(items(self.rank_pattern), name, self.rank)
+        return first_match(items(self.rank_pattern), name, self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module called ``name``, by ``alpha_pattern`` and ``alpha``."""
-        return tree.first_match(items(self.alpha_pattern), name, self.alpha)
+        return first_match(items(self.alpha_pattern), name, self.alpha)
 
     def scale_of(self, name: str) -> float:
         """The scale s of the module called ``name``."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
+from stablelora_jax.lora.names import first_match, hits, layer_number, matches, require_match, stack_depth, suffixes
 from stablelora_jax.lora.pairs import FULL, TargetModule, make_target_module, pair_shapes, require_rank
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec, items, shown
@@ -107,11 +108,11 @@ def kernel_axes(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> tuple[
 
     They come from ``spec.in_axes``, else from the bias, whose shape is the shape of the outputs, else the first axis.
     """
-    depth, leaf = tree.stack_depth(path, spec.stacked), module[kernel_leaf(module) or "kernel"]
+    depth, leaf = stack_depth(path, spec.stacked), module[kernel_leaf(module) or "kernel"]
     depth = depth if len(leaf.shape) >= depth + 2 else 0
     shape, bias = leaf.shape[depth:], module.get("bias")
     name = ".".join(path)
-    declared = tree.first_match(items(spec.in_axes), name)
+    declared = first_match(items(spec.in_axes), name)
     if declared is not None:
         if not all(0 <= axis < len(shape) for axis in declared) or not 0 < len(declared) < len(shape):
             raise InputError(f"in_axes {declared} do not fit the kernel of {name}, whose axes are {shape}")
@@ -178,12 +179,12 @@ def _check_patterns(names: list[str], spec: LoraSpec) -> None:
         if patterns == "all-linear" and kind == "target_modules":
             continue
         if isinstance(patterns, str):
-            tree.require_match(kind, patterns, any(tree.matches(patterns, name) for name in names), names)
+            require_match(kind, patterns, any(matches(patterns, name) for name in names), names)
             continue
-        there = tree.suffixes(names) if patterns else ()
+        there = suffixes(names) if patterns else ()
         for pattern in patterns:
-            tree.require_match(kind, pattern, pattern in there, names)
-    layers = {tree.layer_number(name, spec.stacked) for name in names} if spec.layers_to_transform else ()
+            require_match(kind, pattern, pattern in there, names)
+    layers = {layer_number(name, spec.stacked) for name in names} if spec.layers_to_transform else ()
     for layer in spec.layers_to_transform or ():
         if layer not in layers:
             raise InputError(f"layers_to_transform: there is no layer {shown(layer)} in the model")
@@ -199,6 +200,6 @@ def _check_patterns(names: list[str], spec: LoraSpec) -> None:
 
 def _require_hits(kind: str, table: Any, names: list[str]) -> None:
     keys = [pattern for pattern, _ in items(table)]
-    found = tree.hits(keys, names)
+    found = hits(keys, names)
     for pattern in keys:
-        tree.require_match(kind, pattern, pattern in found, names)
+        require_match(kind, pattern, pattern in found, names)

@@ -39,6 +39,7 @@ import numpy as np
 import optax
 
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
+from stablelora_jax.lora.names import hits, require_match
 from stablelora_jax.lora.pairs import TargetModule, is_pair
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import extra_leaves, match_target_modules
@@ -71,10 +72,10 @@ def freeze_mask(
     rows = [row for target in match_target_modules(params, adapters, spec).values() for row in _pair_rows(target, spec)]
     rows += [row for leaf in trained_parameters(params, spec).values() for row in _full_rows(leaf)]
     every = sorted({name for _, names, used, _ in rows for name, one in zip(names, used, strict=True) if one})
-    found = tree.hits(patterns, {holder for name in every for holder in _holders(name)})
+    found = hits(patterns, {holder for name in every for holder in _holders(name)})
     modules = sorted({name.rpartition(".")[0] for name in every})
     for pattern in patterns:
-        tree.require_match("freeze:", pattern, pattern in found, [*every, *modules])
+        require_match("freeze:", pattern, pattern in found, [*every, *modules])
     mask: Any = {}
     for place, names, used, shape in rows:
         hit = np.array([_freezes(patterns, name) for name in names])
@@ -156,7 +157,7 @@ def _require_whole_pairs(state: Any, mask: Any) -> None:
 
 
 def _freezes(patterns: Sequence[str], name: str) -> bool:
-    return bool(patterns) and bool(tree.hits(patterns, _holders(name)))
+    return bool(patterns) and bool(hits(patterns, _holders(name)))
 
 
 def _holders(name: str) -> list[str]:

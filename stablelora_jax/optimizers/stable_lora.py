@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from stablelora_jax.lora.names import module_names
 from stablelora_jax.optimizers.checks import of_pairs
 from stablelora_jax.optimizers.limits import require_numbers
 from stablelora_jax.optimizers.pair_tree import map_pairs
 from stablelora_jax.utils.errors import InputError
-from stablelora_jax.utils.tree import names
 
 ON, OFF, PADDING = 1, 0, -1  # values of a latch
 Ratio = Any  # float, traced scalar, or a schedule: count -> scalar
@@ -143,7 +143,7 @@ def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dic
     for path, latch in jax.tree.leaves_with_path([state.shrinking for state in found]):
         keys = tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:])
         values = np.asarray(latch)
-        pairs = zip(names(keys, values.shape, stacked), values.reshape(-1), strict=True)
+        pairs = zip(module_names(keys, values.shape, stacked), values.reshape(-1), strict=True)
         named |= {name: bool(value) for name, value in pairs if value != PADDING}
     return named
 

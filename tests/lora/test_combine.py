@@ -10,6 +10,7 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, init_adapters, merge, save_peft, save_pretrained
 from stablelora_jax.lora.combine import METHODS, combine
+from stablelora_jax.lora.names import module_names
 from stablelora_jax.lora.pairs import adapter_target_modules
 from stablelora_jax.utils import tree
 from tests.helpers import FOREIGN, random_params, tiny_decoder, trained
@@ -292,7 +293,7 @@ def by_part(adapters, spec):
     }
     found = {}
     for path, p in pair.items():
-        for i, name in enumerate(tree.names(path, p["lora_a"].shape[:-2], spec.stacked)):
+        for i, name in enumerate(module_names(path, p["lora_a"].shape[:-2], spec.stacked)):
             found[name] = spec.scale_of(name) * np.asarray(p["lora_a"][i] @ p["lora_b"][i])
     return found
 

@@ -11,9 +11,10 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, init_adapters, save_peft
 from stablelora_jax.interop.peft_config import from_peft_config
 from stablelora_jax.lora.combine.union import _united_target_modules, exactly
+from stablelora_jax.lora.names import matches, pattern_matches
 from stablelora_jax.lora.pairs import adapter_target_modules
 from stablelora_jax.optimizers.freeze import freeze_mask
-from stablelora_jax.utils import patterns, tree
+from stablelora_jax.utils import patterns
 from stablelora_jax.utils.expressions import LONGEST, WIDEST, expression
 
 MODULES = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -55,10 +56,10 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("where", ["target", "exclude", "rank_pattern", "alpha_pattern", "in_axes"])
+@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "in_axes"])
 @pytest.mark.parametrize("pattern", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_pattern_is_one_line_in_time(pattern, where):
-    value = pattern if where in ("target", "exclude") else {pattern: (0,) if where == "in_axes" else 2}
+    value = pattern if where.endswith("modules") else {pattern: (0,) if where == "in_axes" else 2}
     start_time = time.monotonic()
     with pytest.raises(InputError) as caught:
         start(**{where: value})
@@ -107,10 +108,10 @@ def test_freezing_never_hangs(pattern):
 def test_what_is_ordinary_matches_as_in_re(pattern):
     ending = f"(.*\\.)?({pattern})$"
     for name in [*NAMES, *(n[6:] for n in NAMES), "q_proj", "x.q_proj", "qxproj", "a" * 200]:
-        assert tree.matches(pattern, name) == bool(re.fullmatch(pattern, name)), name
+        assert matches(pattern, name) == bool(re.fullmatch(pattern, name)), name
         if not pattern.startswith("(?i)"):  # which PEFT's frame makes invalid
-            assert tree.pattern_matches(pattern, name) == bool(re.match(ending, name)), name
-            assert tree.pattern_matches(f"^{pattern}", name) == bool(re.match(f"(.*\\.)?(^{pattern})$", name)), name
+            assert pattern_matches(pattern, name) == bool(re.match(ending, name)), name
+            assert pattern_matches(f"^{pattern}", name) == bool(re.match(f"(.*\\.)?(^{pattern})$", name)), name
 
 
 def test_a_table_finds_every_pattern_of_many():
@@ -129,15 +130,16 @@ def test_the_first_of_several_wins():
 def test_long_alternations_of_names_are_no_long_expressions():
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(500)]
     for target in (exactly(names), "|".join(names)):
-        assert len(target) > LONGEST and start(target=target)
+        assert len(target) > LONGEST and start(target_modules=target)
     with pytest.raises(InputError, match=f"more than {LONGEST}: list the names"):
         LoraSpec(target_modules=exactly(names) + "|.*v_proj")
     specs = [LoraSpec(target_modules=exactly(names)), LoraSpec(target_modules=".*v_proj")]
-    assert _united_target_modules(specs, ["a.b"]) == {"target": r"a\.b", "exclude": (), "layers": None}
+    united = {"target_modules": r"a\.b", "exclude_modules": (), "layers_to_transform": None}
+    assert _united_target_modules(specs, ["a.b"]) == united
 
 
 def test_what_is_written_out_has_a_limit():
-    assert tree.matches("(.{1,1000}){1,1000}q_proj", NAMES[0]) and not expression("(a{10}){10}").matches("a")
+    assert matches("(.{1,1000}){1,1000}q_proj", NAMES[0]) and not expression("(a{10}){10}").matches("a")
     with pytest.raises(InputError, match="repeats too much"):
         expression(f"a{{{WIDEST + 1}}}")
 
@@ -169,13 +171,12 @@ def test_maps_of_very_many_patterns(table):
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"])
 def test_lists_of_very_many_entries(key):
     many = list(range(-10, 10**6)) if key.startswith("layers") else [f"m{i}" for i in range(100_000)]
-    ours = {"target_modules": "target", "exclude_modules": "exclude", "layers_to_transform": "layers"}.get(key, key)
     raw = peft(**{key: many + ["q_proj"] * (key == "target_modules")})
     start_time = time.monotonic()
     spec, dropped = from_peft_config(raw, params())
     assert len(dropped) > 99_000 and init_adapters(jax.random.key(0), params(), spec)
     with pytest.raises(InputError, match="matches no module|there is no layer"):
-        start(**{ours: many})
+        start(**{key: many})
     assert time.monotonic() - start_time < IN_TIME
 
 
