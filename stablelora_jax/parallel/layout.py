@@ -74,7 +74,7 @@ class Layout:
     place_state: TreeMap
     place_rows: Callable[[Callable[[slice], Any], int], Any]
     abstract: Abstract
-    fetch: TreeMap
+    fetch: Callable[[Any], Any]
     sum_parts: TreeMap
     compile: Compile
 
