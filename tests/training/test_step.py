@@ -255,7 +255,7 @@ def test_the_places_of_learnt_tokens_change_nothing(layout, accumulate, make):
     value, gradient = jit(jax.value_and_grad(loss))(begun)
     place = LAYOUTS[layout]()
     step = make_train_step(adapted(model, SPEC), tx, place, accumulate=accumulate)
-    placed, state = place.place_base(params), place.state(host(init_state(begun, tx, jax.random.key(1))))
+    placed, state = place.place_base(params), place.place_state(host(init_state(begun, tx, jax.random.key(1))))
     state, metrics = step(state, placed, place.split(with_places(batch, 31)))
     assert metrics["loss_tokens"].ravel()[0] == batch.loss_mask[:, 1:].sum()
     np.testing.assert_allclose(place.fetch(metrics)["loss"], value, rtol=1e-6)
@@ -305,7 +305,7 @@ def test_a_step_in_bfloat16_runs_and_is_near_that_in_float32(name, layout):
     (batch,), begun, moved = batches(1), trained(init_adapters(jax.random.key(0), params, spec), spec), []
     for own, base in ((model.clone(dtype=jnp.float32), widened), (model, params)):
         step = make_train_step(adapted(own.clone(**options), spec), optax.sgd(1.0), place)
-        state = place.state(host(init_state(begun, optax.sgd(1.0), jax.random.key(1))))
+        state = place.place_state(host(init_state(begun, optax.sgd(1.0), jax.random.key(1))))
         state, metrics = step(state, place.place_base(base), place.split(with_places(batch, 31)))
         after = place.fetch(state).adapters
         moved.append((jax.tree.map(lambda a, b: np.asarray(a) - b, after, begun), place.fetch(metrics)["loss"]))
