@@ -24,9 +24,19 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-SHAPED: list[str] = []  # modules of the package whose annotated shapes are checked at each call, in tests only
-if SHAPED:
-    jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
+SHAPED = [
+    "stablelora_jax.data.batch",
+    "stablelora_jax.models.attention",
+    "stablelora_jax.models.attention_kernels",
+    "stablelora_jax.models.block",
+    "stablelora_jax.models.cache",
+    "stablelora_jax.models.inputs",
+    "stablelora_jax.models.masks",
+    "stablelora_jax.models.rope",
+    "stablelora_jax.training.cross_entropy",
+    "stablelora_jax.training.loss",
+]  # modules of the package whose annotated shapes are checked at each call, in tests only
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("test_laws", "test_processes", "test_kill", "test_step", "test_bad_runs", "test_main_job", "test_layouts")

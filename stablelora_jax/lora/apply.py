@@ -27,6 +27,7 @@ from stablelora_jax.lora.full_parameters import apply_full_parameters, match_tra
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.stacks import require_stacks
 from stablelora_jax.lora.target_modules import as_dict, match_target_modules, require_leaves, to_matrix
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
@@ -80,8 +81,13 @@ class Adapted:
         off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
         laid = _lay(params, variables["lora"], variables.get("lora_hp"), targets, None if off else keys, self.spec)
         reads = dict.fromkeys(targets, 0)
-        with nn.intercept_methods(_interceptor(self, targets, reads, keys)):
-            out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
+        try:
+            with nn.intercept_methods(_interceptor(self, targets, reads, keys)):
+                out = self.model.apply({**own, "params": laid}, *args, rngs=rngs, **kwargs)
+        except (IndexError, TypeError, ValueError) as error:
+            if not isinstance(error, InputError):
+                require_stacks(lambda own: self.model.apply(own, *args, rngs=rngs, **kwargs), own, targets)
+            raise
         unread = [path for path, count in reads.items() if not count]
         if unread and kwargs.get("method") is None:
             raise InputError(
@@ -148,7 +154,10 @@ def _interceptor(model: Adapted, targets: Mapping[Path, TargetModule], reads: di
             x = _dropout(
                 x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
             )
-        down = lambda a: contract(module, x, _kernel(own), a, in_axes, args[1:], kwargs)  # noqa: E731
+
+        def down(a: jax.Array) -> Any:
+            return contract(module, x, _kernel(own), a, in_axes, args[1:], kwargs)
+
         with jax.named_scope(SCOPE):
             y = _changed(member, module, y, own, in_axes, down, dropped)
         return y if model.observe is None else model.observe(y, own, lambda a: down(a)[0])
@@ -217,7 +226,7 @@ def _dropout(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
     if key.ndim and key.shape[0] != x.shape[0]:
         raise InputError(f"{key.shape[0]} dropout keys for an input of {x.shape}: rows must be its first axis")
     keep = 1.0 - rate
-    rows = jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[1:]))
+    rows: Any = jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[1:]))
     mask = rows(key) if key.ndim else jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
@@ -236,7 +245,8 @@ def _split_dropout(rngs: Any) -> tuple[Any, Any]:
 
 def _typed(keys: Any) -> jax.Array:
     keys = jnp.asarray(keys)
-    return keys if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(keys)
+    found: jax.Array = keys if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(keys)
+    return found
 
 
 def _target_keys(keys: jax.Array, target: TargetModule) -> jax.Array:

@@ -183,11 +183,13 @@ class LoraSpec:
 
     def rank_of(self, name: str) -> int:
         """The rank of the module called ``name``: the first key of ``rank_pattern`` that matches, else ``rank``."""
-        return first_match(items(self.rank_pattern), name, self.rank)
+        found: int = first_match(items(self.rank_pattern), name, self.rank)
+        return found
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module called ``name``, by ``alpha_pattern`` and ``alpha``."""
-        return first_match(items(self.alpha_pattern), name, self.alpha)
+        found: float = first_match(items(self.alpha_pattern), name, self.alpha)
+        return found
 
     def scale_of(self, name: str) -> float:
         """The scale s of the module called ``name``."""
@@ -197,7 +199,8 @@ class LoraSpec:
 
 def items(table: Any) -> tuple[tuple[str, Any], ...]:
     """The ``(pattern, value)`` pairs of a spec's pattern map, in the order in which they are tried."""
-    return table
+    found: tuple[tuple[str, Any], ...] = table
+    return found
 
 
 def _names(field_name: str, value: Any) -> str | tuple[str, ...]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
+from flax.core.meta import AxisMetadata
 
 from stablelora_jax.lora.names import first_match, hits, layer_number, matches, require_match, stack_depth, suffixes
 from stablelora_jax.lora.pairs import FULL, TargetModule, make_target_module, pair_shapes, require_rank
@@ -36,11 +37,22 @@ def find_target_modules(params: Any, spec: LoraSpec) -> dict[Path, TargetModule]
       InputError: naming the pattern that matches nothing, with near misses.
     """
     params = as_dict(params)
+    _require_unboxed(params)
     modules = tree.find_dicts(params, lambda node: kernel_leaf(node) is not None)
     targets = {path: _target(path, module, spec) for path, module in modules.items()}
     _check_patterns([name for target in targets.values() for name in target.names], spec)
     _check_axes(list(modules), spec)
     return {path: target for path, target in targets.items() if target.rank}
+
+
+def _require_unboxed(params: Any) -> None:
+    boxed = [x for x in jax.tree.leaves(params, is_leaf=_is_box) if _is_box(x)]
+    if boxed:
+        raise InputError(f"parameters are boxed ({type(boxed[0]).__name__}): call flax.linen.unbox(params) first")
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, AxisMetadata)
 
 
 def match_target_modules(params: Any, adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:

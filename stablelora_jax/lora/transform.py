@@ -149,7 +149,7 @@ def _init_pair(key: jax.Array, target: TargetModule, spec: LoraSpec, dtype: DTyp
     keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names])
     kernel = jax.ShapeDtypeStruct(target.size, dtype)
     start = INITIALIZERS[spec.init] if target.leaf == "kernel" else embedding
-    make = jax.vmap(lambda k: start(k, kernel, target.rank, dtype)[0])
+    make: Any = jax.vmap(lambda k: start(k, kernel, target.rank, dtype)[0])
     pair = {name: leaf.reshape(*target.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
     mask = jnp.asarray(target.mask(), dtype)
     return {"lora_a": pair["lora_a"] * mask[..., None, :], "lora_b": pair["lora_b"] * mask[..., :, None]}
@@ -191,7 +191,8 @@ def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -
         if "lora_bias" in pair:
             bias = _with_lora_bias(params, pair["lora_bias"], sign * target.scale(), target)
             params = tree.set_in(params, (*path, "bias"), bias)
-    return params
+    found: dict[str, Any] = params
+    return found
 
 
 def _with_lora_bias(params: Any, lora_bias: jax.Array, scale: jax.Array, target: TargetModule) -> jax.Array:
@@ -202,7 +203,8 @@ def _with_lora_bias(params: Any, lora_bias: jax.Array, scale: jax.Array, target:
         )
     accum_dtype = jnp.promote_types(jnp.promote_types(bias.dtype, lora_bias.dtype), jnp.float32)
     change = lora_bias.astype(accum_dtype) * scale.astype(accum_dtype)[..., None]
-    return (bias.astype(accum_dtype) + change.reshape(bias.shape)).astype(bias.dtype)
+    found: jax.Array = (bias.astype(accum_dtype) + change.reshape(bias.shape)).astype(bias.dtype)
+    return found
 
 
 def _require_finite(merged: jax.Array, target: TargetModule) -> None:

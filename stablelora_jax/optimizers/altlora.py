@@ -155,7 +155,8 @@ def _alternate(o: Options, first: str, variant: str, scale: Scale) -> optax.Grad
                 for (step, _), (after, state) in zip(moved, _one(nexts, count, o, "b"), strict=True)
             ]
         a_is_due = (count % 2 == 0) == (first == "a")
-        return jax.lax.cond(a_is_due, one("a"), one("b"), list(groups), count)
+        found: list[tuple[Pair, AltLoraState]] = jax.lax.cond(a_is_due, one("a"), one("b"), list(groups), count)
+        return found
 
     return pairwise(start, update, 1.0 if o.code else scale)
 

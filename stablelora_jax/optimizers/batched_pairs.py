@@ -190,7 +190,8 @@ def _gather(members: Sequence[Group]) -> Group:
         depth = member.scale.ndim
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[depth:]), member)
 
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(flat, members))
+    found: Group = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(flat, members))
+    return found
 
 
 def _scatter(paths: Sequence[Any], stacks: Sequence[tuple[int, ...]], batch: Any) -> dict[Any, Any]:

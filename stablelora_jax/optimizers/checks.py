@@ -31,7 +31,8 @@ def of_pairs(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         if params is None:
             raise InputError("this optimizer needs the parameters: call update(updates, state, params)")
         require_same_tree(updates, params)
-        return inner.update(updates, state, params, **extra)
+        found: tuple[Any, Any] = inner.update(updates, state, params, **extra)
+        return found
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -144,7 +144,10 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransfo
 
 def _require_whole_pairs(state: Any, mask: Any) -> None:
     """Refuse a state with ``moves_both``, the name of its optimizer, at a pair of which one factor is frozen alone."""
-    moves_both = lambda node: hasattr(node, "moves_both")  # noqa: E731
+
+    def moves_both(node: Any) -> bool:
+        return hasattr(node, "moves_both")
+
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, PairwiseState))
     for pairs in (node.pairs for node in nodes if isinstance(node, PairwiseState)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(pairs, is_leaf=moves_both):

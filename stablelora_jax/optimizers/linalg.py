@@ -127,7 +127,10 @@ def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     def one_by_one(x: jax.Array) -> Any:
         return jax.lax.map(lambda matrix: tuple(jnp.linalg.eigh(matrix)), x)
 
-    return jax.lax.platform_dependent(matrices, cpu=one_by_one, default=lambda x: tuple(jnp.linalg.eigh(x)))
+    found: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(
+        matrices, cpu=one_by_one, default=lambda x: tuple(jnp.linalg.eigh(x))
+    )
+    return found
 
 
 def _whiten(values: jax.Array, vectors: jax.Array) -> jax.Array:

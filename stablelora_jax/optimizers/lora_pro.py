@@ -135,7 +135,8 @@ def _sylvester(left: Any, right: Any, c: jax.Array) -> jax.Array:
     (low, u), (high, v) = left, right
     total = jnp.maximum(low, 0)[..., :, None] + jnp.maximum(high, 0)[..., None, :]
     rotated = transpose(u) @ c @ v
-    return u @ jnp.where(total > 0, rotated / jnp.where(total > 0, total, 1), 0) @ transpose(v)
+    found: jax.Array = u @ jnp.where(total > 0, rotated / jnp.where(total > 0, total, 1), 0) @ transpose(v)
+    return found
 
 
 def _moments(g: Group, h: Pair, b1: Any, b2: Any) -> tuple[jax.Array, jax.Array]:

@@ -130,7 +130,8 @@ def _first_state(pair: Pair) -> RiteState:
         return Pair(*(jnp.zeros((*x.shape[:-2], x.shape[-1], x.shape[-1]), x.dtype) for x in pair))
 
     def zeros() -> Pair:
-        return jax.tree.map(jnp.zeros_like, pair)
+        found: Pair = jax.tree.map(jnp.zeros_like, pair)
+        return found
 
     return RiteState(zeros(), squares(), zeros(), Pair(*(jnp.zeros(x.shape[:-2], x.dtype) for x in pair)))
 

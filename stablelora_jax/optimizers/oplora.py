@@ -148,13 +148,18 @@ def _nearer(old: jax.Array, other: jax.Array, target: Any, by: Inverse, ridge: A
     """The factor that makes ``factor other^T`` nearest to the target, which is given as what multiplies ``other``."""
     other = other / by.scale
     missing = target(other) / by.scale - old @ gram(other) - ridge / by.scale / by.scale * old
-    return old + missing @ by.matrix
+    found: jax.Array = old + missing @ by.matrix
+    return found
 
 
 def _times(terms: Terms, x: jax.Array) -> jax.Array:
-    return sum(c * (left @ x if right is None else left @ (transpose(right) @ x)) for c, left, right in terms)
+    found: jax.Array = sum(
+        c * (left @ x if right is None else left @ (transpose(right) @ x)) for c, left, right in terms
+    )
+    return found
 
 
 def _transposed_times(terms: Terms, x: jax.Array) -> jax.Array:
     parts = (transpose(left) @ x if right is None else right @ (transpose(left) @ x) for _, left, right in terms)
-    return sum(c * part for (c, _, _), part in zip(terms, parts, strict=True))
+    found: jax.Array = sum(c * part for (c, _, _), part in zip(terms, parts, strict=True))
+    return found

@@ -100,7 +100,8 @@ def stiefel_lora(
         def every(rule: Any) -> Any:
             return lambda given: settled([rule(g) for g in given], given)
 
-        return jax.lax.cond(count == 0, every(begin), every(move), list(groups))
+        found: list[tuple[Pair, StiefelState]] = jax.lax.cond(count == 0, every(begin), every(move), list(groups))
+        return found
 
     pairs = pairwise(first_state, update)
     return of_pairs(others_by_adamw(pairs, learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
@@ -129,4 +130,5 @@ def orthonormal_columns(x: jax.Array, *instead: jax.Array) -> jax.Array:
             best = jnp.where(found, own, best)
         return jax.lax.dynamic_update_slice_in_dim(q, best, j, -1)
 
-    return jax.lax.fori_loop(0, x.shape[-1], column, jnp.zeros_like(x))
+    found: jax.Array = jax.lax.fori_loop(0, x.shape[-1], column, jnp.zeros_like(x))
+    return found

@@ -187,7 +187,8 @@ def _save(setup: TrainingSetup, placed: TrainState, number: int, manager: Any) -
         raise RunError(f"cannot write checkpoint {number}: {manager.directory} is gone; put it back or begin anew")
     state = setup.layout.fetch(placed)
     checkpoint.save(manager, number, state, metadata_of(setup, number))
-    return state
+    found: TrainState = state
+    return found
 
 
 def metadata_of(setup: TrainingSetup, step: int) -> dict[str, Any]:

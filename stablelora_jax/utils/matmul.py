@@ -48,9 +48,9 @@ def _jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
     """A zero tangent is that of a constant: the other operand is not kept for it."""
     (x, factor), (dx, dfactor) = primals, tangents
     given = {"vmapped": (), "of_x": _type(x), "of_factor": _type(factor)}
-    zero = lambda tangent: isinstance(tangent, jax.custom_derivatives.SymbolicZero)  # noqa: E731
-    terms = [] if zero(dx) else [_bilinear.bind(dx, factor, **given)]
-    terms += [] if zero(dfactor) else [_bilinear.bind(x, dfactor, **given)]
+    zero = jax.custom_derivatives.SymbolicZero
+    terms = [] if isinstance(dx, zero) else [_bilinear.bind(dx, factor, **given)]
+    terms += [] if isinstance(dfactor, zero) else [_bilinear.bind(x, dfactor, **given)]
     y = _matmul(x, factor)
     return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
@@ -65,7 +65,8 @@ def _evaluated(x: jax.Array, factor: jax.Array, *, vmapped: Any, **types: Type) 
     product: Any = _matmul
     for axes in reversed(vmapped):
         product = jax.vmap(product, axes)
-    return product(x, factor)
+    found: jax.Array = product(x, factor)
+    return found
 
 
 def _transposed_x(cotangent: jax.Array, _: Any, factor: jax.Array, *, vmapped: Any, of_x: Type, **types: Type) -> Any:

@@ -27,7 +27,7 @@ class Loader(yaml.SafeLoader):
         """One node, counted."""
         self._count, self._depth = self._count + 1, self._depth + 1
         if self._count > NODES:
-            _refuse(self.peek_event(), f"it holds more than {NODES} values")
+            _refuse(self.peek_event(), f"it holds more than {NODES} values")  # type: ignore[no-untyped-call]
         if self._depth > DEEPEST:
             raise yaml.MarkedYAMLError(None, None, f"more than {DEEPEST} values lie in each other")
         try:

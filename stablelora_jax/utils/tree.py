@@ -31,7 +31,8 @@ def find_dicts(tree: Any, wanted: Any, prefix: Path = ()) -> dict[Path, Mapping[
 def set_in(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
     """A copy of ``tree`` with ``value`` at ``path``; only the dicts on the way are copied, missing ones are made."""
     if not path:
-        return value
+        found: dict[str, Any] = value
+        return found
     return {**tree, path[0]: set_in(tree.get(path[0], {}), path[1:], value)}
 
 

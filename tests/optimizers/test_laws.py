@@ -279,7 +279,8 @@ def test_converges_on_a_quadratic(x64, name):
     assert np.isfinite(values).all() and values[-1] < 1e-2 * values[0], (values[0], values[-1])
 
 
-# 2x2 factors leave lora_pre no low rank; lora_rite, as published, jumps out of the valley at every rate in float64
+# 2x2 factors leave lora_pre no low rank; lora_rite, as published, leaves the valley in float64
+# at 3e-2, 1e-2 and 1e-3, and ends at 0.0099 at 3e-3
 @pytest.mark.parametrize("name", [name for name in LEARNS if name not in ("lora_pre", "lora_rite")])
 def test_goes_down_the_valley_of_rosenbrock(x64, name):
     rosenbrock = lambda w: jnp.sum(100 * (w[:, 1] - w[:, 0] ** 2) ** 2 + (1 - w[:, 0]) ** 2) / 100

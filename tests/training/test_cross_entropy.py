@@ -120,7 +120,7 @@ def test_chunks_are_masked_cross_entropy():
     at = (np.arange(7) + 1) % 7
     weights = mask[:, at] * (at > 0)
     np.testing.assert_allclose(
-        chunked_cross_entropy(head, {}, {"kernel": kernel}, x, tokens[:, at], weights, 2), total, rtol=1e-6
+        chunked_cross_entropy(head, {}, {"kernel": kernel}, x, tokens[:, at], jnp.asarray(weights), 2), total, rtol=1e-6
     )
 
 

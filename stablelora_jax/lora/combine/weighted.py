@@ -186,7 +186,8 @@ def _modules(parts: Sequence[Part], options: Options, key: jax.Array | None) -> 
 @partial(jax.jit, static_argnames=("make", "options"))
 def _each(make: Any, modules: Module, weights: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
     """``make`` of each module in turn: one delta is in memory at a time, and see ``optimize/gram.py`` on CPUs."""
-    return jax.lax.map(lambda module: make(module, weights, options), modules)
+    found: tuple[jax.Array, jax.Array] = jax.lax.map(lambda module: make(module, weights, options), modules)
+    return found
 
 
 def _factors(module: Module, weights: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:

@@ -39,4 +39,5 @@ def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
 
 
 def _norms(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(lora.merged(w, adapter, scale), axis=-2)
+    found: jax.Array = jnp.linalg.norm(lora.merged(w, adapter, scale), axis=-2)
+    return found
