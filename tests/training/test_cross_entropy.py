@@ -136,7 +136,9 @@ def test_a_trained_head_has_the_gradient_of_the_plain_loss(pair, x64):
         return -(jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], -1)[..., 0] * weights).sum()
 
     def tiled(trained, x):
-        return chunked_cross_entropy(head, trained, {"kernel": kernel}, x, targets, weights, 3)
+        return chunked_cross_entropy(
+            head, trained, {"kernel": kernel}, x, jnp.asarray(targets), jnp.asarray(weights), 3
+        )
 
     (value, found), (total, expected) = (jax.value_and_grad(f, (0, 1))(trained, x) for f in (tiled, plain))
     assert value.dtype == jnp.float64
@@ -150,14 +152,18 @@ def test_a_trained_head_has_the_gradient_of_the_plain_loss(pair, x64):
 
 def test_a_frozen_head_has_no_gradient():
     kernel, x, targets, weights = drawn()
-    loss = lambda kernel: chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 3)
+    loss = lambda kernel: chunked_cross_entropy(
+        head, {}, {"kernel": kernel}, x, jnp.asarray(targets), jnp.asarray(weights), 3
+    )
     assert (np.asarray(jax.grad(loss)(kernel)) == 0).all()
 
 
 def test_bfloat16_sums_in_float32_and_is_the_gradient_of_its_inputs():
     kernel, x, targets, weights = drawn(dtype=jnp.bfloat16)
     trained = {"kernel": kernel.astype(jnp.float32)}  # a float32 master, as an adapter has it
-    loss = lambda trained, x: chunked_cross_entropy(head, trained, {"kernel": kernel}, x, targets, weights, 3)
+    loss = lambda trained, x: chunked_cross_entropy(
+        head, trained, {"kernel": kernel}, x, jnp.asarray(targets), jnp.asarray(weights), 3
+    )
     value, (found, dx) = jax.value_and_grad(loss, (0, 1))(trained, x)
     expected, gradient, wanted = by_hand(kernel, x, targets, weights)
     assert (value.dtype, dx.dtype, found["kernel"].dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
@@ -168,14 +174,18 @@ def test_bfloat16_sums_in_float32_and_is_the_gradient_of_its_inputs():
 
 def test_chunks_of_huge_logits_stay_finite():
     kernel, x, targets, weights = drawn()
-    loss = lambda x: chunked_cross_entropy(head, {}, {"kernel": 1e4 * kernel}, x, targets, weights, 3)
+    loss = lambda x: chunked_cross_entropy(
+        head, {}, {"kernel": 1e4 * kernel}, x, jnp.asarray(targets), jnp.asarray(weights), 3
+    )
     value, dx = jax.value_and_grad(loss)(x)
     assert np.isfinite(value) and value > 1e4 and np.isfinite(dx).all() and np.abs(dx).max() > 0
 
 
 def test_chunks_inside_a_scan_and_a_checkpoint():
     kernel, x, targets, weights = drawn()
-    one = lambda x, scale: scale * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 3)
+    one = lambda x, scale: (
+        scale * chunked_cross_entropy(head, {}, {"kernel": kernel}, x, jnp.asarray(targets), jnp.asarray(weights), 3)
+    )
     add = lambda total, scale: (total + jax.checkpoint(one)(x * scale, scale), None)
     scales = jnp.array([0.5, 2.0])
     value, found = jax.value_and_grad(lambda scales: jax.lax.scan(add, 0.0, scales)[0])(scales)
@@ -187,7 +197,9 @@ def test_chunks_inside_a_scan_and_a_checkpoint():
 
 def test_the_head_is_multiplied_twice_and_without_a_gradient_once():
     kernel, x, targets, weights = drawn(K=6)
-    loss = lambda x: chunked_cross_entropy(head, {}, {"kernel": kernel}, x, targets, weights, 2)
+    loss = lambda x: chunked_cross_entropy(
+        head, {}, {"kernel": kernel}, x, jnp.asarray(targets), jnp.asarray(weights), 2
+    )
     one = 2 * 3 * 6 * 5 * 11
     assert dots(jax.make_jaxpr(loss)(x)) == one
     assert dots(jax.make_jaxpr(jax.grad(loss))(x)) == 2 * one
@@ -196,7 +208,7 @@ def test_the_head_is_multiplied_twice_and_without_a_gradient_once():
 @pytest.mark.parametrize("rows,length,chunk", CHUNKS)
 def test_chunks_are_cut_and_joined(rows, length, chunk):
     x = np.arange(rows * length * 2).reshape(rows, length, 2) + 1
-    cut = split_chunks(x, chunk)
+    cut = split_chunks(jnp.asarray(x), chunk)
     assert cut.shape == (-(-length // chunk), rows, chunk, 2) and np.array_equal(join_chunks(cut, length), x)
     assert int(cut.sum()) == x.sum(), "the rest is zeros"
 
