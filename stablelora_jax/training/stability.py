@@ -41,7 +41,7 @@ from stablelora_jax.utils.tree import Path
 
 
 class Stability(NamedTuple):
-    """The terms of one site; each field has the shape of the site's stack and is zero in its padding."""
+    """The terms of one target module; each field has the shape of its stack, zero where a layer has no adapter."""
 
     delta1: jax.Array  # RMS of s z A' dB
     delta2: jax.Array  # RMS of s z dA B
@@ -62,7 +62,7 @@ def stability(
     axis_name: str | None = None,
     **kwargs: Any,
 ) -> dict[Path, Stability]:
-    """The terms of one step at every site, by one more forward and backward pass; pure, may be jitted or mapped.
+    """The terms of one step at every target module, from one more forward and backward pass; can be jitted.
 
     Args:
       model: as made by :func:`stablelora_jax.adapted`.

@@ -1,4 +1,4 @@
-"""What is learnt. One file a task, one line here; a split is a list of :class:`Question` or of :class:`Problem`."""
+"""Tasks. One file each, one line here; a split is a list of :class:`Question` or of :class:`Problem`."""
 
 from __future__ import annotations
 

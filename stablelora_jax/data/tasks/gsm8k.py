@@ -2,7 +2,7 @@
 
 Prompt, stops, extraction and ``exact_match`` are those of lm-evaluation-harness, ``gsm8k/gsm8k.yaml``, without examples
 in the prompt (zero-shot). Hub columns ``{"question", "answer"}``, splits train and test; the answer ends in
-``#### 72``, and its calculator marks ``<<48/2=24>>`` are not learnt.
+``#### 72``, and its calculator marks ``<<48/2=24>>`` are removed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def problem(row: Mapping[str, Any], name: str) -> Problem:
 
 
 def prompt(question: str) -> str:
-    """What the model is asked; MetaMathQA is learnt from the same."""
+    """The prompt; MetaMathQA trains on the same."""
     return f"Question: {question}\nAnswer:"
 
 

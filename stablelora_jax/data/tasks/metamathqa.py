@@ -2,7 +2,7 @@
 
 Hub columns ``{"type", "query", "original_question", "response"}``, split train only; a response ends in
 ``The answer is: 72``, and for GSM8K's questions in ``#### 72`` before it, which GSM8K's strict filter reads. The
-prompt is GSM8K's, so that what is learnt here is measured there.
+prompt is GSM8K's, so that GSM8K evaluates what is trained here.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def lettered(row: Mapping[str, Any]) -> tuple[list[str], int]:
         return row["choices"], row["label"]
     texts, labels, key = row["choices"]["text"], row["choices"]["label"], str(row["answerKey"]).strip()
     if not key:
-        raise ValueError("it has no answerKey: an unlabelled split can be neither learnt nor measured")
+        raise ValueError("it has no answerKey: an unlabelled split can be used neither for training nor for evaluation")
     if len(labels) != len(texts) or key not in labels:
         raise ValueError(f"answerKey {key!r} is none of the {len(texts)} choices {labels!r}")
     return texts, labels.index(key)
@@ -173,7 +173,7 @@ def lettered(row: Mapping[str, Any]) -> tuple[list[str], int]:
 def numbered(label: Any, first: int) -> int:
     """The label as an index, from a string that counts from ``first``."""
     if label in ("", None) or label == "-1":
-        raise ValueError("it has no label: an unlabelled split can be neither learnt nor measured")
+        raise ValueError("it has no label: an unlabelled split can be used neither for training nor for evaluation")
     return int(label) - first
 
 
@@ -183,7 +183,7 @@ def choices(texts: Any, label: Any) -> tuple[tuple[str, ...], int]:
         raise ValueError("a choice is empty or no string")
     "".join(texts).encode()
     if label is None:
-        raise ValueError("it has no label: an unlabelled split can be neither learnt nor measured")
+        raise ValueError("it has no label: an unlabelled split can be used neither for training nor for evaluation")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(texts):
         raise ValueError(f"label {label!r} for {len(texts)} choices")
     return tuple(f" {one}" for one in texts), label
