@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Problem(NamedTuple):
-    """One text to continue: ``prompt + answer`` is trained on, and where ``target`` is given, what is said is compared."""
+    """One text to continue: ``prompt + answer`` is trained on; where ``target`` is given, what is said is compared."""
 
     prompt: str  # ends where the answer begins, without trailing space
     answer: str  # begins with the space or line break that separates it from the prompt
