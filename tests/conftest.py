@@ -25,7 +25,6 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 SHAPED = [
-    "stablelora_jax.data.batch",
     "stablelora_jax.models.attention",
     "stablelora_jax.models.attention_kernels",
     "stablelora_jax.models.block",

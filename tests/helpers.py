@@ -30,6 +30,12 @@ def jit(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def exact_jit(function):
+    """:func:`jit` with XLA's present code generator, where rounding matters: conftest sets the older one."""
+    options = {"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {}
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0, **options})
+
+
 def tiny_decoder(dtype=jnp.float32, **changes):
     """A random decoder of a few thousand parameters, biases and norms random too: ``(model, params)``."""
     model = Decoder(DecoderConfig(**{**TINY, **changes}), dtype=dtype)

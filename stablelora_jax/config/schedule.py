@@ -104,7 +104,7 @@ class Polynomial(Warmup):
 
     def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
         length = self.decay_steps or _left(warmup + _held(self.hold_steps, warmup, steps), steps)
-        return optax.polynomial_schedule(peak, self.end * peak, self.power, length, self.hold_steps)
+        return _polynomial(peak, self.end * peak, self.power, length, self.hold_steps)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Wsd(Warmup):
         elif self.decay == "linear":
             decay = optax.linear_schedule(peak, low, length)
         else:  # a rise by the square root, run backwards
-            rise = optax.polynomial_schedule(low, peak, 0.5, length)
+            rise = _polynomial(low, peak, 0.5, length)
             decay = _backwards(rise, length)
         return optax.join_schedules([optax.constant_schedule(peak), decay], [rest - length])
 
@@ -298,6 +298,19 @@ def warmup_of(config: ScheduleConfig, steps: int) -> int:
 
 def _left(done: int, steps: int) -> int:
     return max(1, steps - done)
+
+
+def _polynomial(start: Any, end: Any, power: float, length: int, begin: int = 0) -> optax.Schedule:
+    """``optax.polynomial_schedule``, but of the steps that are left: exactly ``end`` at the end on every backend.
+
+    ``1 - count / length`` can be below zero there, which a power makes NaN, where a compiler multiplies by the inverse.
+    """
+
+    def schedule(count: Any) -> jax.Array:
+        left = jnp.asarray(length - jnp.clip(count - begin, 0, length), jnp.float32)
+        return end + (start - end) * (left / length) ** power
+
+    return schedule
 
 
 def _backwards(schedule: optax.Schedule, length: int) -> optax.Schedule:

@@ -29,7 +29,7 @@ from stablelora_jax.config.schedule import (
     warmup_of,
 )
 from stablelora_jax.runs.build import make_schedule
-from tests.helpers import jit
+from tests.helpers import exact_jit as jit
 
 PEAK, STEPS = 3e-4, 60
 

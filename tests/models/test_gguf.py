@@ -353,7 +353,7 @@ def test_unknown_tensor_and_missing_package(tmp_path, monkeypatch):
 def test_needs_no_torch(tmp_path):
     path = write(tmp_path / "m.gguf", hf_tensors(), keys=letters())
     code = f"""import sys; sys.modules["torch"] = None
-from stablelora_jax.models.gguf import read_gguf
+from stablelora_jax.models.pretrained.gguf import read_gguf
 checkpoint = read_gguf({str(path)!r})
 print(checkpoint.read("model.norm.weight").shape, checkpoint.tokenizer.encode("ab"))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -130,13 +130,13 @@ MISTAKES = [  # what is given on the command line -> what is said
     ("distributed.process=0", "needs all of coordinator, processes and process, or none"),
     ("distributed={coordinator:\xa0here,processes:\xa02,process:\xa00}", "coordinator must be host:port, not here"),
     ("distributed={coordinator:\xa0'h:9',processes:\xa02,process:\xa02}", r"process must be in \[0, 1\], not 2"),
-    ("lora.target_modules=[q_prj]", "target 'q_prj' matches no module; did you mean q_proj"),
+    ("lora.target_modules=[q_prj]", "target_modules 'q_prj' matches no module; did you mean q_proj"),
     ("lora.layers_to_transform=[7]", "there is no layer 7 in the model"),
     ("lora.modules_to_save=[nothing]", "modules_to_save 'nothing' matches no module"),
     ("freeze=[nothing]", "freeze: 'nothing' matches no module; modules here end in"),
     ("freeze=[lora_a,lora_b]", "lora_a, lora_b leave nothing to train: name less"),
     ("init_from=nowhere", "nowhere is neither a run directory .* nor an adapter"),
-    ("init_from=run", "run has no adapter yet: the run has not ended; its command goes on with it"),
+    ("init_from=run", "run has no adapter yet: the run has not ended; its command continues it"),
     ("init_from=adapter lora.rank=4", "adapter does not fit this run: lora.rank is 2 in adapter and 4 here"),
     ("max_length=4096", "max_length 4096 is more than the 2048 of base"),
     ("max_length=1", "does not fit into max_length=1 with its prompt"),
@@ -375,7 +375,7 @@ def ends(world, tmp_path_factory, kind, *within):
     if subprocess.run([*within, "true"], capture_output=True).returncode:
         pytest.skip(f"{within[0]} is refused here")
     scratch = tmp_path_factory.mktemp(kind)
-    done = process(*within, sys.executable, "-m", "tests.bad_runs", kind, str(world), str(scratch))
+    done = process(*within, sys.executable, "-m", "tests.runs.bad_runs", kind, str(world), str(scratch))
     assert done.returncode == 0, done.stderr
     return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
 
