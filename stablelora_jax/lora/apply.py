@@ -58,7 +58,7 @@ class Adapted:
 
         Args:
           variables: the model's collections, plus ``"lora"`` (adapters) and, optionally, ``"lora_hp"`` (scales and
-            dropout rates as arrays, see :func:`stablelora_jax.hyper`).
+            dropout rates as arrays, see :func:`stablelora_jax.lora_hyperparams`).
           *args: passed on to the model.
           rngs: as for any Linen model, a dict or one key; ``"dropout"`` may hold one key, or one key per batch row.
           **kwargs: passed on to ``model.apply`` (``method``, ``mutable``) and from there to the model.

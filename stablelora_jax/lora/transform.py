@@ -87,7 +87,7 @@ def merge(
 
     This is the definition of what adapters mean. A parameter that two modules share (an embedding that is the head,
     too) is changed for both. Adapted kernels of a quantised base come back dense, merged into what they dequantise to:
-    that is the model that was trained. The others stay quantised (see :func:`stablelora_jax.quantization.dense`).
+    that is the model that was trained. The others stay quantised (see :func:`.dequantize_tree`).
 
     Args:
       params: the base; not changed.

@@ -62,7 +62,7 @@ def make_optimizer(
 def make_training(
     config: RunConfig, params: Any, adapters: Any
 ) -> tuple[Callable[[Hyperparams], optax.GradientTransformation], Callable[[Any], Any]]:
-    """``(tx, trained)`` for :func:`stablelora_jax.make_train_step`, with ``config.freeze`` applied to both.
+    """``(tx, trained)`` for :func:`.make_train_step`, with ``config.freeze`` applied to both.
 
     ``tx`` makes the optimizer from the result of :func:`make_hyperparams`; ``trained`` stops the gradients of frozen
     parts of the adapters. Shapes of ``params`` and ``adapters`` suffice.

@@ -27,7 +27,7 @@ def step_record(
 
     Args:
       step: its number.
-      metrics: as :func:`stablelora_jax.make_train_step` returns them, on the host; with ``stability`` as
+      metrics: as :func:`stablelora_jax.training.step.make_train_step` returns them, on the host; with ``stability`` as
         :func:`stablelora_jax.training.step.make_stability_view` returns it, its terms are in the record, by module.
       spec: of the adapters.
       learning_rate: of this step.
