@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -34,8 +37,11 @@ def test_transformers_loads_it():
 
 
 def test_pretraining_is_deterministic(tmp_path):
-    for name in ("a", "b"):
-        maker.make_base(tmp_path / name, seed=3, steps=4)
+    """In a process of its own with one device and one thread: eight devices share the threads in ways that vary."""
+    code = "import sys, pathlib; sys.path.insert(0, 'experiments'); import pretrain_base as maker\n"
+    code += "for name in 'ab': maker.make_base(pathlib.Path(sys.argv[1]) / name, seed=3, steps=4)"
+    alone = {**os.environ, "XLA_FLAGS": "", "NPROC": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=alone, check=True, capture_output=True)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == sorted(path.name for path in base_directory().iterdir())
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)

@@ -21,7 +21,7 @@ from stablelora_jax.interop.metadata import load_metadata
 from stablelora_jax.models.pretrained.load import save_pretrained
 from stablelora_jax.models.untie import untie
 from stablelora_jax.quantization import is_quantized
-from stablelora_jax.runs.directory import create
+from stablelora_jax.runs.directory import create, locate
 from tests.helpers import largest_difference, tiny_decoder, trained
 
 SPEC = LoraSpec(rank=4, scaling="rslora", target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.*q_proj": 2})
@@ -106,7 +106,7 @@ def test_an_adapter_s_base_is_quantised_as_in_training(adapter, tmp_path):
 def test_a_run_names_its_base_and_its_dtype(tmp_path):
     model, params = load_pretrained(shipped_base())
     config = RunConfig(lora=SPEC, model=ModelConfig(dtype="bfloat16", untie=True), output=str(tmp_path / "run"))
-    create(tmp_path / "run", config)
+    create(locate(config), config)
     with pytest.raises(InputError, match="has no adapter yet"):
         export(tmp_path / "run", "peft")
     spec = LoraSpec(rank=2, modules_to_save=["lm_head"])

@@ -115,8 +115,8 @@ BATCHES = {
     "floats": dict(tokens=np.ones((1, 2))),
     "a mask of another shape": dict(tokens=np.ones((1, 4), np.int32), loss_mask=np.ones((1, 2))),
     "a mask of text": dict(tokens=np.ones((1, 4), np.int32), loss_mask=np.array([["x"] * 4])),
-    "places of nothing": dict(tokens=np.ones((1, 4), np.int32), at=np.zeros((1, 0), np.int32)),
-    "places of floats": dict(tokens=np.ones((1, 4), np.int32), at=np.ones((1, 1))),
+    "places of nothing": dict(tokens=np.ones((1, 4), np.int32), loss_positions=np.zeros((1, 0), np.int32)),
+    "places of floats": dict(tokens=np.ones((1, 4), np.int32), loss_positions=np.ones((1, 1))),
 }
 
 
@@ -126,7 +126,9 @@ def test_what_is_no_batch_is_one_line(tiny, name):
     tokens = BATCHES[name]["tokens"]
     usual = {key: np.ones(tokens.shape, np.int32) for key in ("loss_mask", "segment_ids", "positions")}
     with pytest.raises((InputError, TypeError)) as error:
-        summed_loss(adapted(model, LoraSpec()), {"params": params}, Batch(**{**usual, "at": None, **BATCHES[name]}))
+        summed_loss(
+            adapted(model, LoraSpec()), {"params": params}, Batch(**{**usual, "loss_positions": None, **BATCHES[name]})
+        )
     assert error.type is InputError or name == "a mask of text"
 
 

@@ -63,10 +63,10 @@ def test_one_tensor_of_the_file_is_held_at_a_time(saved, monkeypatch):
 
 @pytest.mark.parametrize("layout", [pmap_layout, mesh_layout], ids=["pmap", "mesh"])
 def test_layouts_place_what_is_loaded(saved, layout):
-    _, params = load_pretrained(saved[0], quantize="nf4", sharding=layout().base)
+    _, params = load_pretrained(saved[0], quantize="nf4", sharding=layout().base_sharding)
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(params))
     with pytest.raises(InputError, match=r"^model\.layers\.\w+\.\w+ is quantised, which only data can spread"):
-        load_pretrained(saved[0], quantize="nf4", sharding=mesh_layout(fsdp=2).base)
+        load_pretrained(saved[0], quantize="nf4", sharding=mesh_layout(fsdp=2).base_sharding)
 
 
 def test_what_cannot_be_loaded(saved):

@@ -314,14 +314,14 @@ def test_arguments(drawn, model):
     calls = {
         "merge": ("params", "adapters", "spec"),
         "describe": ("params", "adapters", "spec"),
-        "hyper": ("spec", "adapters"),
-        "frozen": ("params", "adapters", "spec"),
+        "lora_hyperparams": ("spec", "adapters"),
+        "freeze_mask": ("params", "adapters", "spec"),
     }
 
     def check(name, number, wrong):
         arguments = {key: good[key] for key in calls[name]}
         arguments[calls[name][number % len(calls[name])]] = wrong
-        more = {"patterns": ["lora_a"]} if name == "frozen" else {}
+        more = {"patterns": ["lora_a"]} if name == "freeze_mask" else {}
         getattr(stablelora_jax, name)(**arguments, **more)
 
     drawn("argument", check, st.sampled_from(sorted(calls)), st.integers(0, 2), VALUE)

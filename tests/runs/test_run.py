@@ -47,7 +47,9 @@ def test_what_peft_has_no_form_for_is_refused_before_training(tmp_path):
         ROOT / "configs" / "default.yaml",
         ["lora.target_modules=[embed_tokens]", "lora.parametrization=dora", f"output={tmp_path / 'r'}"],
     )
-    with pytest.raises(InputError, match="PEFT has no dora for an embedding that is tied to the head: untie them first"):
+    with pytest.raises(
+        InputError, match="PEFT has no dora for an embedding that is tied to the head: untie them first"
+    ):
         run(chosen, lambda _: None)
     assert not (tmp_path / "r").exists()
 

@@ -12,7 +12,7 @@ from stablelora_jax.utils import compile_cache
 
 TOY = """
 import jax, jax.numpy as jnp
-from stablelora_jax import compile_cache
+from stablelora_jax.utils import compile_cache
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
@@ -44,7 +44,7 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     assert second[0] == first[0] and int(second[1].split()[-1]) > 0 and files(directory) == kept
 
 
-ENABLE = "from stablelora_jax import compile_cache; print(compile_cache.enable())"
+ENABLE = "from stablelora_jax.utils import compile_cache; print(compile_cache.enable())"
 
 
 def test_jax_s_own_switches_come_first(tmp_path):
