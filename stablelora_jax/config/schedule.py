@@ -308,7 +308,8 @@ def _polynomial(start: Any, end: Any, power: float, length: int, begin: int = 0)
 
     def schedule(count: Any) -> jax.Array:
         left = jnp.asarray(length - jnp.clip(count - begin, 0, length), jnp.float32)
-        return end + (start - end) * (left / length) ** power
+        rate: jax.Array = end + (start - end) * (left / length) ** power
+        return rate
 
     return schedule
 
