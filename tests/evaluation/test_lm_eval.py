@@ -132,4 +132,4 @@ def test_a_task_of_the_harness_on_our_model(models, compare, shared):
 def test_nothing_else_needs_the_harness():
     files = sorted((ROOT / "stablelora_jax").rglob("*.py"))
     naming = [path.name for path in files if re.search(r"^\s*(import|from) lm_eval", path.read_text(), re.MULTILINE)]
-    assert naming == ["harness.py"]
+    assert naming == ["lm_eval.py"]
