@@ -177,7 +177,8 @@ def _changed(
     z = checkpoint_name(z, "lora_xa")
     change = member.delta(z, own, own["lora_scale"])
     if "lora_bias" in own:
-        change = change + own["lora_bias"].astype(change.dtype) * own["lora_scale"].astype(change.dtype)
+        bias = own["lora_bias"].astype(change.dtype) * own["lora_scale"].astype(change.dtype)
+        change = change + _leading(bias, change.ndim)
     apart = isinstance(module, nn.Conv | nn.Einsum)
     kernel = to_matrix(_kernel(own), 0, in_axes)
     gain = member.gain(kernel, own, own["lora_scale"])
@@ -188,14 +189,20 @@ def _changed(
     if dropped or (apart and "bias" in own):
         product = place(down(kernel)[0]).astype(accum_dtype)
     else:
-        product = y.astype(accum_dtype) - own.get("bias", jnp.zeros((), accum_dtype)).astype(accum_dtype)
+        bias = own.get("bias", jnp.zeros((), accum_dtype)).astype(accum_dtype)
+        product = y.astype(accum_dtype) - _leading(bias, y.ndim)
     return _add(y, place(gain - 1) * product + place(gain * change), apart)
+
+
+def _leading(x: jax.Array, ndim: int) -> jax.Array:
+    """``x`` with leading axes of size 1, up to ``ndim`` axes."""
+    return jnp.expand_dims(x, range(ndim - x.ndim))
 
 
 def _attend(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
     """``x W'^T`` of an embedding W (vocabulary, features): the same change of W as in a look-up, transposed."""
     gain = member.gain(own["embedding"], own, own["lora_scale"])
-    x = x if gain is None else (x * gain).astype(x.dtype)
+    x = x if gain is None else (x * _leading(gain, x.ndim)).astype(x.dtype)
     accum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     with jax.named_scope(SCOPE):
         z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=accum_dtype).astype(x.dtype)

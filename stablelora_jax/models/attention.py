@@ -102,10 +102,10 @@ def _dense(
 ) -> jax.Array:
     B, T, H, hd = q.shape
     accum_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    distance = jnp.arange(T)[:, None] - jnp.arange(T)
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
     mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if segment_ids is not None:
-        mask = (mask & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None, None]
+        mask = (mask[None] & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None, None]
     q = q.reshape(B, T, k.shape[2], H // k.shape[2], hd)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accum_dtype) * hd**-0.5
     probs = _softmax(scores, mask).astype(v.dtype)

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
         y = x.astype(accum_dtype(self.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale.astype(y.dtype)).astype(x.dtype)
+        return (y * jnp.expand_dims(scale.astype(y.dtype), range(y.ndim - 1))).astype(x.dtype)
 
 
 class Attention(nn.Module):

@@ -40,7 +40,7 @@ def angles(
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosines and sines of the rotations at ``positions``, in ``dtype``; the same for all layers."""
     freq = jnp.asarray(frequencies(rope, head_dim), dtype)
-    angle = positions[..., None, None].astype(dtype) * freq
+    angle = positions[..., None, None].astype(dtype) * freq[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

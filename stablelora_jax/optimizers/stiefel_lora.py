@@ -93,7 +93,7 @@ def stiefel_lora(
         def begin(g: Group) -> tuple[Pair, StiefelState]:
             a, b = g.params
             rows = jnp.arange(b.shape[-2]) % a.shape[-2]
-            random = jax.random.normal(jax.random.key(0), b.shape[-2:], b.dtype) * used(g.params)[:, None, :]
+            random = jax.random.normal(jax.random.key(0), b.shape[-2:], b.dtype)[None] * used(g.params)[:, None, :]
             q = orthonormal_columns(b, a[..., rows, :], random)  # A has too few rows where in < r
             return Pair(a @ (transpose(b) @ q) - a, q - b), g.state
 

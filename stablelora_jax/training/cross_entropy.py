@@ -173,7 +173,7 @@ def _loss_and_gradients(
         top = jax.lax.stop_gradient(z.max(axis=-1, keepdims=True))
         powers = jnp.exp(z - top)
         total = powers.sum(axis=-1, keepdims=True)
-        right = jnp.arange(z.shape[-1]) == targets[..., None]
+        right = jax.lax.broadcasted_iota(targets.dtype, z.shape, z.ndim - 1) == targets[..., None]
         chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)
         loss = ((jnp.log(total) + top - chosen)[..., 0] * weights).sum(axis=1)
         d_trained, dx = pull(((powers / total - right) * weights[..., None]).astype(z.dtype))

@@ -115,7 +115,7 @@ def test_float32_and_bfloat16_equal_a_transcription(kind, case):
 def test_dense_equals_attention_by_a_mask():
     q, k, v = inputs()
     ids = jnp.array(PACKED, jnp.int32)
-    mask = np.tri(T, dtype=bool) & (ids[:, :, None] == ids[:, None, :])
+    mask = np.tri(T, dtype=bool)[None] & (ids[:, :, None] == ids[:, None, :])
     assert largest_difference(self_attention(q, k, v, ids), attend(q, k, v, mask)) < 1e-6
 
 

@@ -90,7 +90,7 @@ def test_zero_gradients_move_nothing_and_nothing_is_ever_nan(name):
 def test_stacked_pairs_equal_separate_pairs_and_padding_stays_zero(name):
     member = MEMBERS[name]
     stack = pair(0, 7, 5, 3, (3,), zero_b=False)
-    used = jnp.arange(3) < jnp.array([3, 2, 0])[:, None]  # ranks 3 and 2, and a layer that is not adapted
+    used = jnp.arange(3)[None] < jnp.array([3, 2, 0])[:, None]  # ranks 3 and 2, and a layer that is not adapted
     stack = {"lora_a": stack["lora_a"] * used[:, None, :], "lora_b": stack["lora_b"] * used[:, :, None]}
     ranks = {"0": 3, "1": 2}
     cut = lambda x: {

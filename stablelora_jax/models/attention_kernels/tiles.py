@@ -81,7 +81,7 @@ def on_diagonal(
     """Mask of the queries over the keys of each tile; broadcasts to (n, B, K, queries G, keys)."""
     distance = _distance(queries, keys, group)
     of_queries, of_keys = (None, None) if ids is None else (ids[..., queries], ids[..., keys])
-    return reduce(jnp.logical_and, [distance >= 0, *_limits(distance, of_queries, of_keys, group, window, static)])
+    return _all([distance >= 0, *_limits(distance, of_queries, of_keys, group, window, static)])
 
 
 def below_diagonal(
@@ -97,7 +97,7 @@ def below_diagonal(
     distance = (i - j) * size + _distance(slice(0, size), slice(0, size), group)
     of_queries, of_keys = (None, None) if ids is None else (ids[i], ids[j])
     limits = _limits(distance, of_queries, of_keys, group, window, static)
-    return reduce(jnp.logical_and, limits) if limits else None
+    return _all(limits) if limits else None
 
 
 def pairs(
@@ -119,7 +119,7 @@ def pairs(
 
 def _distance(queries: slice, keys: slice, group: int) -> jax.Array:
     """Query position less key position for slices of one tile: (queries G, keys)."""
-    return jnp.arange(queries.start, queries.stop).repeat(group)[:, None] - jnp.arange(keys.start, keys.stop)
+    return jnp.arange(queries.start, queries.stop).repeat(group)[:, None] - jnp.arange(keys.start, keys.stop)[None]
 
 
 def _limits(
@@ -135,3 +135,9 @@ def _limits(
     if of_queries is not None and of_keys is not None:
         limits.append((of_queries.repeat(group, axis=-1)[..., :, None] == of_keys[..., None, :])[..., None, :, :])
     return limits
+
+
+def _all(masks: list[jax.Array]) -> jax.Array:
+    """Where all masks are True; one of lower rank lacks leading axes."""
+    ndim = max(mask.ndim for mask in masks)
+    return reduce(jnp.logical_and, [jnp.expand_dims(mask, range(ndim - mask.ndim)) for mask in masks])
