@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from stablelora_jax import LoraSpec
 from stablelora_jax.lora.pairs import adapter_target_modules
@@ -23,6 +24,11 @@ TINY = dict(
     num_key_value_heads=2,
     head_dim=4,
 )
+
+
+def long(*values):
+    """A case of ``parametrize`` that is marked ``long``."""
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 def jit(function):

@@ -14,6 +14,7 @@ from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.pretrained.shapes import KNOWN, architecture
 from stablelora_jax.runs.dry_run import arguments, dry_run, flops_of, shapes
 from tests.conftest import ROOT
+from tests.helpers import long
 
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 TASKS = ("hellaswag", "social_i_qa", "openbookqa", "arc_easy", "arc_challenge", "merged_qa", "metamathqa")
@@ -35,7 +36,7 @@ def test_there_is_one_for_each_model_and_task():
     assert found == {(model, task) for model in KNOWN for task in TASKS} and len(PAPER) == 28
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p if "merged_qa" in p.stem else long(p) for p in PAPER], ids=lambda p: p.stem)
 def test_a_paper_setting_says_what_the_paper_says_and_traces_at_full_size(path):
     loaded = config.load(RunConfig, path)
     assert path.stem == f"{loaded.model.path.split('/')[1].lower()}-{loaded.task.name}"

@@ -25,6 +25,7 @@ def optimizers(experiments, monkeypatch):
     return bench_optimizers
 
 
+@pytest.mark.long
 def test_tables_hold_a_row_for_each_optimizer_asked_for(optimizers):
     asked = ("stable_lora", "lora_fa", "stable_lora, all latches off")
     lines = optimizers.measure(optimizers.BenchConfig(repeats=2, step_repeats=2, steps=1, rows=1, length=4, only=asked))

@@ -178,6 +178,7 @@ def test_of_a_gpu_its_streams_are_read_and_of_a_cpu_its_instructions():
 HOW = {"shape": "llama-15m", "batch": 2, "length": 64, "documents": 2, "rank": 4, "dtype": "float32", "toy": True}
 
 
+@pytest.mark.long
 def test_a_small_step_on_the_cpu():
     """Every part that a step has takes some time; the table holds all of them."""
     from bench.gpu.parts import PARTS
@@ -195,6 +196,7 @@ def test_a_small_step_on_the_cpu():
     assert "With command buffers: " in table({**found, "with_command_buffers": found})
 
 
+@pytest.mark.long
 def test_a_gpu_gives_both_programs(monkeypatch):
     """Rehearsed on the CPU, which takes the option, too; a compiler that does not know it gives the one program."""
     from bench.gpu import profile as module

@@ -134,6 +134,7 @@ def test_memory_forgets_what_was_before_the_steps():
     assert found["steps_bytes"] is None or 45e6 < found["steps_bytes"] - found["before_bytes"] < 100e6
 
 
+@pytest.mark.long
 def test_a_line_of_json_needs_no_data_sets_and_no_torch(tmp_path, monkeypatch):
     """From a process and its worker in which the optional packages cannot be imported."""
     from bench import turns as bench_turns
@@ -183,6 +184,7 @@ def test_more_devices_than_there_are_is_one_line():
     assert done.stderr.splitlines()[-1] == said
 
 
+@pytest.mark.long
 def test_the_peer_does_the_same_work():
     for package in ("torch", "transformers", "peft"):
         pytest.importorskip(package)

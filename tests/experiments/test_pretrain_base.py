@@ -33,6 +33,7 @@ def test_transformers_loads_it():
     assert abs(model.apply({"params": params}, ids) - expected).max() < 1e-4 * abs(expected).max()
 
 
+@pytest.mark.long
 def test_pretraining_is_deterministic(tmp_path):
     """The same bytes twice in up to four attempts: on a busy machine XLA on a CPU now and then rounds otherwise.
 

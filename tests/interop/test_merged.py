@@ -65,6 +65,7 @@ def test_a_kernel_that_is_not_finite_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [True, False])
 def test_fifty_greedy_tokens_of_a_real_model(tied, shared, tmp_path):
     torch = pytest.importorskip("torch")

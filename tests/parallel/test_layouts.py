@@ -67,6 +67,7 @@ def test_in_float32_without_dropout():
     assert all(np.abs(losses / found["one device"] - 1).max() < 1e-4 for losses in found.values())
 
 
+@pytest.mark.long
 def test_what_does_not_divide_stays_whole_and_right():
     """Two groups of heads, a vocabulary of 353 and an MLP of 36 cannot be split over eight devices."""
     model, params, start = problem(jnp.float32, 0.0, num_key_value_heads=2, vocab_size=353, intermediate_size=36)

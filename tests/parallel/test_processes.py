@@ -47,6 +47,7 @@ def one_device():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.mark.long
 def test_steps_and_checkpoints(one_device, tmp_path):
     params, begun, run = one_device
     half, losses = run(begun, batches()[:10])

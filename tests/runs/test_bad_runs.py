@@ -293,6 +293,7 @@ UNDER_WAY = {  # what stands in the way of a run -> how it ends, and what is sai
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", UNDER_WAY)
 def test_what_stands_in_the_way_of_a_run(place, world, fails, name):
     rel, content, code, message = UNDER_WAY[name]
@@ -307,6 +308,7 @@ def test_what_stands_in_the_way_of_a_run(place, world, fails, name):
     goes_on(place, world)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["run/checkpoints", "run"])
 def test_directories_that_are_removed_while_the_run_goes_on(place, world, fails, what, monkeypatch):
     saving = checkpoint.save
@@ -342,6 +344,7 @@ def test_a_run_directory_that_another_process_writes(place, fails):
         assert snapshot(place) == before
 
 
+@pytest.mark.long
 def test_what_is_no_error(place, world):
     """A cut line in the log, an adapter that was removed, a checkpoint half written: the same command mends them."""
     log = Path("run/metrics.jsonl")
@@ -404,24 +407,29 @@ def check(found, code, message):
     assert found["second"][0] == 0 and found["same"], found["second"][2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLOSED)
 def test_without_permission(closed, name):
     check(closed[name], *CLOSED[name][1:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FULL)
 def test_full_disks(mounted, name):
     check(mounted[name], *FULL[name][1:])
 
 
+@pytest.mark.long
 def test_a_new_run_on_a_full_disk(mounted):
     check(mounted["new"], 1, "cannot write to small/run: No space left on device")
 
 
+@pytest.mark.long
 def test_a_read_only_disk(mounted):
     check(mounted["read-only"], 2, "cannot write to run: .* is no directory that can be written to")
 
 
+@pytest.mark.long
 def test_a_whole_process_whose_checkpoints_cannot_be_written(place, world):
     """Its end, with that of all threads, included."""
     modes("run/checkpoints", 0o500)(place)
@@ -433,6 +441,7 @@ def test_a_whole_process_whose_checkpoints_cannot_be_written(place, world):
     one_line(done.returncode, done.stdout, done.stderr, 1, "cannot write checkpoint 4 in .*; step 3 is the newest")
 
 
+@pytest.mark.long
 def test_devices_that_are_not_there(place, world):
     before = snapshot(place)
     done = process(*script(), JAX_PLATFORMS="nonsense")
@@ -440,6 +449,7 @@ def test_devices_that_are_not_there(place, world):
     assert snapshot(place) == before
 
 
+@pytest.mark.long
 def test_a_terminal_that_is_gone_does_not_end_a_run(place, world):
     with open("/dev/full", "w") as full:
         done = subprocess.run(script(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)

@@ -17,6 +17,7 @@ from stablelora_jax.runs import run as module
 from stablelora_jax.runs.run import run
 from stablelora_jax.training import checkpoint
 from stablelora_jax.utils.errors import Interrupted, RunError
+from tests.helpers import long
 from tests.runs.kill_and_resume import contents, equal, records
 
 SHORT = RunConfig(
@@ -55,7 +56,7 @@ def whole(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("after", [1, 3, 5, 7])
+@pytest.mark.parametrize("after", [1, *map(long, [3, 5, 7])])
 def test_a_signal_ends_the_step_saves_it_and_the_run_goes_on_from_there(whole, tmp_path, monkeypatch, after):
     mine = replace(SHORT, output=str(tmp_path / "r"))
     with monkeypatch.context() as patch:

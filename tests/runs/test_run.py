@@ -19,6 +19,7 @@ from stablelora_jax.runs.run import run
 from stablelora_jax.training.metrics import norm_summary
 from stablelora_jax.utils.errors import RunError
 from tests.conftest import ROOT
+from tests.helpers import long
 
 SHORT = RunConfig(
     task=CompareSizesTask(train_limit=64, validation_limit=16),
@@ -168,7 +169,7 @@ def test_another_configuration_does_not_touch_it(finished):
         run(replace(SHORT, output=str(finished[0]), seed=1))
 
 
-@pytest.mark.parametrize("stop_after,whole", [(1, "finished"), (3, "finished"), (5, "measured")])
+@pytest.mark.parametrize("stop_after,whole", [(1, "finished"), long(3, "finished"), long(5, "measured")])
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(request, tmp_path, monkeypatch, stop_after, whole):
     from stablelora_jax.runs import log
 

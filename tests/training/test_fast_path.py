@@ -25,7 +25,7 @@ from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.runs.build import make_hyperparams, make_optimizer, make_training
 from stablelora_jax.training.loss import summed_loss
 from stablelora_jax.training.step import init_state, make_train_step
-from tests.helpers import TINY, largest_difference, tiny_decoder, trained
+from tests.helpers import TINY, largest_difference, long, tiny_decoder, trained
 from tests.utils.test_matmul import operands
 
 COMPILED: list[str] = []  # the name of every program that jax compiles from now on
@@ -183,7 +183,7 @@ def most_logits(text, vocabulary=V):
     return max(prod(s) // vocabulary for s in with_v)
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
+@pytest.fixture(scope="module", params=["untied", long("tied")])
 def program(request):
     """The compiled step on one device, with attention in tiles: ``(compiled, text, bytes of the state)``."""
     step, state = lowered(one(), attention="blockwise", tied=request.param == "tied")
@@ -195,6 +195,7 @@ def test_no_buffer_holds_the_logits_of_a_quarter_of_the_tokens(program):
     assert B * T // 16 < most_logits(program[1]) < B * T / 4, "and there is a tile of them"
 
 
+@pytest.mark.long
 def test_a_quarter_learnt_takes_a_quarter_of_the_tiles():
     """As large as those of a whole row: each tile reads the head from memory."""
     places = T // 4
@@ -208,9 +209,10 @@ def test_no_buffer_has_two_axes_of_t(program):
     assert any(T in shape for shape in shapes)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"segments": 1}, {"remat": "nothing"}, {"windows": (0, 40, 40)}, {"windows": (40,) * L}]
-)
+OTHERS = [{"segments": 1}, {"remat": "nothing"}, {"windows": (0, 40, 40)}, {"windows": (40,) * L}]
+
+
+@pytest.mark.parametrize("options", [{}, *map(long, OTHERS)])
 def test_no_buffer_grows_with_the_square_of_t(options):
     """Nor one that splits both axes into tiles: what each pair of tiles needs, say a mask, is had when it is needed."""
     text = lowered(one(), attention="blockwise", **options)[0].compile().as_text()

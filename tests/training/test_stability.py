@@ -213,6 +213,7 @@ def test_calls_of_one_module_add_up_and_what_reaches_no_output_is_zero():
     assert [found["lost"][field] for field in FIELDS] == [0, 0, 0, 0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["decoder", "scan_remat"])
 def test_eight_devices_equal_one(model):
     model, params, x, spec = case(model)
