@@ -38,7 +38,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrite links from paths in the repository to paths on the site."""
     here = page.file.src_uri
     sources = {place: path for path, place in PAGES.items()}
-    source = sources.get(here, f"{RESULTS}{here.removeprefix('results/')}" if here.startswith("results/") else f"docs/{here}")
+    source = sources.get(
+        here, f"{RESULTS}{here.removeprefix('results/')}" if here.startswith("results/") else f"docs/{here}"
+    )
 
     def link(match: re.Match[str]) -> str:
         place = site_path(posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2])))

@@ -1,4 +1,4 @@
-"""The scripts in ``examples/`` run, and do what they say; at their own sizes where marked long."""
+"""The scripts in ``examples/`` run, and do what they say; those that compile much are marked long."""
 
 import re
 import runpy
@@ -31,9 +31,10 @@ def test_foreign_linen_model(example):
     assert abs(space["merged"] - space["logits"]).max() < 1e-3
 
 
+@pytest.mark.long
 def test_own_jsonl(example, tmp_path):
-    space, out = example("own_jsonl", "--steps", 5, "--directory", tmp_path)
-    assert space["summary"]["after"]["loss"] < space["summary"]["before"]["loss"]
+    _, out = example("own_jsonl", "--directory", tmp_path)
+    assert out.splitlines()[-2:] == [" In the cave.", " In the hive."]
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
 
 
@@ -43,15 +44,11 @@ def test_qlora(example):
     assert last < first and space["kernel_bytes"](space["params"]) < space["kernel_bytes"](space["full"]) / 7
 
 
+@pytest.mark.long
 def test_many_adapters(example):
     space, out = example("many_adapters")
     pets, wild, base, rank = out.splitlines()
     assert (pets, wild, rank) == (" is a pet.", " is wild.", "the mixture has rank 12") and "wild" not in base
-
-
-@pytest.mark.long
-def test_own_jsonl_at_its_own_size(example):
-    assert example("own_jsonl")[1].splitlines()[-2:] == [" In the cave.", " In the hive."]
 
 
 @pytest.mark.long
