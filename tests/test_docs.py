@@ -22,6 +22,7 @@ from stablelora_jax.cli.train import load_config
 from stablelora_jax.config.optimizer import OPTIMIZERS
 from stablelora_jax.config.run import RunConfig
 from tests.conftest import ROOT
+from tests.test_layout import IMPORTS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
@@ -179,6 +180,11 @@ def test_the_table_of_keys_is_that_of_run_config():
 def test_every_optimizer_has_its_row():
     rows = re.findall(r"^\| `(\w+)", (ROOT / "docs" / "optimizers.md").read_text(), re.MULTILINE)
     assert set(OPTIMIZERS) - {"adamw"} <= set(rows)
+
+
+def test_the_table_of_folders_is_that_of_the_layout():
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]*) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert {folder: " ".join(said.replace("nothing", "").split(", ")) for folder, said in rows} == IMPORTS
 
 
 def test_every_public_name_is_in_the_reference():

@@ -43,7 +43,7 @@ def find(name: str) -> str:
         return str(folder() / f"{plain}.yaml")
     if path.suffix in (".yaml", ".yml") or path.is_dir():
         return name  # the reader says that it cannot be read
-    near = difflib.get_close_matches(plain[:80], known, n=3, cutoff=0.7) or [one for one in known if plain in one][:3]
+    near = difflib.get_close_matches(plain[:80], known, n=3, cutoff=0.6) or [one for one in known if plain in one][:3]
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise InputError(
         f"there is no configuration {name!r:.80}: {hint}'stablelora train --list-configs' lists all, and the name of a "

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from stablelora_jax.cli.train import add_config_options, load_config
 from stablelora_jax.runs.cli import exit_code
+from stablelora_jax.utils.errors import InputError
 
 SUMMARY = "show how the rows of a task become tokens"
 DESCRIPTION = (
@@ -27,6 +30,10 @@ def command(arguments: argparse.Namespace) -> int:
 
 def work(arguments: argparse.Namespace) -> None:
     """Load the configuration and the rows, and print."""
-    from stablelora_jax.runs.data_summary import data_summary
+    config = load_config(arguments)
+    if arguments.samples < 0:
+        raise InputError(f"--samples must not be negative, not {arguments.samples}")
+    from stablelora_jax.runs.data_summary import BRACKETS, GREEN, data_summary
 
-    data_summary(load_config(arguments), arguments.samples)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    data_summary(config, arguments.samples, marks=GREEN if colour else BRACKETS)

@@ -82,7 +82,7 @@ def rows(arguments: argparse.Namespace, prompts: list[Any]) -> list[dict[str, An
         stop_strings=arguments.stop,
         seed=arguments.seed,
         batch_size=min(len(prompts), 32) if arguments.batch_size is None else arguments.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     return [
         {"prompt": p, "text": r.text, "tokens": r.tokens, "stop": r.stop} for p, r in zip(prompts, results, strict=True)

@@ -59,7 +59,7 @@ def make_parser(prog: str = "stablelora") -> argparse.ArgumentParser:
         "--print-completion",
         action=_PrintCompletion,
         metavar="SHELL",
-        help="print a completion script for bash, zsh or tcsh (needs shtab)",
+        help="print a completion script for a shell: bash, zsh, ... (needs shtab)",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name, module in COMMANDS.items():
