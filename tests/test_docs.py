@@ -145,7 +145,6 @@ def test_own_data_runs_as_printed(reader, capsys):
     changes = {
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(stablelora_jax.base_directory()),
         "max_length=512": "max_length=64",
-        "steps=200": "steps=24",
     }
     for fence in FENCES:
         if fence.page == "docs/own-data.md" and fence.language == "bash":
