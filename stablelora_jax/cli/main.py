@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import stablelora_jax
@@ -32,9 +33,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "stablelora") -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"]:  # has subcommands of its own, outside the package
         return bench.forward(words[1:], prog=f"{prog} bench")
-    given = make_parser(prog).parse_args(words)
-    code: int = given.command(given)
-    return code
+
+    def work() -> int:
+        given = make_parser(prog).parse_args(words)
+        code: int = given.command(given)
+        return code
+
+    return _with_pipe(work)
 
 
 def script(name: str) -> int:
@@ -42,8 +47,19 @@ def script(name: str) -> int:
     module: Any = COMMANDS[name]
     parser = argparse.ArgumentParser(description=module.DESCRIPTION, conflict_handler="resolve")
     module.add_options(parser)
-    code: int = module.command(parser.parse_args())
-    return code
+    return _with_pipe(lambda: module.command(parser.parse_args()))
+
+
+def _with_pipe(work: Callable[[], int]) -> int:
+    """``work()``; 1 where the reader of stdout has gone, as ``head`` does, instead of a traceback."""
+    try:
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def make_parser(prog: str = "stablelora") -> argparse.ArgumentParser:

@@ -8,29 +8,36 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-QUIET, SILENCE = 10.0, 60.0  # seconds: no line for a loop shorter than this; no longer time between two lines
+QUIET, PAUSE, SILENCE = 10.0, 1.0, 60.0  # seconds: no line before the first; between two lines, least and most
 SHARE = 10  # per cent between two lines
 
 
 class ProgressLines:
-    """What is used of ``tqdm``, in lines: one for each further 10 % or minute, none in the first 10 seconds."""
+    """What is used of ``tqdm``, in lines: one for each further 10 % or minute, none in the first 10 seconds.
+
+    The end is left to what comes after the loop.
+    The time left is that of the steps after the first, which often compiles.
+    """
 
     def __init__(
         self, total: int, desc: str, unit: str, initial: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._total, self._initial, self._done = total, initial, initial
+        self._total, self._done = total, initial
         self._desc, self._unit, self._postfix = desc, unit, ""
         self._clock, self._began = clock, clock()
+        self._first: tuple[float, int] | None = None  # time and count of the first update
         self._shown_at, self._shown_share = self._began, self._share()
 
     def update(self, n: int = 1) -> None:
         """Count ``n`` more, and print a line where one is due."""
         self._done += n
         now = self._clock()
-        due = self._share() > self._shown_share or now - self._shown_at >= SILENCE
-        if due and now - self._began >= QUIET:
+        self._first = self._first or (now, self._done)
+        pause = now - self._shown_at
+        due = (self._share() > self._shown_share and pause >= PAUSE) or pause >= SILENCE
+        if due and now - self._began >= QUIET and self._done < self._total:
             self._shown_at, self._shown_share = now, self._share()
-            print(self._line(now - self._began), file=sys.stderr, flush=True)
+            print(self._line(now), file=sys.stderr, flush=True)
 
     def set_postfix(self, *, refresh: bool = True, **values: str) -> None:
         """Values that the next line shows."""
@@ -43,10 +50,13 @@ class ProgressLines:
     def _share(self) -> int:
         return self._done * 100 // max(1, self._total) // SHARE
 
-    def _line(self, seconds: float) -> str:
-        left = seconds / max(1, self._done - self._initial) * (self._total - self._done)
+    def _line(self, now: float) -> str:
+        began, first = self._first or (now, self._done)
+        steps, left = self._done - first, ""
+        if steps:
+            left = f", {_duration((now - began) / steps * (self._total - self._done))} left"
         done = f"{self._desc}: {self._done} of {self._total} {self._unit} ({self._done * 100 // max(1, self._total)} %)"
-        return f"{done}, {_duration(seconds)} elapsed, {_duration(left)} left{self._postfix}"
+        return f"{done}, {_duration(now - self._began)} elapsed{left}{self._postfix}"
 
 
 def open_progress(
@@ -86,9 +96,9 @@ def _duration(seconds: float) -> str:
     Example::
 
       >>> [_duration(seconds) for seconds in (9.6, 130, 7300)]
-      ['10 s', '2 min', '2 h 1 min']
+      ['10 s', '2 min', '2 h 2 min']
     """
     if seconds < 100:
         return f"{seconds:.0f} s"
-    hours, minutes = divmod(int(seconds) // 60, 60)
+    hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -37,6 +37,14 @@ def test_help_fits_a_screen(stablelora, monkeypatch, name):
         assert len(out.splitlines()) <= 45
 
 
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m stablelora_jax train --list-configs | true"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) in ((0, ""), (1, ""))
+
+
 def test_version(stablelora):
     assert stablelora("--version") == (0, f"stablelora_jax {metadata.version('stablelora-jax')}\n", "")
 

@@ -60,6 +60,10 @@ def test_the_run_is_drawn_exported_and_used(stablelora, made):
     os.remove(run / "loss.png")
     code, out, err = stablelora("report", run)
     assert (code, err) == (0, "") and (run / "loss.png").is_file() and str(run / "loss.png") in out
+    code, out, err = stablelora("report", run, "--html")
+    assert (code, out, err) == (0, f"{run / 'report.html'}\n", "") and (run / "report.html").stat().st_size > 5000
+    code, out, err = stablelora("report", run, run, "--html", "--output", made / "both.html")
+    assert (code, out, err) == (0, f"{made / 'both.html'}\n", "")
     code, out, err = stablelora("export", run, "--to", "peft", "--output", made / "exported")
     assert (code, err) == (0, "") and (made / "exported" / "adapter_config.json").is_file()
     words = ["--prompt", "The bear is", "--max-new-tokens", 4]
