@@ -22,9 +22,10 @@ IMPORTS = {  # a folder imports from those named here, and from nothing else of 
     "generation": "utils models lora data",
     "evaluation": "utils parallel models interop data training generation",
     "runs": "utils quantization parallel models lora optimizers config interop data training evaluation",
+    "cli": "utils config data interop generation evaluation runs",
 }
 AXES = ["lora/parametrizations", "lora/initializers"]
-LOOSE = {"__init__.py", "py.typed", "assets"}  # of the top level
+LOOSE = {"__init__.py", "__main__.py", "py.typed", "assets"}  # of the top level
 LINES = 350
 HEAVY = {
     "torch",

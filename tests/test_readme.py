@@ -1,14 +1,17 @@
-"""The README's Python runs as printed, one block after another, in one namespace."""
+"""The Python of README and docs/loop.md runs as printed, one block after another, in one namespace."""
 
 import re
 
 import jax
 import numpy as np
+import pytest
 
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+PAGES = {
+    name: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S) for name in ("README.md", "docs/loop.md")
+}
 
 
 def test_exactly_two_shell_commands_come_before_anything_else():
@@ -21,21 +24,24 @@ def test_exactly_two_shell_commands_come_before_anything_else():
     assert between.strip() == ""
 
 
-def test_the_loop_has_ten_lines():
-    loop = BLOCKS[0][BLOCKS[0].index("@jax.jit") :].strip().splitlines()
+@pytest.mark.parametrize("page", PAGES)
+def test_the_loop_has_ten_lines(page):
+    loop = PAGES[page][0][PAGES[page][0].index("@jax.jit") :].strip().splitlines()
     assert len(loop) == 10
 
 
-def test_the_examples_run_as_printed(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run_as_printed(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     space: dict = {}
     losses = []
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), space)
+    assert page == "README.md" or any("open_manager" in block for block in PAGES[page])
+    for block in PAGES[page]:
+        exec(compile(block, page, "exec"), space)
         losses.append(space["value"])
         if "open_manager" in block:  # once more, as after a kill: nothing is left to do
             before = jax.tree.map(np.asarray, (space["adapters"], space["opt_state"]))
-            exec(compile(block, "README.md", "exec"), space)
+            exec(compile(block, page, "exec"), space)
             again = space["adapters"], space["opt_state"]
             assert space["first"] == 20 and space["checkpoint"].steps("checkpoints") == [10, 20]
             assert jax.tree.structure(again) == jax.tree.structure(before)
@@ -45,3 +51,7 @@ def test_the_examples_run_as_printed(tmp_path, monkeypatch, capsys):
     assert not np.array_equal(
         first, space["lora"].apply({"params": space["params"], "lora": space["adapters"]}, space["tokens"])
     )
+
+
+def test_the_readme_is_short():
+    assert len(TEXT.splitlines()) <= 150

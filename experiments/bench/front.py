@@ -24,14 +24,15 @@ def parser(**options: Any) -> argparse.ArgumentParser:
     return made
 
 
-def main() -> int:
-    """Parse the command line and run the benchmark; returns the exit code."""
+def main(argv: list[str] | None = None, *, prog: str = "bench.py") -> int:
+    """Parse the command line ``argv`` (the process's) and run the benchmark; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
     lines = (__doc__ or "").split("\n")
-    front = parser(description=lines[0], epilog=" ".join(lines[2:]))
+    front = parser(prog=prog, description=lines[0], epilog=" ".join(lines[2:]))
     front.add_argument("command", choices=COMMANDS)
-    command = front.parse_args(sys.argv[1:2]).command
+    command = front.parse_args(words[:1]).command
     module = import_module(f"bench.{command}")
-    subparser = parser(prog=f"bench.py {command}", description=(module.__doc__ or "").split("\n")[0])
+    subparser = parser(prog=f"{prog} {command}", description=(module.__doc__ or "").split("\n")[0])
     module.add_options(subparser)
-    given = subparser.parse_args(sys.argv[2:])
+    given = subparser.parse_args(words[1:])
     return exit_code(lambda: module.bench(given))

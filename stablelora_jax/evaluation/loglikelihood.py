@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from stablelora_jax.data import bucket
 from stablelora_jax.generation.decode import decoder_of
@@ -20,6 +19,7 @@ from stablelora_jax.models.inputs import require_known
 from stablelora_jax.parallel import Layout, gather
 from stablelora_jax.training.cross_entropy import token_scores
 from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.progress import track
 
 STEP = 16  # scored tokens of a row are padded to a multiple of it
 
@@ -90,7 +90,7 @@ def likelihoods(
       requests: equal ones are computed once.
       rows: of a batch; a multiple of ``layout.parts``.
       max_length: the most input tokens of the model; longer texts are truncated from the left.
-      progress: show a progress bar.
+      progress: show the progress on stderr.
 
     Raises:
       InputError: a request without a token of context or continuation, or whose continuation alone is too long.
@@ -108,7 +108,7 @@ def likelihoods(
         most = max(len(request.continuation) for request in chunk)
         K[length] = min(max(K.get(length, 0), -(-most // STEP) * STEP), length)
     found: dict[Request, Likelihood] = {}
-    for chunk, length in zip(tqdm(chunks, desc="likelihood", disable=not progress, leave=False), T, strict=True):
+    for chunk, length in zip(track(chunks, "likelihood", "batches", hidden=not progress), T, strict=True):
         total, greedy = compute(_rows(chunk, rows, length, K[length], max_length))
         for request, value, same in zip(chunk, total, greedy, strict=False):
             found[request] = Likelihood(float(value), bool(same))

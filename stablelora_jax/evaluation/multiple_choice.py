@@ -32,7 +32,7 @@ def choice_scores(
       questions: with their choices.
       max_length: the most tokens the model reads; of a longer text the beginning is cut.
       rows: of a batch; those of like length run together.
-      progress: show a bar.
+      progress: show the progress on stderr.
 
     Raises:
       InputError: a choice that has no token, or more than ``max_length``.

@@ -76,7 +76,7 @@ def subject(model: Any, variables: Mapping[str, Any], *, batch_size: int = 16, p
       model: a ``Decoder`` or an adapted one.
       variables: ``{"params": ...}``, with ``"lora"`` for an adapted model.
       batch_size: texts that run together; rounded up to a multiple of the devices.
-      progress: show progress bars.
+      progress: show the progress on stderr.
 
     Raises:
       InputError: the model has no tokenizer, the variables no parameters, or the batch is not positive or absurd; when
@@ -139,7 +139,7 @@ def measure(
     else:
         load: Callable[..., list[Question]] = merged_qa.questions
         found = load(split, path) if task == "merged_qa" else merged_qa.part_questions(task, split, path)
-        rows, metrics = _choices(subject, found[:limit], CHOICES[task])
+        rows, metrics = choice_results(subject, found[:limit], CHOICES[task])
     return TaskResult(rows, {"split": split, "rows": len(rows), **metrics})
 
 
@@ -198,7 +198,10 @@ def _exp(value: float) -> float | None:
     return math.exp(value) if value < math.log(sys.float_info.max) else None
 
 
-def _choices(subject: EvalModel, questions: Sequence[Question], metrics: Sequence[str]) -> tuple[list[Any], Metrics]:
+def choice_results(
+    subject: EvalModel, questions: Sequence[Question], metrics: Sequence[str]
+) -> tuple[list[Any], Metrics]:
+    """Rows with ``loglikelihoods``, ``target`` and the metrics, of ``acc`` and ``acc_norm`` those asked for; means."""
     decoder = decoder_of(subject.model)
     scores = choice_scores(
         subject.compute,

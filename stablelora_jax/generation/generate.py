@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from stablelora_jax.data.template import render
 from stablelora_jax.generation.bank import Bank
 from stablelora_jax.generation.decode import decoder_of, generate_tokens, token_ids
 from stablelora_jax.generation.sampling import sampling
 from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.progress import track
 
 
 class Generation(NamedTuple):
@@ -64,7 +64,7 @@ def generate(
       seed: of the sampling; a prompt's tokens depend on it and on the prompt's index in ``prompts`` only.
       batch_size: prompts that run together, of similar length; default all.
       cache_dtype: of the cached keys and values; default the dtype of attention.
-      progress: show a progress bar.
+      progress: show the progress on stderr.
 
     Returns:
       One :class:`Generation` for each prompt, in their order.
@@ -92,7 +92,7 @@ def generate(
     key = jax.random.key(_seed(seed))
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     results: list[Any] = [None] * len(ids)
-    for start in tqdm(range(0, len(ids), max(rows, 1)), desc="generate", disable=not progress, leave=False):
+    for start in track(range(0, len(ids), max(rows, 1)), "generate", "batches", hidden=not progress):
         chosen = order[start : start + rows]
         tokens, mask = _batch([ids[i] for i in chosen], rows)
         numbers = np.array(chosen + [0] * (rows - len(chosen)))

@@ -1,4 +1,4 @@
-"""What the scripts in ``experiments/`` share: how they end, and the options that choose a model."""
+"""What all commands share: their exit codes, and the options that choose a model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, ``--adapter``, ``--merged``, ``--untie``, ``--strict``, ``--dtype``, as :func:`load_model` reads them."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face directory, GGUF file or hub id")
-    add("--adapter", metavar="DIR", type=Path, help="a PEFT directory, or a run directory of experiments/train.py")
+    add("--adapter", metavar="DIR", type=Path, help="a PEFT directory, or a run directory")
     add("--merged", action="store_true", help="merge the adapter into the parameters first")
     add("--untie", action="store_true", help="give a tied head its own weights, for an adapter that changes one alone")
     add("--strict", action="store_true", help="refuse an adapter that was made on another base, instead of a warning")

@@ -28,6 +28,9 @@ class Curves(NamedTuple):
     stops: list[tuple[int, str]]  # when which pair stopped shrinking
     evaluations: list[tuple[int, float]]  # (step, validation loss), where that is finite
     stability: list[tuple[int, dict[str, Any]]]  # the terms by module
+    ratios: list[tuple[int, dict[str, float | None]]]  # the stop rule's ratio by module
+    accuracies: list[tuple[int, float]]  # (step, accuracy on held-out questions)
+    has_stop_rule: bool  # whether pairs shrink, or have shrunk
 
 
 def read_curves(directory: str | Path) -> Curves:
@@ -38,11 +41,12 @@ def read_curves(directory: str | Path) -> Curves:
     """
     names = ("loss", "learning_rate", *NORMS)
     steps, columns = array("q"), {name: array("d") for name in names}
-    curves = Curves(np.zeros(0), {}, [], [], [], [])
-    path = Path(directory) / METRICS
+    curves = Curves(np.zeros(0), {}, [], [], [], [], [], [], False)
+    path, shrinks = Path(directory) / METRICS, False
     try:
         for record in each_record(path):
             _take(record, curves)
+            shrinks = shrinks or bool(record.get("shrinking") or record.get("stopped"))
             if "loss" in record:
                 steps.append(record["step"])
                 for name, column in columns.items():
@@ -50,7 +54,7 @@ def read_curves(directory: str | Path) -> Curves:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     series = {name: np.array(column) for name, column in columns.items()}
-    return curves._replace(steps=np.array(steps), series=series)
+    return curves._replace(steps=np.array(steps), series=series, has_stop_rule=shrinks)
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
@@ -66,6 +70,26 @@ def labels(directories: Sequence[Path]) -> list[str]:
     return [textwrap.shorten(name, 120) for name in names]
 
 
+class Ratios(NamedTuple):
+    """``(||A||_F / in) / (||B||_F / out)`` of every pair, where it was recorded."""
+
+    steps: np.ndarray  # (n,)
+    names: list[str]  # (pairs,) dotted module names
+    values: np.ndarray  # (n, pairs), NaN where B was zero or nothing was recorded
+
+
+def ratios_of(curves: Curves) -> Ratios:
+    """The ratios as a table; of an older run's log, from the terms of the stability analysis where it has them."""
+    rows = curves.ratios or [
+        (step, {name: t["a"] / t["b"] if t.get("a") and t.get("b") else None for name, t in terms.items()})
+        for step, terms in curves.stability
+    ]
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    values = np.array([[_number(row.get(name)) for name in names] for _, row in rows]).reshape(len(rows), len(names))
+    values[~(values > 0)] = math.nan  # a log axis shows no zero
+    return Ratios(np.array([step for step, _ in rows], int), names, values)
+
+
 def _take(record: dict[str, Any], curves: Curves) -> None:
     """Add what happened at a step to the lists."""
     step = record["step"]
@@ -74,8 +98,12 @@ def _take(record: dict[str, Any], curves: Curves) -> None:
     curves.stops.extend((step, name) for name in record.get("stopped", ()))
     if math.isfinite(loss := _number(record.get("validation", {}).get("loss"))):
         curves.evaluations.append((step, loss))
+    if math.isfinite(accuracy := _number(record.get("validation", {}).get("acc"))):
+        curves.accuracies.append((step, accuracy))
     if "stability" in record:
         curves.stability.append((step, record["stability"]))
+    if "stop_ratios" in record:
+        curves.ratios.append((step, record["stop_ratios"]))
 
 
 def _number(value: Any) -> float:

@@ -23,6 +23,7 @@ CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json",
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 PICTURES = ("loss.png", "norms.png", "stability.png")
 MARK = "# stablelora_jax: the configuration of this run, as resolved\n"
+PAGE = "<!doctype html>\n<!-- stablelora_jax: page of runs -->\n"  # how the page of a run begins
 LOCKED = re.compile(rb"(process \d+ on [^\n]*)?")  # what a run writes into its lock, or has not yet
 SOFTWARE = "stablelora_jax"  # in a picture of a run; before there was that, matplotlib's own name
 RECORDED = re.compile(rb'\{"step": \d+, "data": \{')  # how the first record of a run begins
@@ -117,3 +118,8 @@ def is_picture(path: Path) -> bool:
     named = (f"Software\0{SOFTWARE}".encode(), *((b"Software\0Matplotlib",) if is_run(path.parent) else ()))
     png = b"\x89PNG\r\n\x1a\n"
     return _begins(path, lambda content: content.startswith(png) and any(name in content for name in named))
+
+
+def is_page(path: Path) -> bool:
+    """Whether it is a page of runs, or nothing is there."""
+    return _begins(path, lambda content: content.startswith(PAGE.encode()))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stablelora_jax.runs import panels, ratio_panel
 from stablelora_jax.runs.cli import exit_code
-from stablelora_jax.runs.curves import Curves, labels, read_curves
+from stablelora_jax.runs.curves import Curves, labels, ratios_of, read_curves
 from stablelora_jax.runs.files import METRICS, SOFTWARE, is_picture
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -57,11 +58,15 @@ def draw_together(directories: Sequence[str | Path], output: str | Path) -> Path
     """
     figure, axes = _figure("Loss on the answer tokens, smoothed; points: on held-out data")
     every = []
+    axes.set_prop_cycle(panels.run_styles())
     for name, curves in zip(labels([Path(d) for d in directories]), map(read_curves, directories), strict=True):
-        (line,) = axes.plot(curves.steps, _smooth(curves.series["loss"]), label=name)
-        axes.plot(*_columns(curves.evaluations), "o", markersize=4, color=line.get_color())
-        every += [*_smooth(curves.series["loss"]), *(loss for _, loss in curves.evaluations)]
-    axes.set(ylabel="nats per token", yscale=_scale(every))
+        shown = name.replace("$", r"\$")  # no formula
+        (line,) = axes.plot(*panels.thin(curves.steps, panels.smooth(curves.series["loss"])), label=shown)
+        axes.plot(*panels.columns(curves.evaluations), "o", markersize=4, color=line.get_color())
+        every += [*panels.smooth(curves.series["loss"]), *(loss for _, loss in curves.evaluations)]
+    axes.set(xlabel="step", ylabel="nats per token", yscale=panels.scale(every))
+    panels.plain_log_ticks(axes)
+    axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=8)
     return _save(figure, as_path(output, "--output") / "losses.png")
 
@@ -108,15 +113,6 @@ def report(runs: Sequence[Path], output: Path | None = None) -> None:
         print(path)
 
 
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _scale(losses: Iterable[float]) -> str:
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return "log" if finite and min(finite) > 0 else "linear"
-
-
 def _save(figure: Any, path: Path) -> Path:
     """Write the picture in one step, so that who looks at it while a run draws sees a whole one.
 
@@ -137,101 +133,58 @@ def _require_picture(path: Path) -> None:
         raise InputError(f"{path} was not drawn from a run: move it, or name another directory with --output")
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def _figure(title: str, rows: Sequence[int] = (1,), size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any]:
+    """A figure with one panel below another, of these relative heights."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel="step")
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), sharex=True, height_ratios=rows)
+    figure.suptitle(title)
     return figure, axes
 
 
 def _loss(curves: Curves) -> Any:
     figure, axes = _figure("Loss on the answer tokens")
-    loss = curves.series["loss"]
-    axes.plot(curves.steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
-    axes.plot(curves.steps, _smooth(loss), color="tab:blue", label="smoothed")
-    if curves.evaluations:
-        axes.plot(*_columns(curves.evaluations), "o", color="tab:orange", markersize=5, label="validation")
-    if curves.skipped:
-        low, label = [0.02] * len(curves.skipped), f"skipped ({len(curves.skipped)})"
-        axes.plot(curves.skipped, low, "x", color="tab:red", transform=axes.get_xaxis_transform(), label=label)
-    axes.set(ylabel="nats per token", yscale=_scale([*loss, *(value for _, value in curves.evaluations)]))
+    panels.loss(axes, curves)
     rate = axes.twinx()
-    rate.plot(curves.steps, curves.series["learning_rate"], color="tab:gray", linestyle=":", label="learning rate")
+    rate.plot(curves.steps, curves.series["learning_rate"], color=panels.GRAY, linestyle=":", label="learning rate")
     rate.set_ylabel("learning rate")
     figure.legend(loc="outside lower center", ncols=5)
     return figure
 
 
 def _norms(curves: Curves) -> Any:
-    figure, axes = _figure("Frobenius norms of the pairs, and when each became stable")
-    for letter, color in (("a", "tab:orange"), ("b", "tab:green")):
-        mean, low, high = (curves.series[f"norm_{letter}{end}"] for end in ("", "_min", "_max"))
-        axes.plot(curves.steps, mean, color=color, label=f"||{letter.upper()}||, mean")
-        axes.fill_between(curves.steps, low, high, color=color, alpha=0.15, linewidth=0)
-    stops = sorted(curves.stops)
-    for step, _ in stops:
-        axes.axvline(step, color="tab:red", alpha=0.4, linewidth=0.8)
-    if stops:
-        axes.axvline(stops[0][0], color="tab:red", alpha=0.4, linewidth=0.8, label="a pair stops shrinking")
-    if 0 < len(stops) <= 24:
-        top = axes.get_ylim()[1]
-        for i, (step, name) in enumerate(stops):
-            axes.text(step, top * (0.98 - 0.035 * i), _short(name), fontsize=6, va="top")
-    axes.set(ylabel="norm", ylim=(0, None))
-    figure.legend(loc="outside lower center", ncols=4)
+    if not len(ratios_of(curves).steps):  # a run of an older version
+        figure, axes = _figure("Frobenius norms of the pairs, and when each became stable")
+        panels.norms(axes, curves)
+        figure.legend(loc="outside lower center", ncols=4)
+        return figure
+    figure, (upper, lower) = _figure("The pairs' norms, and the ratio that ends the shrinking of A", (2, 3), (9.5, 8))
+    panels.norms(upper, curves)
+    upper.set(xlabel=None)
+    ratio_panel.ratio(lower, curves)
+    for axes in (upper, lower):
+        _legend(axes)
+    figure.supxlabel(textwrap.fill(ratio_panel.caption(curves), 110), fontsize=9)
     return figure
 
 
 def _stability(curves: Curves) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 7), layout="constrained")
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    for field, label, color in (
-        ("delta1", "delta1 = s z A' dB", "tab:orange"),
-        ("delta2", "delta2 = s z dA B", "tab:green"),
-        ("delta3", "delta3 = s z dA dB", "tab:purple"),
-        ("shrink", "shrink = s z (A' - A) B", "tab:gray"),
-    ):
-        _band(upper, curves, field, label, color)
-    for field, label, color in (("a", "||A|| / in", "tab:orange"), ("b", "||B|| / out", "tab:green")):
-        _band(lower, curves, field, label, color)
-    upper.set(title="What a step changes: geometric mean over the pairs, bands to the least and greatest", ylabel="RMS")
-    lower.set(xlabel="step", ylabel="norm over width")
+    title = "What a step changes: geometric mean over the pairs, bands to the least and greatest"
+    figure, (upper, lower) = _figure(title, (3, 2), (9.5, 7))
+    panels.terms(upper, curves)
+    panels.widths(lower, curves)
+    upper.set(xlabel=None)
+    for axes in (upper, lower):
+        _legend(axes)
     return figure
 
 
-def _band(axes: Any, curves: Curves, field: str, label: str, color: str) -> None:
-    """One term over the pairs against the step, on a log axis; a pair where it is zero or null has no point."""
-    rows = [(step, [t[field] for t in terms.values() if (t.get(field) or 0) > 0]) for step, terms in curves.stability]
-    steps, values = [step for step, row in rows if row], [row for _, row in rows if row]
-    if not steps:
-        return
-    means = [math.exp(sum(map(math.log, row)) / len(row)) for row in values]
-    axes.plot(steps, means, color=color, label=label, marker="." if len(steps) < 60 else None)
-    axes.fill_between(steps, [min(row) for row in values], [max(row) for row in values], color=color, alpha=0.15, lw=0)
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _short(name: str) -> str:
-    parts = name.split(".")
-    number = next((part for part in parts if part.isdigit()), "")
-    return f"{number} {parts[-1]}".strip()
-
-
-def _smooth(values: Iterable[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average with the start corrected, as TensorBoard draws it; NaN changes nothing."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(total / weight if weight else math.nan)
-    return smoothed
+def _legend(axes: Any) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    if unique:
+        axes.legend(unique.values(), unique, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
 
 if __name__ == "__main__":

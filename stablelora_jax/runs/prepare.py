@@ -36,7 +36,7 @@ from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here, require_here
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.inputs import require_known
-from stablelora_jax.models.pretrained.load import base_directory, load_pretrained
+from stablelora_jax.models.pretrained.load import base_directory, load_pretrained, require_tokenizer
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
@@ -82,9 +82,9 @@ def prepare(
     layout = make_layout(config, architecture(config.model.path))
     layout.require_rows(config.batch_size, config.gradient_accumulation_steps)
     model, params = _load_base(config, base, layout)
-    loader = _load(config, model.tokenizer, log_fn)
+    loader = load_training_data(config, model.tokenizer, log_fn)
     require_known(loader.store.tokens, model.config.vocab_size, base)
-    config, data = _with_steps(config, loader, log_fn)
+    config, data = with_steps(config, loader, log_fn)
     validation_set = make_validation_set(
         config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else []
     )
@@ -130,8 +130,7 @@ def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, A
     )
     if config.model.untie:
         model, params = untie(model, params)
-    if model.tokenizer is None:
-        raise InputError(f"{base} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
+    require_tokenizer(model.tokenizer, base)
     if config.max_length > model.config.max_position_embeddings:
         raise InputError(
             f"max_length {config.max_length} is more than the {model.config.max_position_embeddings} of {base}"
@@ -193,7 +192,7 @@ def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
     return mesh_layout(own.data, own.fsdp, own.tensor, key_value_heads=model.num_key_value_heads)
 
 
-def _load(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> Loader:
+def load_training_data(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> Loader:
     """The loader of the training split; truncated texts are logged."""
     data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
     if is_chat(config) and not chat:
@@ -219,7 +218,7 @@ def _load(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> L
     )
 
 
-def _with_steps(config: RunConfig, loader: Loader, log_fn: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
+def with_steps(config: RunConfig, loader: Loader, log_fn: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration with its epochs as steps, and the statistics of the training data, which are logged."""
     if config.epochs is not None:
         steps = config.epochs * loader.rows / config.batch_size

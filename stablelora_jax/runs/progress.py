@@ -1,18 +1,16 @@
-"""The progress bar of training on a terminal."""
+"""The progress of training: a bar on a terminal, else lines, with the loss and the speed."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+from stablelora_jax.utils import progress
+
 
 def open_progress(step: int, steps: int, *, hidden: bool = False) -> Any:
-    """A ``tqdm`` bar at ``step`` of ``steps``; hidden also where stderr is no terminal."""
-    from tqdm import tqdm
-
-    hidden = hidden or not sys.stderr.isatty()
-    return tqdm(total=steps, initial=step, desc="train", unit="step", disable=hidden)
+    """The progress at ``step`` of ``steps``, see :func:`stablelora_jax.utils.progress.open_progress`."""
+    return progress.open_progress(steps, "train", "steps", initial=step, hidden=hidden)
 
 
 def advance(progress: Any, record: Mapping[str, Any]) -> None:

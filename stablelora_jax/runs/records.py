@@ -82,7 +82,7 @@ def _require_kinds(record: Mapping[str, Any], where: str) -> None:
     require("step", 0 <= record["step"] < 2**63, "a step from 0")
     for key in NUMERIC_KEYS & record.keys():
         require(key, _is_number(record[key]), "a number or null")
-    for key in ("data", "validation", "stability"):
+    for key in ("data", "validation", "stability", "stop_ratios"):
         require(key, isinstance(record.get(key, {}), dict), "a mapping")
     validation, stopped, terms = (
         record.get(key, kind) for key, kind in (("validation", {}), ("stopped", []), ("stability", {}))
@@ -98,6 +98,8 @@ def _require_kinds(record: Mapping[str, Any], where: str) -> None:
         isinstance(t, dict) and all(_is_number(x) or isinstance(x, bool) for x in t.values()) for t in terms.values()
     )
     require("stability", own, "a mapping of mappings of numbers")
+    ratios = record.get("stop_ratios", {}).values()
+    require("stop_ratios", all(_is_number(x) for x in ratios), "a mapping of numbers or null")
 
 
 def _is_number(value: Any) -> bool:

@@ -190,7 +190,7 @@ def _finish(
     setup: TrainingSetup, log: RunLog, steps: int, adapter_step: int, seconds: float, log_fn: Callable[[str], None]
 ) -> dict[str, Any]:
     """Write the pictures and the summary, and log the result."""
-    summary = summarize(setup.config, log, steps, adapter_step, seconds)
+    summary = summarize(setup.config, log, steps, adapter_step, seconds, setup.validation_set.questions)
     if is_primary():
         try:
             plots.draw(setup.directory)

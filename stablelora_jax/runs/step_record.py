@@ -8,9 +8,11 @@ from typing import Any
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.optimizers import still_shrinking
 from stablelora_jax.runs.records import plain
+from stablelora_jax.training.metrics import ratios_by_name
 from stablelora_jax.training.stability import Stability, by_name
 
-NOT_RECORDED = ("applied", "skipped", "consecutive_skips", "latches", "stability")  # recorded in another form, or not
+# recorded in another form, or not
+NOT_RECORDED = ("applied", "skipped", "consecutive_skips", "latches", "stability", "stop_ratios")
 EVALUATION_SCALARS = ("loss", "acc", "acc_norm")
 
 
@@ -43,10 +45,26 @@ def step_record(
         record["skipped"] = True
     if new := sorted(name for name, on in latches.items() if not on and name not in stopped):
         record["stopped"] = new
+    if "stop_ratios" in metrics and has_ratios(step):
+        record["stop_ratios"] = {n: float(f"{x:.5g}") for n, x in ratios_by_name(metrics["stop_ratios"], spec).items()}
     terms = by_name(metrics["stability"], spec) if "stability" in metrics else {}
     if terms:
         record["stability"] = {n: t | ({"shrinking": latches[n]} if n in latches else {}) for n, t in terms.items()}
     return record
+
+
+def has_ratios(step: int) -> bool:
+    """Whether the ratios of all pairs are recorded at a step: the first 200, then every 10th, from 2000 every 100th...
+
+    Example::
+
+      >>> [step for step in range(196, 225) if has_ratios(step)]
+      [196, 197, 198, 199, 200, 210, 220]
+    """
+    interval = 1
+    while step >= 200 * interval:
+        interval *= 10
+    return step % interval == 0
 
 
 def tracker_scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
 
@@ -16,8 +20,15 @@ from stablelora_jax.runs.log import RunLog
 from stablelora_jax.runs.records import each_record, plain
 
 
-def summarize(config: RunConfig, log: RunLog, steps: int, adapter_step: int, seconds: float) -> dict[str, Any]:
-    """Losses, evaluations before and after (absent without evaluation), data, minutes, devices and versions.
+def summarize(
+    config: RunConfig,
+    log: RunLog,
+    steps: int,
+    adapter_step: int,
+    seconds: float,
+    questions: Sequence[Question] = (),
+) -> dict[str, Any]:
+    """Losses, evaluations before and after (absent without evaluation), data, samples, minutes, devices and versions.
 
     ``steps`` is the number of steps done, below ``config.steps`` where the run stopped early; the adapter is that of
     step ``adapter_step``. Mean losses leave out steps whose loss is not finite; None where all are. All of it is JSON.
@@ -38,6 +49,8 @@ def summarize(config: RunConfig, log: RunLog, steps: int, adapter_step: int, sec
         "devices": f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
         "processes": jax.process_count(),
         "jax": jax.__version__,
+        "samples": sample_answers(config, log, questions, steps),
+        "environment": _environment(),
     }
     made: dict[str, Any] = plain(summary)
     return made
@@ -49,11 +62,10 @@ def summary_lines(
     """A few questions with the answers before and after training, then the accuracies and the losses."""
     before, after = log.history.evaluations.get(0), log.history.evaluations.get(summary["steps"])
     if before and after and questions and all(_fits(found, questions) for found in (before, after)):
-        for i in np.linspace(0, len(questions) - 1, config.num_samples, dtype=int):
-            question, was, now = questions[i], before["answers"][i], after["answers"][i]
-            marks = ["right" if answer == question.label else "wrong" for answer in (was, now)]
-            said = [f"{question.choices[a].strip()} ({m})" for a, m in zip((was, now), marks, strict=True)]
-            yield f"\n{question.prompt}\n    before: {said[0]:<28} after: {said[1]}"
+        for sample in sample_answers(config, log, questions, summary["steps"]):
+            answers = (sample["before"], sample["after"])
+            was, now = (f"{a} ({'right' if a == sample['right'] else 'wrong'})" for a in answers)
+            yield f"\n{sample['prompt']}\n    before: {was:<28} after: {now}"
         accuracy = f"{before['acc']:.1%} before, {after['acc']:.1%} after"
         yield f"\nvalidation accuracy: {accuracy} ({before['questions']} questions)"
     if before and after and "loss" in before and "loss" in after:
@@ -64,6 +76,31 @@ def summary_lines(
         yield f"the adapter is that of step {summary['adapter_of_step']}, the best by {config.metric}"
     if summary["loss_first_10"] is not None and summary["loss_last_10"] is not None:
         yield f"loss: {summary['loss_first_10']:.4f} (first 10 steps) -> {summary['loss_last_10']:.4f} (last 10 steps)"
+
+
+def sample_answers(config: RunConfig, log: RunLog, questions: Sequence[Question], steps: int) -> list[dict[str, str]]:
+    """``prompt``, the ``right`` answer and those ``before`` and ``after`` training of ``config.num_samples`` questions.
+
+    Empty where there are no questions, or no answers to them at step 0 and at step ``steps``.
+    """
+    before, after = log.history.evaluations.get(0), log.history.evaluations.get(steps)
+    if not (before and after and questions and _fits(before, questions) and _fits(after, questions)):
+        return []
+    samples = []
+    for i in np.linspace(0, len(questions) - 1, config.num_samples, dtype=int):
+        question = questions[i]
+        chosen = {"right": question.label, "before": before["answers"][i], "after": after["answers"][i]}
+        samples.append({"prompt": question.prompt} | {k: question.choices[a].strip() for k, a in chosen.items()})
+    return samples
+
+
+def _environment() -> dict[str, str]:
+    """When the run ended, and the versions of Python and of the packages that compute."""
+    found = {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
+    for name in ("stablelora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found | {"platform": platform.platform()}
 
 
 def _fits(evaluation: dict[str, Any], questions: Sequence[Question]) -> bool:

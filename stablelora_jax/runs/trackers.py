@@ -92,13 +92,14 @@ def settings(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {brief(error)}") from None
     if not isinstance(plain, dict):
         raise InputError(f"{path} does not hold keys")
-    return _dotted(plain)
+    return dotted(plain)
 
 
-def _dotted(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones: ``{"lora": {"rank": 8}}`` as ``{"lora.rank": 8}``."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 

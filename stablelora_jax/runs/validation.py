@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from stablelora_jax.config.run import RunConfig, takes_template
-from stablelora_jax.data import Example, Text, templated, training_texts
+from stablelora_jax.data import Example, training_texts
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
-from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, Request, likelihoods
+from stablelora_jax.evaluation.completions import answer_request, mean_loss, templated_questions
+from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, likelihoods
 from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
 from stablelora_jax.parallel import is_primary
 from stablelora_jax.utils.errors import InputError
@@ -35,7 +34,7 @@ def make_validation_set(config: RunConfig, tokenizer: Any, items: Sequence[Quest
         raise InputError(f"metric {config.metric} needs multiple choice, which {config.task.name} is not: take loss")
     chat = takes_template(config)
     if chat:
-        questions = _templated(tokenizer, questions)
+        questions = templated_questions(tokenizer, questions)
     examples = encode_many(
         tokenizer,
         training_texts(items),
@@ -54,27 +53,13 @@ def validate(
 
     ``compute`` is a result of ``make_compute`` bound to parameters and adapters; ``rows`` is the batch size.
     """
-    progress = sys.stderr.isatty() and is_primary()
-    requests = [_request(example) for example in validation_set.examples]
+    progress = is_primary()
+    requests = [answer_request(example) for example in validation_set.examples]
     found = likelihoods(compute, requests, rows=rows, max_length=length, progress=progress)
-    loss_tokens = sum(len(request.continuation) for request in requests)
-    result: dict[str, Any] = {"loss": -math.fsum(one.total for one in found) / loss_tokens}
+    result: dict[str, Any] = {"loss": mean_loss(requests, [one.total for one in found])}
     if validation_set.questions:
         scores = choice_scores(
             compute, tokenizer, validation_set.questions, max_length=length, rows=rows, progress=progress
         )
         result |= {**accuracies(scores, validation_set.questions), "questions": len(scores), "answers": answers(scores)}
     return result
-
-
-def _request(example: Example) -> Request:
-    first = max(1, example.answer)
-    return Request(tuple(map(int, example.tokens[:first])), tuple(map(int, example.tokens[first:])))
-
-
-def _templated(tokenizer: Any, questions: Sequence[Question]) -> list[Question]:
-    texts = templated(tokenizer, [Text(question.prompt, "", question.id) for question in questions])
-    return [
-        question._replace(prompt=text.prompt, choices=tuple(choice.strip() for choice in question.choices))
-        for question, text in zip(questions, texts, strict=True)
-    ]

@@ -19,7 +19,7 @@ from stablelora_jax.models.decoder import head_path
 from stablelora_jax.optimizers import latches
 from stablelora_jax.parallel import Layout, Takes, rows_here
 from stablelora_jax.training.loss import summed_loss, target_positions
-from stablelora_jax.training.metrics import norm_summary
+from stablelora_jax.training.metrics import norm_summary, stop_ratios
 from stablelora_jax.training.stability import Stability, shrunk_adapters, stability
 from stablelora_jax.utils.tree import Path, get_in
 
@@ -160,5 +160,6 @@ def _updated(
         **metrics,
         "consecutive_skips": consecutive_skips,
         **norm_summary(adapters),
+        "stop_ratios": stop_ratios(adapters),
         "latches": latches(opt_state),
     }

@@ -8,11 +8,13 @@ import textwrap
 import tracemalloc
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, stable_lora
+from stablelora_jax.data.tasks.question import Question
 from stablelora_jax.optimizers import latches
 from stablelora_jax.runs.log import open_log
 from stablelora_jax.runs.summary import summarize, summary_lines
@@ -136,6 +138,32 @@ def test_the_summary_reads_the_losses_from_the_file(tmp_path):
     assert summary["before"] == {"loss": None} and summary["after"] == {"loss": 0.25}
     json.dumps(summary, allow_nan=False)
     assert list(summary_lines(config, log, [], summary))[-1].startswith("loss: 6.0000 (first 10 steps) -> 20.5556")
+
+
+def test_ratios_are_recorded_often_at_first_and_then_less(tmp_path):
+    log = opened(tmp_path)
+    for step in (1, 199, 200, 205, 1990, 2010, 2100, 10**6, 10**6 + 1):
+        ratios = {("model", "layers", "q_proj"): jnp.asarray([2.0000004, jnp.inf])}
+        log.write_step(step, metrics(stop_ratios=ratios))
+    records = read(tmp_path)
+    assert [r["step"] for r in records if "stop_ratios" in r] == [1, 199, 200, 1990, 2100, 10**6]
+    assert records[0]["stop_ratios"] == {"model.layers.0.q_proj": 2.0, "model.layers.1.q_proj": None}
+
+
+def test_sample_answers_are_in_the_summary(tmp_path):
+    log, config = opened(tmp_path), SimpleNamespace(select="last", steps=2, num_samples=2)
+    questions = [Question(f"{i}?", (" a", " b"), 1, str(i)) for i in range(3)]
+    for step, answers in ((0, [0, 0, 1]), (2, [1, 0, 0])):
+        log.write_evaluation(step, {"acc": 0.5, "questions": 3, "answers": answers})
+    summary = summarize(config, log, 2, 2, 1.0, questions)
+    assert summary["samples"] == [
+        {"prompt": "0?", "right": "b", "before": "a", "after": "b"},
+        {"prompt": "2?", "right": "b", "before": "b", "after": "a"},
+    ]
+    said = list(summary_lines(config, log, questions, summary))
+    assert said[0].endswith("after: b (right)") and "before: b (right)" in said[1] and "a (wrong)" in said[1]
+    assert summarize(config, log, 2, 2, 1.0, questions[:2])["samples"] == [], "answers to other questions"
+    assert summary["environment"]["python"] and summary["environment"]["jax"] == jax.__version__
 
 
 @pytest.mark.parametrize("count", [0, 4, 15])

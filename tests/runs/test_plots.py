@@ -11,7 +11,8 @@ from stablelora_jax import LoraSpec, config
 from stablelora_jax.config.optimizer import CONFIGS
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.runs import plots
-from stablelora_jax.runs.curves import labels, read_curves
+from stablelora_jax.runs.curves import labels, ratios_of, read_curves
+from stablelora_jax.runs.panels import thin
 from stablelora_jax.runs.records import append_record
 from stablelora_jax.utils.errors import RunError
 from tests.conftest import ROOT
@@ -75,6 +76,68 @@ def test_a_third_picture_where_a_record_has_the_terms(tmp_path, drawn):
     assert shown.keys() == {"delta1", "delta2", "delta3", "||A|| / in", "||B|| / out"}
     low, high = upper.collections[0].get_paths()[0].get_extents().get_points()[:, 1]
     assert (low, high) == (2, 16) and upper.get_yscale() == lower.get_yscale() == "log"
+
+
+def pairs_log(directory, pairs, stop=None, steps=6):
+    """A run whose pairs have the ratios 8, 4, 2 ...; those of ``stop`` stop at its step."""
+    stop = stop or {}
+    names = [f"model.layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj" for i in range(pairs)]
+    directory.mkdir(parents=True, exist_ok=True)
+    for step in range(1, steps + 1):
+        norms = {f"norm_{x}{end}": 1.0 / step for x in "ab" for end in ("", "_min", "_max")}
+        record = {"step": step, "loss": 1.0, "learning_rate": 1e-3, "shrinking": pairs, **norms}
+        stopped = [names[i] for i, when in stop.items() if when == step]
+        ratios = {name: None if step == 1 else 16.0 * (i + 1) / 2**step for i, name in enumerate(names)}
+        append_record(directory / "metrics.jsonl", record | {"stop_ratios": ratios, "stopped": stopped})
+    return directory
+
+
+def test_the_ratio_of_each_pair_and_where_it_stops(tmp_path, drawn):
+    plots.draw(pairs_log(tmp_path, 4, {0: 5, 1: 6}))
+    upper, lower = drawn[-1].axes
+    assert {"||A||, mean", "||B||, mean", "a pair stops shrinking"} <= lines(upper).keys()
+    assert lower.get_yscale() == "log" and lower.get_ylim()[0] < 1 < lower.get_ylim()[1]
+    shown = lines(lower)
+    np.testing.assert_array_equal(shown["layer 0"], [[1, np.nan], [2, 4], [3, 2], [4, 1], [5, 0.5], [6, 0.25]])
+    assert shown["a pair stops (2)"].tolist() == [[5, 1], [6, 1]] and "layer 1" in shown
+    last = [line.get_xydata()[-1].tolist() for line in lower.lines]
+    assert last[:4] == [[6, 0.25], [6, 0.5], [6, 0.75], [6, 1.0]], "one line a pair"
+    assert "2 of 4 pairs have stopped, the first at step 5, the last at step 6" in " ".join(
+        drawn[-1].get_supxlabel().split()
+    )
+
+
+def test_of_many_pairs_the_spread_and_three_pairs(tmp_path, drawn):
+    plots.draw(pairs_log(tmp_path / "many", 120, {2: 3, 7: 4, 100: 6}))
+    lower = drawn[-1].axes[1]
+    shown = lines(lower)
+    assert {"first to stop: 1 q_proj", "median: 3 v_proj", "last to stop: 50 q_proj"} <= shown.keys()
+    assert shown["last to stop: 50 q_proj"][1].tolist() == [2, 404] and len(lower.lines) < 8
+    every, half = (band.get_paths()[0].get_extents().get_points()[:, 1] for band in lower.collections)
+    assert every.tolist() == [0.25, 480] and half[0] > every[0] and half[1] < every[1]
+    plots.draw(pairs_log(tmp_path / "none", 120))
+    assert {"lowest: 0 q_proj", "median: 30 q_proj", "highest: 59 v_proj"} <= lines(drawn[-1].axes[1]).keys()
+    assert "None of the 120 pairs has reached 1" in drawn[-1].get_supxlabel()
+
+
+def test_an_older_log_has_ratios_only_beside_its_stability_terms(tmp_path):
+    log(tmp_path / "old", [1.0, 1.0])
+    assert ratios_of(read_curves(tmp_path / "old")).values.shape == (0, 0)
+    terms = {"x": {"a": 3.0, "b": 2.0}, "y": {"a": 1.0, "b": 0.0}}
+    log(tmp_path / "terms", [1.0, 1.0], stability=terms)
+    found = ratios_of(read_curves(tmp_path / "terms"))
+    assert found.names == ["x", "y"] and found.steps.tolist() == [1, 2]
+    np.testing.assert_array_equal(found.values, [[1.5, np.nan]] * 2)
+    assert not read_curves(tmp_path / "terms").has_stop_rule
+
+
+def test_thinned_curves_keep_their_ends_and_spikes():
+    steps, values = np.arange(1, 10_001), np.ones(10_000)
+    values[[5000, 7000]] = 50, np.nan
+    few, kept, same = thin(steps, values, 2 * values)
+    assert len(few) <= 602 and (few[0], few[-1]) == (1, 10_000) and 5001 in few and kept.max() == 50
+    np.testing.assert_array_equal(same, 2 * kept)
+    assert len(thin(steps[:9], values[:9])[0]) == 9
 
 
 def test_skipped_steps_and_evaluations_are_marked_and_null_is_a_gap(tmp_path, drawn):

@@ -1,9 +1,11 @@
-"""Norms over pairs."""
+"""Norms over pairs, and the ratios of the stop rule."""
 
 import jax.numpy as jnp
 import numpy as np
 
-from stablelora_jax.training.metrics import norm_summary
+from stablelora_jax import LoraSpec
+from stablelora_jax.optimizers import stable_lora, still_shrinking
+from stablelora_jax.training.metrics import norm_summary, ratios_by_name, stop_ratios
 
 
 def test_norms_leave_padding_out():
@@ -26,3 +28,22 @@ def test_norms_leave_padding_out():
 def test_a_pair_whose_a_is_zero_counts():
     summary = norm_summary({"x": {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.ones((2, 8))}})
     assert summary["norm_b"] == summary["norm_b_min"] == 4 and summary["norm_a_min"] == 0
+
+
+def test_the_ratio_falls_below_one_just_where_the_latch_falls():
+    """What is recorded is the stop rule's own test, pair by pair; padding of a stack has no ratio."""
+    rng = np.random.default_rng(1)
+    ranks, sizes = np.array([1, 0, 1, 1]), np.array([1, 1, 0.1, 8])  # the second layer is padding
+    pair = {"lora_a": rng.normal(size=(4, 6, 2)), "lora_b": rng.normal(size=(4, 2, 9)) * sizes[:, None, None]}
+    adapters = {"layers": {"q_proj": {k: jnp.asarray(v * ranks[:, None, None]) for k, v in pair.items()}}}
+    spec = LoraSpec(rank=2, target_modules=("q_proj",), layers_to_transform=(0, 2, 3))
+    found = ratios_by_name(stop_ratios(adapters), spec)
+    norms = {k: np.linalg.norm(v, axis=(1, 2)) for k, v in pair.items()}
+    expected = (norms["lora_a"] / 6) / (norms["lora_b"] / 9)
+    np.testing.assert_allclose(list(found.values()), expected[[0, 2, 3]], rtol=1e-6)
+    tx = stable_lora(1e-3, 1e-3)
+    state = tx.update(adapters, tx.init(adapters), adapters)[1]
+    assert still_shrinking(state) == {name: ratio >= 1 for name, ratio in found.items()}
+    assert set(still_shrinking(state).values()) == {True, False}
+    none = {"x": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 8))}}
+    assert stop_ratios(none)[("x",)] == np.inf

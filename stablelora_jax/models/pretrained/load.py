@@ -6,7 +6,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,11 @@ from stablelora_jax.utils.checked import as_dtype, checked
 from stablelora_jax.utils.errors import InputError, brief, named
 from stablelora_jax.utils.files import as_path, write_whole
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+if TYPE_CHECKING:
+    from stablelora_jax.models.pretrained.gguf import GgufCheckpoint
+
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 GENERATION = "generation_config.json"
 HUB_SKIP = ["original/*", "consolidated*", "onnx/*"]
 
@@ -74,6 +78,27 @@ def load_pretrained(
         quantize = "nf4"
     model = Decoder(decoder_config(raw, origin), dtype=kind, tokenizer=tokenizer)
     return model, load_params(abstract_params(model), source, kind, sharding, quantize)
+
+
+def pretrained_tokenizer(path_or_id: str | Path) -> Any:
+    """The tokenizer that :func:`load_pretrained` gives the model; no weights are read, nor fetched from the hub.
+
+    Raises:
+      InputError: there is no tokenizer, or its files are damaged.
+    """
+    path = as_path(path_or_id, "the model")
+    if path.is_file():
+        tokenizer = _open_gguf(path).tokenizer
+    else:
+        tokenizer = load_tokenizer(path if path.is_dir() else _download(str(path_or_id), TOKENIZER_FILES))
+    return require_tokenizer(tokenizer, str(path_or_id))
+
+
+def require_tokenizer(tokenizer: Any, model: str) -> Any:
+    """``tokenizer``; an InputError where ``model`` has none."""
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
+    return tokenizer
 
 
 def base_directory() -> Path:
@@ -136,14 +161,10 @@ def _write_model(directory: Path, model: Decoder, params: Any, dtype: DTypeLike 
 def _open(path_or_id: str | Path) -> tuple[dict[str, Any], TensorSource, Any, str]:
     path = as_path(path_or_id, "the model")
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is a file but not a .gguf; give the directory that holds config.json")
-        from stablelora_jax.models.pretrained.gguf import read_gguf
-
-        checkpoint = read_gguf(path)
+        checkpoint = _open_gguf(path)
         source = TensorSource(str(path), checkpoint.shapes, checkpoint.read)
         return checkpoint.config, source, checkpoint.tokenizer, str(path)
-    directory = path if path.is_dir() else _download(str(path_or_id))
+    directory = path if path.is_dir() else _download(str(path_or_id), HUB_FILES)
     config, generation = directory / "config.json", directory / GENERATION
     if not config.is_file():
         raise InputError(f"{directory} has no config.json; give a Hugging Face model directory or a .gguf file")
@@ -151,6 +172,14 @@ def _open(path_or_id: str | Path) -> tuple[dict[str, Any], TensorSource, Any, st
     ends = _read_json(generation).get("eos_token_id") if generation.is_file() else None
     raw |= {"eos_token_id": ends} if ends is not None else {}
     return raw, safetensors_source(directory), load_tokenizer(directory), str(config)
+
+
+def _open_gguf(path: Path) -> GgufCheckpoint:
+    if path.suffix != ".gguf":
+        raise InputError(f"{path} is a file but not a .gguf; give the directory that holds config.json")
+    from stablelora_jax.models.pretrained.gguf import read_gguf
+
+    return read_gguf(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -163,13 +192,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name} does not exist: give a model directory, a .gguf file or a hub id like org/name")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=HUB_SKIP))
     except Exception as error:  # many kinds: offline, no such repository, gated, rate limit
         reason = named(error)
         raise InputError(f"{name} is no local directory, and the hub did not give it ({reason})") from None

@@ -1,0 +1,93 @@
+"""How the rows of a run become tokens: counts, lengths, truncation, padding, and samples with loss tokens marked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from stablelora_jax.config.run import RunConfig
+from stablelora_jax.data import Example, TokenStore
+from stablelora_jax.data.tasks import load_questions
+from stablelora_jax.models.pretrained.load import base_directory, pretrained_tokenizer
+from stablelora_jax.runs.prepare import load_training_data, with_steps
+from stablelora_jax.runs.validation import make_validation_set
+
+Marks = tuple[str, str]
+BRACKETS, GREEN = ("[", "]"), ("\x1b[1;32m", "\x1b[0m")
+
+
+def data_summary(
+    config: RunConfig, samples: int, *, marks: Marks = BRACKETS, log_fn: Callable[[str], None] = print
+) -> None:
+    """Print the summary of the training split and, where the run evaluates, of the validation split.
+
+    Args:
+      config: of the run; of its model, only the tokenizer is loaded.
+      samples: rows of each split that are printed in full.
+      marks: what is printed before and after the loss tokens.
+      log_fn: takes each line.
+
+    Raises:
+      InputError: as a training run raises it for the same data.
+    """
+    tokenizer = pretrained_tokenizer(config.model.path or base_directory())
+    loader = load_training_data(config, tokenizer, log_fn)
+    with_steps(config, loader, log_fn)
+    store = loader.store
+    shown = [store.example(i) for i in range(min(samples, len(store.lengths)))]
+    _print_split("train", _lengths(store), store.cut, config.max_length, log_fn)
+    _print_samples("train", tokenizer, shown, marks, log_fn)
+    if config.evaluate:
+        examples = make_validation_set(config, tokenizer, load_questions(config.task, "validation")).examples
+        lengths = np.array([(len(e.tokens), len(e.tokens) - max(1, e.answer)) for e in examples])
+        _print_split("validation", lengths, sum(e.cut > 0 for e in examples), config.max_length, log_fn)
+        _print_samples("validation", tokenizer, examples[:samples], marks, log_fn)
+
+
+def _lengths(store: TokenStore) -> np.ndarray:
+    """(N, 2): tokens and loss tokens of each text."""
+    return np.stack([store.lengths, store.lengths - np.maximum(store.answers, 1)], axis=1)
+
+
+def _print_split(split: str, lengths: np.ndarray, cut: int, most: int, log_fn: Callable[[str], None]) -> None:
+    texts = [
+        f"{title} {low:.0f} / {middle:.0f} / {high:.0f}"
+        for title, (low, middle, high) in zip(
+            ("tokens", "loss tokens"), np.quantile(lengths, [0, 0.5, 1], axis=0).T, strict=True
+        )
+    ]
+    log_fn(
+        f"\n{split}: {len(lengths)} rows; min / median / max: {', '.join(texts)}; "
+        f"{cut} rows truncated to max_length={most}"
+    )
+
+
+def _print_samples(
+    split: str, tokenizer: Any, examples: Sequence[Example], marks: Marks, log_fn: Callable[[str], None]
+) -> None:
+    for number, example in enumerate(examples, 1):
+        log_fn(f"\n{split} row {number}, loss tokens marked {_shown_marks(marks)}:")
+        log_fn(marked(tokenizer, example, marks))
+
+
+def _shown_marks(marks: Marks) -> str:
+    return f"{marks[0]}so{marks[1]}"
+
+
+def marked(tokenizer: Any, example: Example, marks: Marks = BRACKETS) -> str:
+    """The text of an example, special tokens included, with its loss tokens between ``marks``."""
+    tokens, first = [int(token) for token in example.tokens], max(1, example.answer)
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    whole, before = text(tokens), text(tokens[:first])
+    answer = whole[len(before) :] if whole.startswith(before) else text(tokens[first:])
+    return f"{_printable(before)}{marks[0]}{_printable(answer)}{marks[1]}"
+
+
+def _printable(text: str) -> str:
+    """``text`` without characters that control a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
