@@ -28,13 +28,21 @@ def test_help_imports_nothing_heavy():
     assert all(f"\n    {name} " in done.stdout for name in main.COMMANDS)
 
 
-@pytest.mark.parametrize("name", [name for name in main.COMMANDS if name != "train"])
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_help_fits_a_screen(stablelora, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "100")
     code, out, err = stablelora(name, "--help")
     assert (code, err) == (0, "") and out.startswith(f"usage: stablelora {name} ")
-    if name != "data":  # shows the keys of a configuration, as train does
-        assert len(out.splitlines()) <= 45
+    assert len(out.splitlines()) <= 50 and max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("key,shown", [("lora", "lora.rank_pattern"), ("optimizer.lora_rite", "escape")])
+def test_help_leads_on(stablelora, key, shown):
+    assert f"\n  {key.split('.')[0]} " in stablelora("train", "--help")[1]
+    code, out, err = stablelora("train", "--help", key)
+    assert (code, err) == (0, "") and shown in out and "\n  steps " not in out
+    code, out, err = stablelora("train", "--help", f"{key}x")
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"did you mean {key}" in err
 
 
 def test_a_reader_that_leaves_is_no_error():
