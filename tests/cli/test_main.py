@@ -1,5 +1,6 @@
 """The command as a whole: what it shows without jax, where its words go, and how it refuses them."""
 
+import json
 import subprocess
 import sys
 from importlib import metadata
@@ -77,6 +78,7 @@ BAD = {
     "evaluate BASE --tasks jsonl --data . --fields {}": "row 1: there is no column 'prompt'; the columns are q, a. Say "
     "which is which with --fields '{prompt: COLUMN, completion: COLUMN}'\n",
     "evaluate BASE --tasks jsonl --data . --fields {'x':'q'}": "error: --fields: x is not read for kind completion",
+    "evaluate BASE --tasks jsonl --data chats --kind chat": "has no chat template: give --no-chat\n",
     "evaluate BASE --tasks text --data . --kind chat": "--kind, --fields and --chat describe rows of your own",
     "generate BASE": "there is no prompt",
     "export nowhere --to peft": "error: nowhere",
@@ -95,6 +97,9 @@ def test_bad_words_are_refused_with_exit_code_2(stablelora, monkeypatch, tmp_pat
     monkeypatch.setattr(sys, "stdin", open(tmp_path / "stdin", "w+"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "validation.jsonl").write_text('{"q": "x", "a": "y"}\n')
+    (tmp_path / "chats").mkdir()
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    (tmp_path / "chats" / "validation.jsonl").write_text(json.dumps({"messages": turns}))
     before = sorted(tmp_path.iterdir())
     code, out, err = stablelora(*line.replace("BASE", BASE).split())
     assert code == 2 and out == "" and BAD[line] in err and sorted(tmp_path.iterdir()) == before
