@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ DESCRIPTION = (
 )
 KINDS = ("choice", "completion", "chat")
 JSONL = "jsonl"
+KEYS = {"task.fields.": "--fields: ", "task.path": "--data", "set data.chat_template to false": "give --no-chat"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--kind", choices=KINDS, help="what a row of --tasks jsonl is (default completion)")
     add("--fields", metavar="MAP", help="columns of --tasks jsonl that have other names: '{prompt: question}'")
-    add("--chat", action="store_true", help="of --tasks jsonl: put prompts into the chat template, as chats always are")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put the prompts of --tasks jsonl into the model's chat template (default: of chats alone)",
+    )
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -90,7 +97,7 @@ def task_names(arguments: argparse.Namespace) -> list[str]:
             raise InputError(f"there is no task {name!r}; the tasks are {', '.join(known)}")
     if not names:
         raise InputError(f"--tasks names no task; the tasks are {', '.join(known)}")
-    if JSONL not in names and (arguments.kind or arguments.fields or arguments.chat):
+    if JSONL not in names and (arguments.kind or arguments.fields or arguments.chat is not None):
         raise InputError("--kind, --fields and --chat describe rows of your own: they need --tasks jsonl")
     return names
 
@@ -111,11 +118,8 @@ def own_items(arguments: argparse.Namespace) -> list[Any]:
         raise InputError(f"limit must be positive, not {arguments.limit}")
     fields = [f"fields={arguments.fields}"] if arguments.fields else []
     task = config.load(JsonlTask, None, [f"kind={arguments.kind or 'completion'}", *fields])
-    try:
+    with _options_named():
         return load_questions(replace(task, path=str(arguments.data)), split_of(arguments))[: arguments.limit]
-    except InputError as error:
-        said = re.sub(r"task\.fields=(\{.*\})", r"--fields '\1'", str(error))
-        raise InputError(said.replace("task.fields.", "--fields: ").replace("task.path", "--data")) from None
 
 
 def split_of(arguments: argparse.Namespace) -> str:
@@ -127,4 +131,18 @@ def measure_own(subject: Any, items: list[Any], arguments: argparse.Namespace) -
     """The result of ``--tasks jsonl``."""
     from stablelora_jax.evaluation.completions import measure_items
 
-    return measure_items(subject, items, split_of(arguments), chat=arguments.chat or arguments.kind == "chat")
+    chat = arguments.kind == "chat" if arguments.chat is None else arguments.chat
+    with _options_named():
+        return measure_items(subject, items, split_of(arguments), chat=chat)
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """An InputError that names keys of a configuration names the options of this command instead."""
+    try:
+        yield
+    except InputError as error:
+        said = re.sub(r"task\.fields=(\{.*\})", r"--fields '\1'", str(error))
+        for key, option in KEYS.items():
+            said = said.replace(key, option)
+        raise InputError(said) from None

@@ -23,22 +23,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="compile the step from shapes, without weights or data, and print its memory and FLOPs",
+        help="print memory and FLOPs of a step, without weights or data",
     )
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """``--config``, ``--list-configs``, ``key=value`` and ``--help SECTION``, as :func:`load_config` reads them."""
+    """``--config``, ``--list-configs``, ``key=value`` and ``--help KEY``, as :func:`load_config` reads them."""
+    parser.usage = "%(prog)s [options] [key.sub=value ...]"
     add = parser.add_argument
-    add("-h", "--help", action=_KeysHelp, nargs="?", metavar="SECTION", help="show this help, or the keys of a section")
-    add(
-        "--config",
-        metavar="NAME|YAML",
-        default=configs.DEFAULT,
-        help="YAML file with any of the keys, or the name of a configuration of this package (default: %(default)s)",
-    )
+    add("-h", "--help", action=_KeysHelp, nargs="?", metavar="KEY", help="show this help, or that of a section or key")
+    add("--config", metavar="NAME", default=configs.DEFAULT, help="a YAML file, or one of --list-configs (%(default)s)")
     add("--list-configs", action=_ListConfigs, nargs=0, help="list the configurations of this package")
-    add("overrides", nargs="*", metavar="key.sub=value", help="keys that override those of the file")
+    add("overrides", nargs="*", metavar="key.sub=value", help=argparse.SUPPRESS)
 
 
 def load_config(arguments: argparse.Namespace) -> Any:
@@ -93,28 +89,24 @@ def _is_distributed() -> bool:
 
 
 class _KeysHelp(argparse.Action):
-    """``--help``: the options and the keys; ``--help SECTION``: the keys of that section."""
+    """``--help``: the options and the keys; ``--help KEY``: the keys of that section, or all about that key."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         parser.exit(exit_code(lambda: print(help_of(parser, values), end="")))
 
 
 def help_of(parser: argparse.ArgumentParser, section: str | None) -> str:
-    """The text of ``--help [SECTION]``.
+    """The text of ``--help [KEY]``.
 
     Raises:
-      InputError: there is no such section.
+      InputError: there is no such section or key.
     """
     from stablelora_jax import config
     from stablelora_jax.config.run import RunConfig
 
-    show: Any = config.help_text
-    try:
-        keys = show(RunConfig, section)
-    except TypeError:
-        keys = show(RunConfig)
+    keys = config.help_text(RunConfig, section)
     if section is not None:
-        return str(keys)
+        return keys
     return f"{parser.format_help()}\nkeys, in the YAML file or as key.sub=value on the command line:\n\n{keys}"
 
 

@@ -30,7 +30,7 @@ def ratio(axes: Any, curves: Curves) -> None:
         _highlights(axes, found, curves)
     else:
         _by_layer(axes, found)
-    axes.axhline(1, color=GRAY, linewidth=1.2, linestyle="--", label="1: shrinking stops")
+    axes.axhline(1, color=GRAY, linewidth=1.2, linestyle="--", label="ratio 1: shrinking stops")
     steps = [step for step, _ in curves.stops]
     if steps:
         label = f"a pair stops ({len(steps)})"

@@ -177,7 +177,7 @@ def _ratios(runs: Sequence[RunRecord], names: Sequence[str], axes: Any) -> None:
     for (steps, low, middle, high), name in zip(found, names, strict=True):
         (line,) = axes.plot(steps, middle, label=name)
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-    axes.axhline(1, color=panels.GRAY, linestyle="--", linewidth=1.2, label="1: shrinking stops")
+    axes.axhline(1, color=panels.GRAY, linestyle="--", linewidth=1.2, label="ratio 1: shrinking stops")
     values = np.concatenate([middle for _, _, middle, _ in found])
     axes.set(xlabel="step", ylabel="(||A|| / in) / (||B|| / out)", yscale="log", ylim=ratio_panel.limits(values))
     panels.plain_log_ticks(axes)

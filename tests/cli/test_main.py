@@ -1,5 +1,6 @@
 """The command as a whole: what it shows without jax, where its words go, and how it refuses them."""
 
+import json
 import subprocess
 import sys
 from importlib import metadata
@@ -28,13 +29,21 @@ def test_help_imports_nothing_heavy():
     assert all(f"\n    {name} " in done.stdout for name in main.COMMANDS)
 
 
-@pytest.mark.parametrize("name", [name for name in main.COMMANDS if name != "train"])
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_help_fits_a_screen(stablelora, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "100")
     code, out, err = stablelora(name, "--help")
     assert (code, err) == (0, "") and out.startswith(f"usage: stablelora {name} ")
-    if name != "data":  # shows the keys of a configuration, as train does
-        assert len(out.splitlines()) <= 45
+    assert len(out.splitlines()) <= 50 and max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("key,shown", [("lora", "lora.rank_pattern"), ("optimizer.lora_rite", "escape")])
+def test_help_leads_on(stablelora, key, shown):
+    assert f"\n  {key.split('.')[0]} " in stablelora("train", "--help")[1]
+    code, out, err = stablelora("train", "--help", key)
+    assert (code, err) == (0, "") and shown in out and "\n  steps " not in out
+    code, out, err = stablelora("train", "--help", f"{key}x")
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"did you mean {key}" in err
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -69,6 +78,7 @@ BAD = {
     "evaluate BASE --tasks jsonl --data . --fields {}": "row 1: there is no column 'prompt'; the columns are q, a. Say "
     "which is which with --fields '{prompt: COLUMN, completion: COLUMN}'\n",
     "evaluate BASE --tasks jsonl --data . --fields {'x':'q'}": "error: --fields: x is not read for kind completion",
+    "evaluate BASE --tasks jsonl --data chats --kind chat": "has no chat template: give --no-chat\n",
     "evaluate BASE --tasks text --data . --kind chat": "--kind, --fields and --chat describe rows of your own",
     "generate BASE": "there is no prompt",
     "export nowhere --to peft": "error: nowhere",
@@ -87,6 +97,9 @@ def test_bad_words_are_refused_with_exit_code_2(stablelora, monkeypatch, tmp_pat
     monkeypatch.setattr(sys, "stdin", open(tmp_path / "stdin", "w+"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "validation.jsonl").write_text('{"q": "x", "a": "y"}\n')
+    (tmp_path / "chats").mkdir()
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    (tmp_path / "chats" / "validation.jsonl").write_text(json.dumps({"messages": turns}))
     before = sorted(tmp_path.iterdir())
     code, out, err = stablelora(*line.replace("BASE", BASE).split())
     assert code == 2 and out == "" and BAD[line] in err and sorted(tmp_path.iterdir()) == before

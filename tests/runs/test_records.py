@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax.runs.records import append_record, each_record, keep_records_until
+from stablelora_jax.utils.errors import InputError
 
 
 def test_records_survive_a_line_cut_short(tmp_path):
@@ -59,3 +60,11 @@ def test_floats_round_trip_and_what_is_not_finite_is_null(tmp_path):
     assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
     (record,) = list(each_record(path))
     assert record == {"step": 1, "all": singles, "deep": {"a": [None, [None, 1]]}, "loss": None, "ok": True}
+
+
+@pytest.mark.parametrize("ratios", [[1.0], {"q_proj": "1"}, {"q_proj": True}])
+def test_ratios_that_no_run_writes_are_refused_by_line_and_key(tmp_path, ratios):
+    append_record(tmp_path / "metrics.jsonl", {"step": 1, "stop_ratios": {"q_proj": None, "v_proj": 1.5}})
+    append_record(tmp_path / "metrics.jsonl", {"step": 2, "stop_ratios": ratios})
+    with pytest.raises(InputError, match="line 2: stop_ratios must be a mapping"):
+        list(each_record(tmp_path / "metrics.jsonl"))
