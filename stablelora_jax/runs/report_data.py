@@ -13,7 +13,7 @@ from stablelora_jax import config
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.runs.curves import Curves, ratios_of, read_curves
 from stablelora_jax.runs.directory import read_summary
-from stablelora_jax.runs.files import CONFIG, METRICS, has_adapter
+from stablelora_jax.runs.files import CONFIG, METRICS, SUMMARY, has_adapter
 from stablelora_jax.runs.history import History, read_history
 from stablelora_jax.runs.trackers import dotted, settings
 from stablelora_jax.utils.errors import InputError
@@ -145,7 +145,7 @@ def environment(run: RunRecord) -> list[tuple[str, str]]:
     rows = [("directory", str(run.path))]
     rows += [("started", starts[0])] if starts else []
     rows += [("resumed", ", ".join(starts[1:]))] if len(starts) > 1 else []
-    rows += [("ended", text(found.pop("ended")).removesuffix("+00:00").replace("T", " "))] if "ended" in found else []
+    rows += [("ended", _date((run.path / SUMMARY).stat().st_mtime))] if run.summary else []
     rows += [(key, text(run.summary[key])) for key in ("devices", "processes") if key in run.summary]
     rows += [(key, text(value)) for key, value in ({"jax": run.summary.get("jax")} | found).items() if value]
     return rows + [("adapter", "saved" if has_adapter(run.path) else "not saved yet")]
@@ -211,4 +211,8 @@ def _starts(directory: Path) -> list[str]:
         stamp = path.name.split(".")[3]
         if stamp.isdigit() and len(stamp) == 19:  # nanoseconds
             times.append(int(stamp) // 10**9)
-    return [datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M:%S") for t in sorted(times)]
+    return [_date(t) for t in sorted(times)]
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -6,7 +6,6 @@ import platform
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
@@ -95,8 +94,8 @@ def sample_answers(config: RunConfig, log: RunLog, questions: Sequence[Question]
 
 
 def _environment() -> dict[str, str]:
-    """When the run ended, and the versions of Python and of the packages that compute."""
-    found = {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
+    """The versions of Python and of the packages that compute."""
+    found = {"python": platform.python_version()}
     for name in ("stablelora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)

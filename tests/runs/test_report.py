@@ -1,6 +1,7 @@
 """The page of runs: one file with everything in it, right for runs in any state, and safe against what they hold."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -82,7 +83,7 @@ FINISHED = {
     "devices": "1 x TPU v5",
     "jax": "0.10.2",
     "samples": [{"prompt": f"Which?\n{EVIL}", "right": "ant", "before": "bear", "after": "ant"}],
-    "environment": {"ended": "2026-11-28T10:00:00+00:00", "python": "3.11.7"},
+    "environment": {"python": "3.11.7"},
 }
 
 
@@ -94,6 +95,7 @@ def parsed(*runs, output):
 def test_a_finished_run_has_every_section(tmp_path):
     optimizer = CONFIGS["stable_lora"](shrink_ratio=2e-3)
     run = write(tmp_path / "run", summary=FINISHED, stability=True, optimizer=optimizer)
+    os.utime(run / "summary.json", (1795860000, 1795860000))
     page = parsed(run, output=tmp_path / "new" / "report.html")
     assert page.said("h1") == ["Run run"] and "finished, 3 steps" in page.text
     sections = ["Evaluations", "Sample answers", "Configuration", "Environment", "Training data"]
