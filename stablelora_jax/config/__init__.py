@@ -3,8 +3,9 @@
 Imports: utils, lora, optimizers.
 """
 
-from stablelora_jax.config.dump import dump, help_text, to_dict
-from stablelora_jax.config.engine import load
+from stablelora_jax.config.dump import dump, to_dict
+from stablelora_jax.config.engine import Section, load
+from stablelora_jax.config.help import help_text
 from stablelora_jax.config.keys import REQUIRED, option, section, with_new_names
 
-__all__ = ["REQUIRED", "dump", "help_text", "load", "option", "section", "to_dict", "with_new_names"]
+__all__ = ["REQUIRED", "Section", "dump", "help_text", "load", "option", "section", "to_dict", "with_new_names"]

@@ -3,8 +3,8 @@
 A configuration is a frozen dataclass; a key's type is its annotation, its meaning is in the field::
 
     @dataclass(frozen=True)
-    class Train:
-        steps: int = option(1000, "optimizer steps")
+    class Train(Section):
+        steps: Annotated[int, Meta(ge=1)] = option(1000, "optimizer steps")
         clip: float | None = option(None, "largest gradient norm")
         lora: LoraSpec = section(LoraSpec, "the adapter")
         optimizer: StableLora | AdamW = section(StableLora, "picked by its name")
@@ -13,35 +13,33 @@ A configuration is a frozen dataclass; a key's type is its annotation, its meani
     print(dump(config), help_text(Train))
 
 Overrides come after the file and the last one wins. A value replaces a value; keys given for a section add to those
-already there, except that a new ``name`` drops what the file says about the section under its old name. A union of
-plain types takes the first member that fits.
+already there, except that a new ``name`` drops what the file says about the section under its old name. Values are
+checked by msgspec, strictly: text is no number, and a number no text.
 """
 
 import difflib
 import io
-import json
 import os
-import reprlib
-import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import MISSING
+from dataclasses import MISSING, Field
 from types import NoneType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from stablelora_jax.config.dump import Loader, groups, to_dict
+from stablelora_jax.config.dump import Loader
 from stablelora_jax.config.keys import (
-    MAP,
-    UNION,
-    as_text,
+    KeyProblem,
+    by_name,
+    checked,
     choices,
-    default_of,
+    dotted,
     keys_of,
     names_of,
     old_names,
+    renamed,
     sections,
+    shown,
     type_text,
     with_new_names,
 )
@@ -50,6 +48,26 @@ from stablelora_jax.utils.errors import InputError
 
 T = TypeVar("T")
 LONG = 500  # characters of a text that a message repeats
+
+
+class Section:
+    """What the dataclasses of a configuration derive from: one made in Python is checked as if it came from a file."""
+
+    def __new__(cls, *_: Any, **given: Any) -> Any:
+        """Refuse the names of older versions."""
+        for old, name in old_names(cls).items():
+            if old in given:
+                raise InputError(f"{cls.__name__}: {old} is now called {name}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check each value, and make sections of dicts.
+
+        Raises:
+          InputError: a value of another type or out of range, or a section that is not a dict of its keys.
+        """
+        for name, (f, kind) in keys_of(self.__class__).items():
+            object.__setattr__(self, name, _value(f, kind, getattr(self, name), name))
 
 
 def load(
@@ -66,43 +84,63 @@ def load(
     Raises:
       InputError: anything that is not a value of a key; one line that names file and key.
     """
-    data = None if path is None else _parse(_read(path), str(path))
+    data = {} if path is None else _parse(_read(path), str(path)) or {}
     data = with_new_names(cls, data) if accept_old_names else data
-    layers = [] if path is None else [_Layer(str(path), (), data, is_file=True)]
+    labels = {"": "" if path is None else str(path)}
+    config = _merged(cls, None, data, labels[""], labels)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            _fail(text, "", "an override is KEY=VALUE, such as seed=3")
-        layers.append(_Layer(text, tuple(key.strip().split(".")), _parse(value, text), is_file=False))
-    made: T = _section(cls, layers, "", MISSING)
+            _fail(text, "an override is KEY=VALUE, such as seed=3")
+        nested = _parse(value, text)
+        for part in reversed(key.strip().split(".")):
+            nested = _Dotted({part: nested})
+        config = _merged(cls, config, nested, text, labels) if isinstance(config, Mapping) else config
+    try:
+        made: T = _made(cls, config)
+    except KeyProblem as problem:
+        _fail(_source(problem.key, labels), str(problem))
     return made
 
 
-def coerced(config: Any) -> None:
-    """Check the values of a dataclass that was made in Python: each is read as from a file, a section from its dict.
-
-    To be called in ``__post_init__``, also of a frozen dataclass.
-
-    Raises:
-      InputError: a value of another type, or a section that is neither of its types nor a dict of its keys.
-    """
-    for name, (f, kind) in keys_of(type(config)).items():
-        value = getattr(config, name)
-        if not isinstance(value, tuple(sections(kind))):
-            made = _value(kind, [_Layer("", (), to_dict(value), is_file=True)], name, default_of(f, None))
-            object.__setattr__(config, name, made)
+class _Dotted(dict[str, Any]):
+    """What the dots of an override's key stand for."""
 
 
-class _Layer(NamedTuple):
-    label: str  # as the user wrote it: the file's path, or the whole override
-    keys: tuple[str, ...]  # the override's keys still to descend before its value applies
-    value: Any
-    is_file: bool
+def _merged(
+    kind: Any, old: Any, new: Any, source: str, labels: dict[str, str], path: str = "", usual: Any = None
+) -> Any:
+    """What is said of a key after a file or an override; ``labels`` gets the source of each value, at "" the file's."""
+    members = sections(kind)
+    if isinstance(new, _Dotted) and kind and not members:
+        _fail(source, f"{path}.{next(iter(new))} is not a key: set all of {path}, which is {type_text(kind)}")
+    if not isinstance(new, Mapping) or not (members or isinstance(new, _Dotted)):
+        labels[path] = source
+        return new
+    kinds = {name: found for member in members for name, found in keys_of(member).items()}
+    merged = dict(old) if isinstance(old, Mapping) else {}
+    if new.get("name", MISSING) not in (MISSING, merged.get("name", usual)) and len(members) > 1:
+        merged = {name: value for name, value in merged.items() if labels[f"{path}.{name}"] != labels[""]}
+    for name, part in new.items():
+        f, kind = kinds.get(name, (None, None))
+        if part is not None or source != labels[""] or f is None or not isinstance(f.default_factory, type):
+            key = f"{path}.{name}".lstrip(".")
+            merged[name] = _merged(kind, merged.get(name), part, source, labels, key, f and _usual(f))
+    return merged
 
 
-def _fail(label: str, path: str, text: str) -> NoReturn:
+def _source(key: str, labels: dict[str, str]) -> str:
+    """Where what is said of ``key`` comes from: the override that has set it, or the file and overrides below it."""
+    above = [
+        text for name, text in labels.items() if name and f"{key}.".startswith((f"{name}.", f"{name}[", f"{name}:"))
+    ]
+    below = [text for name, text in labels.items() if name.startswith(f"{key}." if key else "")]
+    return above[-1] if above else " ".join(dict.fromkeys(filter(None, [labels[""], *below])))
+
+
+def _fail(label: str, text: str) -> NoReturn:
     label = label if len(label) <= LONG else f"{label[:LONG]}..."
-    line = ": ".join(filter(None, [label, f"{path} {text}".strip()]))
+    line = ": ".join(filter(None, [label, " ".join(text.split())]))
     line = line if len(line) <= 4 * LONG else f"{line[: 2 * LONG]} ... {line[-LONG:]}"
     raise InputError(" ".join(part.strip() for part in line.splitlines()))
 
@@ -116,148 +154,73 @@ def _read(path: str | os.PathLike[str]) -> str:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        _fail(str(path), "", f"{getattr(error, 'strerror', None) or error}: name a YAML file in UTF-8 that can be read")
-    _fail(str(path), "", f"is larger than {safe_yaml.BYTES} bytes, which no configuration is")
+        _fail(str(path), f"{getattr(error, 'strerror', None) or error}: name a YAML file in UTF-8 that can be read")
+    _fail(str(path), f"is larger than {safe_yaml.BYTES} bytes, which no configuration is")
 
 
 def _parse(text: str, label: str) -> Any:
     if len(text) > safe_yaml.BYTES:
-        _fail(label, "", f"is longer than {safe_yaml.BYTES} characters, which no configuration is")
+        _fail(label, f"is longer than {safe_yaml.BYTES} characters, which no configuration is")
     try:
         return yaml.load(text, Loader=Loader)
     except Exception as error:  # besides YAMLError whatever a forced tag makes PyYAML's constructors raise (!!int x)
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = " ".join(filter(None, (getattr(error, part, None) for part in ("context", "problem"))))
-        _fail(label, "", f"not valid YAML{line}: {problem or error}")
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _section(cls: Any, layers: list[_Layer], path: str, default: Any) -> Any:
-    """The dataclass ``cls`` from what the layers say, and else from ``default`` where that is one."""
-    instance, values = default if isinstance(default, cls) else None, {}
-    source = next((layer.label for layer in layers if layer.is_file), "")
-    given = _spread(cls, layers, path)
-    for name, (f, kind) in keys_of(cls).items():
-        key, absent = f"{path}.{name}".lstrip("."), default_of(f, instance)
-        if not given[name] and (absent is MISSING or isinstance(absent, type)):
-            if not sections(kind) or NoneType in get_args(kind):
-                _fail(source, key, f"is missing: set it in the file, or with {key}=VALUE (type {type_text(kind)})")
-            given[name] = [_Layer(source, (), {}, is_file=True)]
-        values[name] = _value(kind, given[name], key, absent) if given[name] else absent
-    try:
-        return cls(**values)
-    except ValueError as error:
-        labels = " ".join(dict.fromkeys(layer.label for layer in layers if layer.label))
-        _fail(labels, "", f"{path}: {error}" if path else str(error))
-
-
-def _spread(cls: Any, layers: list[_Layer], path: str) -> dict[Any, list[_Layer]]:
-    """What each layer says about each field of the section."""
-    given: dict[Any, list[_Layer]] = {name: [] for name in keys_of(cls)}
-    for layer in layers:
-        if layer.keys:
-            items = {layer.keys[0]: layer._replace(keys=layer.keys[1:])}
-        elif isinstance(layer.value, Mapping) or (layer.value is None and layer.is_file):
-            items = {key: layer._replace(value=value) for key, value in (layer.value or {}).items()}
-        else:
-            _fail(layer.label, path or "the top level", f"holds keys ({', '.join(given)}), not {_show(layer.value)}")
-        for key, part in items.items():
-            if key not in given:
-                _fail(layer.label, f"{path}.{key}".lstrip("."), f"is not a key{_hint(cls, str(key), path)}")
-            given[key].append(part)
-            new = keys_of(cls)[key][0].metadata.get("renamed", {}).get(as_text(part.value)) if not part.keys else None
-            if new:
-                _fail(layer.label, f"{path}.{key}".lstrip("."), f"{part.value} is now called {new}")
-    return given
+        _fail(label, f"not valid YAML{line}: {problem or error}")
 
 
 def _hint(cls: Any, key: str, path: str) -> str:
     """The key of the section, or of one inside it, that was probably meant; else all keys if they are few."""
     keys = ", ".join(keys_of(cls))
-    if key in (old := old_names(cls)):
-        return f": it is now called {f'{path}.{old[key]}'.lstrip('.')}"
-    every = [*keys_of(cls), *(row[0] for _, rows in groups(cls, MISSING) for row in rows)]
+    if new := old_names(cls).get(key):
+        return f": it is now called {f'{path}.{new}'.lstrip('.')}"
+    every = list(dotted(cls))
     near = [k for k in every if k.split(".")[-1] == key] or difflib.get_close_matches(key[:80], every, n=1)
     if near:
         return f" (did you mean {f'{path}.{near[0]}'.lstrip('.')}?)"
     return f" ({cls.__name__} has {keys})" if len(keys) <= 240 else " (see the help)"
 
 
-def _value(kind: Any, layers: list[_Layer], path: str, default: Any = MISSING) -> Any:
-    """The value that the layers, of which there is at least one, give to a key of the declared type."""
+def _made(cls: Any, data: Any, path: str = "") -> Any:
+    """The dataclass ``cls``, which is the section ``path``, from its keys."""
+    keys = keys_of(cls)
+    if not isinstance(data, Mapping):
+        raise KeyProblem(path, f"{path or 'the top level'} holds keys ({', '.join(keys)}), not {shown(data)}")
+    try:
+        for name, value in data.items():
+            if name not in keys:
+                raise KeyProblem(str(name), f"{name} is not a key{_hint(cls, str(name), path)}")
+            if (new := renamed(keys[name][0], value)) is not value:
+                raise KeyProblem(name, f"{name} {value} is now called {new}")
+        for name, (f, kind) in keys.items():
+            if name not in data and sections(kind) and isinstance(f.default_factory, type):
+                data = {**data, name: {}}
+            elif name not in data and f.default is MISSING and f.default_factory is MISSING:
+                way = f"set it in the file, or with {f'{path}.{name}'.lstrip('.')}=VALUE (type {type_text(kind)})"
+                raise KeyProblem(name, f"{name} is missing: {way}")
+        return cls(**{name: _value(*keys[name], value, name) for name, value in data.items()})
+    except KeyProblem as problem:
+        raise (KeyProblem(f"{path}.{problem.key}", f"{path}.{problem}") if path else problem) from None
+    except ValueError as error:
+        raise KeyProblem(path, f"{path}: {error}" if path else str(error)) from None
+
+
+def _value(f: Field[Any], kind: Any, value: Any, key: str) -> Any:
+    """The value of a key as its declared type; a union of sections is picked by its name."""
     members = sections(kind)
     if not members:
-        return [_plain(kind, layer, path) for layer in layers][-1]
-    if NoneType in get_args(kind):
-        if layers[-1].value is None and not layers[-1].keys:
-            return None
-        layers = [layer for layer in layers if layer.keys or layer.value is not None]
-    return _section(members[0], layers, path, default) if len(members) == 1 else _pick(members, layers, path, default)
+        return checked(kind, value, key)
+    if isinstance(value, tuple(members)) or (value is None and NoneType in choices(kind)):
+        return value
+    if len(members) == 1 or not isinstance(value, Mapping):
+        return _made(members[0], value, key)
+    named, name = by_name(members), value.get("name", _usual(f))
+    checked(Literal[tuple(named)], name, f"{key}.name")
+    return _made(named[name], {**value, "name": name}, key)
 
 
-def _pick(members: list[Any], layers: list[_Layer], path: str, default: Any) -> Any:
-    """The member of a union of sections that the last name given picks; layers with another name are dropped."""
-    by_name = {name: member for member in members for name in names_of(member)}
-    usual = names_of(default)[0] if isinstance(default, type) else getattr(default, "name", MISSING)
-    names = []
-    for layer in layers:
-        name = layer.value if layer.keys == ("name",) else usual if layer.is_file else MISSING
-        if not layer.keys and isinstance(layer.value, Mapping):
-            name = layer.value.get("name", name)
-        if name is not MISSING:
-            _plain(Literal[tuple(by_name)], layer._replace(keys=(), value=name), f"{path}.name")
-        names.append(name)
-    picked = next((name for name in reversed(names) if name is not MISSING), usual)
-    if picked is MISSING:
-        _fail(layers[0].label, f"{path}.name", f"is missing: one of {', '.join(by_name)}")
-    kept = [layer for layer, name in zip(layers, names, strict=True) if name in (MISSING, picked)]
-    return _section(by_name[picked], [*kept, _Layer("", ("name",), picked, is_file=False)], path, default)
-
-
-def _plain(kind: Any, layer: _Layer, path: str) -> Any:
-    """The layer's value as the declared type, which is not a section."""
-    wanted, raw = type_text(kind), layer.value
-    if layer.keys:
-        _fail(layer.label, ".".join([path, *layer.keys]), f"is not a key: set all of {path}, which is {wanted}")
-    value = _fit(kind, layer, path)
-    if value is MISSING:
-        number = type(raw) in (int, float)
-        text = str in choices(kind) and (number or isinstance(raw, bool))
-        hint = f' (as text: "{_show(raw)}", quotes included)' if text else ""
-        _fail(layer.label, path, f"wants {'a finite ' * (kind is float and number)}{wanted}, got {_show(raw)}{hint}")
-    return value
-
-
-def _fit(kind: Any, layer: _Layer, path: str) -> Any:
-    """The layer's value as the declared type; MISSING when it is of another type."""
-    raw, origin, args = layer.value, get_origin(kind), get_args(kind)
-
-    def part(kind: Any, value: Any, path: str) -> Any:
-        return _value(kind, [layer._replace(value=value)], path)
-
-    if origin in UNION:
-        for member in args:
-            with suppress(InputError):
-                return part(member, raw, path)
-    elif origin is Literal:
-        return next((arg for arg in args if raw == arg and type(raw) is type(arg)), MISSING)
-    elif origin is tuple:
-        items = list(map(list, raw.items())) if isinstance(raw, Mapping) and get_origin(args[0]) is tuple else raw
-        if isinstance(items, list) and (Ellipsis in args or len(items) == len(args)):
-            kinds = args[:1] * len(items) if Ellipsis in args else args
-            return tuple(part(kind, items[i], f"{path}[{i}]") for i, kind in enumerate(kinds))
-    elif origin in MAP:
-        if isinstance(raw, Mapping):
-            return {part(args[0], k, f"a key of {path}"): part(args[1], v, f"{path}.{k}") for k, v in raw.items()}
-    elif kind not in (bool, int, float, str, NoneType):
-        raise TypeError(f"{path}: a configuration cannot have the type {kind}")
-    elif kind is float:
-        return float(raw) if type(raw) in (int, float) and abs(raw) <= sys.float_info.max else MISSING  # nor nan
-    elif type(raw) is kind:
-        return raw
-    return MISSING
+def _usual(f: Field[Any]) -> str | None:
+    """The name of the section that is the field's default."""
+    default = f.default_factory
+    return names_of(default)[0] if isinstance(default, type) and "name" in keys_of(default) else None

@@ -7,17 +7,17 @@ full form needs the gradients of whole kernels.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Mapping
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import optax
 
 from stablelora_jax import optimizers
+from stablelora_jax.config.engine import Section
 from stablelora_jax.config.keys import option
+from stablelora_jax.config.members import arguments_of, member
 from stablelora_jax.optimizers.limits import require_numbers
 
 
@@ -66,15 +66,35 @@ FREEZES_A = ("lora_fa",)  # the loss sees freeze_a(adapters)
 PEAKS = {"scaled_gd": 1e-2, "lora_rite": 2e-3, "altlora": 1e-3, "oplora": 1e-2, "lora_fa": 1e-3}  # others 1e-4
 
 
-def learning_rates(config: Any) -> dict[str, float]:
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """An optimizer: ``name`` and its arguments. The classes of :data:`CONFIGS` derive from it."""
+
+    name: str
+    learning_rate: float
+
+    function: ClassVar[Callable[..., optax.GradientTransformation]]
+
+    def __post_init__(self) -> None:
+        """Check the arguments: their types, and what the optimizer itself refuses."""
+        super().__post_init__()
+        require_numbers(shrink_until_stable=getattr(self, "shrink_until_stable", 0.0))
+        type(self).function(**arguments_of(self))
+
+
+def learning_rates(config: OptimizerConfig) -> dict[str, float]:
     """The learning rates of ``config``, by the names of its keys."""
-    return {key: rate for key, rate in _arguments(config).items() if key.endswith("learning_rate") and rate is not None}
+    given = arguments_of(config).items()
+    return {key: rate for key, rate in given if key.endswith("learning_rate") and rate is not None}
 
 
 def make_optimizer(
-    config: Any, schedule: Callable[[Any], optax.Schedule], rates: Mapping[str, Any], scale: Callable[[], Any]
+    config: OptimizerConfig,
+    schedule: Callable[[Any], optax.Schedule],
+    rates: Mapping[str, Any],
+    scale: Callable[[], Any],
 ) -> optax.GradientTransformation:
-    """The optimizer that ``config``, one of :data:`CONFIGS`, describes.
+    """The optimizer that ``config`` describes.
 
     Args:
       config: all but its learning rates.
@@ -82,7 +102,7 @@ def make_optimizer(
       rates: the peaks, concrete or traced, with the names of :func:`learning_rates`.
       scale: gives the LoRA scale of each pair, where the optimizer asks for it.
     """
-    function, given = function_of(config), _arguments(config)
+    function, given = type(config).function, arguments_of(config)
     given |= {key: schedule(rate) for key, rate in rates.items()}
     if "scale" in inspect.signature(function).parameters:
         given["scale"] = scale()
@@ -91,69 +111,22 @@ def make_optimizer(
     return optimizers.shrink_until_stable(tx, ratio) if ratio else tx
 
 
-def function_of(config: Any) -> Callable[..., optax.GradientTransformation]:
-    """The optimizer that ``config`` names."""
-    return OPTIMIZERS[ALIASES.get(config.name, config.name)]
-
-
-def shrink_ratio(config: Any) -> float | None:
+def shrink_ratio(config: OptimizerConfig) -> float | None:
     """The ratio by which this optimizer shrinks A until pairs are stable; None where it does not."""
     return getattr(config, "shrink_ratio", 0) or getattr(config, "shrink_until_stable", 0) or None
 
 
-def trained_part(config: Any) -> Callable[[Any], Any]:
+def trained_part(config: OptimizerConfig) -> Callable[[Any], Any]:
     """What the loss differentiates of the adapters: all, or with A as a constant."""
     return optimizers.freeze_a if config.name in FREEZES_A else lambda adapters: adapters
 
 
-def _arguments(config: Any) -> dict[str, Any]:
-    own = inspect.signature(function_of(config)).parameters
-    return {key: value for key, value in dataclasses.asdict(config).items() if key in own}
-
-
-def _make(name: str, function: Callable[..., Any]) -> type:
-    """The dataclass of one optimizer."""
-    text = inspect.getdoc(function) or ""
-    title = text.split("\n")[0].replace("``", "").rstrip(".")
+def _section(name: str, function: Callable[..., optax.GradientTransformation]) -> Any:
     names = (name, *(alias for alias, meant in ALIASES.items() if meant == name))
-    fields: list[Any] = [("name", Literal[names], option(name, title))]
-    hints = get_type_hints(function)
-    for key, parameter in inspect.signature(function).parameters.items():
-        if key not in NOT_IN_A_FILE:
-            default = PEAKS.get(name, 1e-4) if parameter.default is inspect.Parameter.empty else parameter.default
-            fields.append((key, _kind(hints[key], default), option(default, _meaning(text, key))))
-    if "shrink_ratio" not in hints:
-        meaning = "shrink ratio of Stable-LoRA around this optimizer; 0 for none"
-        fields.append(("shrink_until_stable", float, option(0.0, meaning)))
-    return dataclasses.make_dataclass(
-        "".join(part.title() for part in name.split("_")) + "Config",
-        fields,
-        frozen=True,
-        namespace={"__post_init__": _check, "__doc__": title, "__module__": __name__},
-    )
+    shrink = option(0.0, "shrink ratio of Stable-LoRA around this optimizer; 0 for none")
+    more = [] if "shrink_ratio" in inspect.signature(function).parameters else [("shrink_until_stable", float, shrink)]
+    peak = {"learning_rate": PEAKS.get(name, 1e-4)}
+    return member(function, OptimizerConfig, *names, skip=NOT_IN_A_FILE, defaults=peak, more=more)
 
 
-def _kind(hint: Any, default: Any) -> Any:
-    """The type of a key: what may be a scalar or a schedule is a number in a file."""
-    may_be_none = NoneType in get_args(hint)
-    return hint if may_be_none or not isinstance(default, float) else float
-
-
-def _meaning(text: str, key: str) -> str:
-    """The argument's entry in the docstring, as one line."""
-    found = re.search(rf"^  {key}: (.*(?:\n    .*)*)", text, re.MULTILINE)
-    line = " ".join((found[1] if found else "").split()).replace("``", "").replace("None", "null").rstrip(".")
-    line = re.sub(r",? ?(a )?scalar or (optax )?schedule", "", re.sub(r":\w+:`~?([\w.]+)`", r"\1", line))
-    return f"peak learning rate{': ' * bool(line)}{line}" if key == "learning_rate" else line
-
-
-def _check(config: Any) -> None:
-    require_numbers(shrink_until_stable=getattr(config, "shrink_until_stable", 0.0))
-    function_of(config)(**_arguments(config))  # what the optimizer itself refuses
-
-
-CONFIGS = {name: _make(name, function) for name, function in OPTIMIZERS.items()}
-if TYPE_CHECKING:
-    OptimizerConfig = Any
-else:
-    OptimizerConfig = Union[tuple(CONFIGS.values())]  # noqa: UP007
+CONFIGS: dict[str, Callable[..., OptimizerConfig]] = {name: _section(name, f) for name, f in OPTIMIZERS.items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from stablelora_jax.config.engine import coerced
-from stablelora_jax.config.keys import old_names, option, section
+from msgspec import Meta
+
+from stablelora_jax.config.engine import Section
+from stablelora_jax.config.keys import NonNegativeInt, PositiveFloat, PositiveInt, option, section
 from stablelora_jax.config.optimizer import CONFIGS, OptimizerConfig
 from stablelora_jax.config.parallel import DistributedConfig, MeshConfig, PmapConfig
 from stablelora_jax.config.schedule import Cosine, ScheduleConfig, schedule_of
@@ -18,7 +20,7 @@ MOST = {"steps": 2**31 - 1, "batch_size": 2**20, "max_length": 2**24}  # steps a
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The frozen base."""
 
     path: str | None = option(None, "model directory, .gguf file or hub id; null for the small base of this package")
@@ -40,49 +42,49 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class CompareSizesTask:
+class CompareSizesTask(Section):
     """A generated task for the small base that ships with the package."""
 
     name: Literal["compare_sizes"] = option("compare_sizes", "which of four animals is the biggest, or the smallest")
-    train_limit: int | None = option(None, "use only the first questions of the training split")
-    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+    train_limit: PositiveInt | None = option(None, "use only the first questions of the training split")
+    validation_limit: PositiveInt | None = option(None, "use only the first questions of the validation split")
 
 
 @dataclass(frozen=True)
-class ArcTask:
+class ArcTask(Section):
     """ARC from the hub (``allenai/ai2_arc``) or from a local directory."""
 
     name: Literal["arc_easy", "arc_challenge"] = option("arc_easy", "grade-school science questions")
     path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null for the hub")
-    train_limit: int | None = option(None, "use only the first questions of the training split")
-    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+    train_limit: PositiveInt | None = option(None, "use only the first questions of the training split")
+    validation_limit: PositiveInt | None = option(None, "use only the first questions of the validation split")
 
 
 @dataclass(frozen=True)
-class QaTask:
+class QaTask(Section):
     """The other multiple-choice sets of the paper, from the hub or from a local directory."""
 
     name: Literal["hellaswag", "social_i_qa", "openbookqa", "merged_qa"] = option(
         "merged_qa", "merged_qa is these three and both of ARC, one after another"
     )
     path: str | None = option(None, "directory with SPLIT.jsonl (merged_qa: with a directory a set); null for the hub")
-    train_limit: int | None = option(None, "use only the first questions of the training split")
-    validation_limit: int | None = option(None, "use only the first questions of the validation split")
+    train_limit: PositiveInt | None = option(None, "use only the first questions of the training split")
+    validation_limit: PositiveInt | None = option(None, "use only the first questions of the validation split")
 
 
 @dataclass(frozen=True)
-class MathTask:
+class MathTask(Section):
     """Math word problems from the hub or from a local directory; answers are generated, in GSM8K's prompt format."""
 
     name: Literal["metamathqa", "gsm8k"] = option("metamathqa", "the training set; both are evaluated on GSM8K")
     path: str | None = option(None, "directory with train.jsonl; null for the hub")
     held_out: bool = option(True, "hold out one question in 64 for validation; false trains on all")
-    train_limit: int | None = option(None, "use only the first problems of the training split")
-    validation_limit: int | None = option(None, "use only the first of the held-out problems")
+    train_limit: PositiveInt | None = option(None, "use only the first problems of the training split")
+    validation_limit: PositiveInt | None = option(None, "use only the first of the held-out problems")
 
 
 @dataclass(frozen=True)
-class JsonlTask:
+class JsonlTask(Section):
     """Rows of your own, from a local directory or the hub."""
 
     name: Literal["jsonl"] = option("jsonl", "rows of your own")
@@ -91,12 +93,12 @@ class JsonlTask:
     hub: str | None = option(None, "a data set on the hub")
     hub_config: str | None = option(None, "configuration of the hub's data set")
     fields: Mapping[str, str] = option({}, "column of prompt, choices, label, completion, target, messages or id")
-    train_limit: int | None = option(None, "use only the first rows of the training split")
-    validation_limit: int | None = option(None, "use only the first rows of the validation split")
+    train_limit: PositiveInt | None = option(None, "use only the first rows of the training split")
+    validation_limit: PositiveInt | None = option(None, "use only the first rows of the validation split")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """How texts become batches."""
 
     batching: Literal["bucket", "pack"] = option(
@@ -116,7 +118,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """A run; the same values give the same adapters."""
 
     model: ModelConfig = section(ModelConfig, "the frozen base")
@@ -131,70 +133,44 @@ class RunConfig:
     )
     parallel: PmapConfig | MeshConfig = section(PmapConfig, "device parallelism")
     distributed: DistributedConfig | None = section(lambda: None, "several processes in one run")
-    steps: int = option(300, "optimizer steps")
-    epochs: float | None = option(None, "passes over the training data, instead of steps; null: use steps")
-    batch_size: int = option(32, "rows per step, over all devices")
-    gradient_accumulation_steps: int = option(1, "micro-batches of a step; the result is the same", was="accumulate")
-    max_length: int = option(256, "maximum tokens per row; see data.truncate", was="length")
-    max_grad_norm: float | None = option(1.0, "clip the global gradient norm; null for none", was="clip_norm")
-    max_consecutive_errors: int = option(5, "stop after this many consecutive steps that are not finite")
-    seed: int = option(0, "seed of the initial adapters, the order of rows, and dropout")
+    steps: Annotated[int, Meta(ge=1, le=MOST["steps"])] = option(300, "optimizer steps")
+    epochs: PositiveFloat | None = option(None, "passes over the training data, instead of steps; null: use steps")
+    batch_size: Annotated[int, Meta(ge=1, le=MOST["batch_size"])] = option(32, "rows per step, over all devices")
+    gradient_accumulation_steps: PositiveInt = option(
+        1, "micro-batches of a step; the result is the same", was="accumulate"
+    )
+    max_length: Annotated[int, Meta(ge=1, le=MOST["max_length"])] = option(
+        256, "maximum tokens per row; see data.truncate", was="length"
+    )
+    max_grad_norm: PositiveFloat | None = option(1.0, "clip the global gradient norm; null for none", was="clip_norm")
+    max_consecutive_errors: PositiveInt = option(5, "stop after this many consecutive steps that are not finite")
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = option(
+        0, "seed of the initial adapters, the order of rows, and dropout"
+    )
     output: str | None = option(None, "run directory; null for runs/<task>-<digest of the configuration>")
     accept_changes: bool = option(False, "resume a run although configuration, base or data have changed")
-    checkpoint_every: int = option(100, "steps between checkpoints; the last step is always saved")
-    checkpoint_minutes: float | None = option(None, "minutes between further checkpoints; null for none")
-    keep_checkpoints: int = option(2, "number of newest checkpoints to keep; the best evaluation's is kept as well")
+    checkpoint_every: PositiveInt = option(100, "steps between checkpoints; the last step is always saved")
+    checkpoint_minutes: PositiveFloat | None = option(None, "minutes between further checkpoints; null for none")
+    keep_checkpoints: PositiveInt = option(
+        2, "number of newest checkpoints to keep; the best evaluation's is kept as well"
+    )
     evaluate: bool = option(True, "evaluate validation loss, and accuracy of choices, before and after training")
-    evaluate_every: int | None = option(None, "steps between further evaluations during training; null for none")
-    evaluate_minutes: float | None = option(None, "minutes between further evaluations; null for none")
+    evaluate_every: PositiveInt | None = option(None, "steps between further evaluations in training; null for none")
+    evaluate_minutes: PositiveFloat | None = option(None, "minutes between further evaluations; null for none")
     metric: Literal["loss", "acc", "acc_norm"] = option("loss", "evaluation metric for patience and select")
-    patience: int | None = option(None, "stop after this many evaluations without improvement; null: never")
+    patience: PositiveInt | None = option(None, "stop after this many evaluations without improvement; null: never")
     select: Literal["last", "best"] = option("last", "which adapter to keep: the last step's or the best evaluation's")
-    stability_every: int | None = option(None, "steps between measurements of the stability terms; null for none")
+    stability_every: PositiveInt | None = option(
+        None, "steps between measurements of the stability terms; null for none"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option(("tensorboard",), "metric loggers")
-    num_samples: int = option(4, "validation questions to print, with answers before and after", was="show")
-
-    def __new__(cls, *_: Any, **given: Any) -> RunConfig:
-        """Refuse the names of older versions."""
-        for old, name in old_names(cls).items():
-            if old in given:
-                raise InputError(f"RunConfig: {old} is now called {name}")
-        return super().__new__(cls)
+    num_samples: NonNegativeInt = option(4, "validation questions to print, with answers before and after", was="show")
 
     def __post_init__(self) -> None:
-        """Read sections that are dicts, and check what the types do not express."""
-        coerced(self)
-        positive = (
-            "steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_length",
-            "max_consecutive_errors",
-            "checkpoint_every",
-        )
-        for name in (*positive, "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, most in MOST.items():
-            if getattr(self, name) > most:
-                raise InputError(f"{name} must be at most {most}, not {getattr(self, name):.6g}")
+        """Check what the types do not express."""
+        super().__post_init__()
         if "layers" not in self.lora.stacked:
             raise InputError("lora.stacked must hold layers: a run's model stacks its layers under that name")
-        for name in ("seed", "num_samples"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise InputError(f"seed must be below 2**32, not {self.seed}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise InputError(f"max_grad_norm must be positive, not {self.max_grad_norm}; null for no clipping")
-        if self.stability_every is not None and self.stability_every < 1:
-            raise InputError(f"stability_every must be at least 1, not {self.stability_every}; null for none")
-        for name in ("evaluate_every", "patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}; null for none")
-        for name in ("epochs", "checkpoint_minutes", "evaluate_minutes"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, not {getattr(self, name)}; null for none")
         if self.batch_size % self.gradient_accumulation_steps:
             raise InputError(
                 f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation_steps} micro-batches"
@@ -206,10 +182,6 @@ class RunConfig:
             raise InputError(f"{'select: best' if self.patience is None else 'patience'} needs evaluate_every")
         if self.epochs is None:
             schedule_of(self.schedule, 1.0, self.steps)  # names the key that does not fit
-        for name in ("train_limit", "validation_limit"):
-            limit = getattr(self.task, name)
-            if limit is not None and limit < 1:
-                raise InputError(f"task.{name} must be at least 1, not {limit}")
 
 
 def takes_template(config: RunConfig) -> bool:

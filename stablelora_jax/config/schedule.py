@@ -13,259 +13,259 @@ which it lacks, is that of ``transformers`` (``get_inverse_sqrt_schedule``), and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from msgspec import Meta
 
-from stablelora_jax.config.keys import REQUIRED, option
+from stablelora_jax.config.engine import Section
+from stablelora_jax.config.keys import NonNegativeInt, PositiveFloat, PositiveInt, option
+from stablelora_jax.config.members import arguments_of, member
 from stablelora_jax.utils.errors import InputError
 
-SHARE, POSITIVE = (lambda x: 0 <= x <= 1, "in [0, 1]"), (lambda x: 0 < x < math.inf, "positive")
-COUNT, LENGTH = (lambda x: x >= 0, "at least 0"), (lambda x: x >= 1, "at least 1")
-BETWEEN, ABOVE = (lambda x: 0 < x < 1, "in (0, 1)"), (lambda x: 0 < x <= 1, "in (0, 1]")
-LIMITS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("warmup_ratio", "warmup_start", "end"), SHARE),
-    **dict.fromkeys(("warmup_steps", "hold_steps", "cycle_warmup_steps"), COUNT),
-    **dict.fromkeys(("decay_steps", "cycles", "cycle_steps", "timescale"), LENGTH),
-    **dict.fromkeys(("exponent", "power", "growth"), POSITIVE),
-    **dict.fromkeys(("decay_rate", "rise", "fall"), BETWEEN),
-    **dict.fromkeys(("start", "cycle_peak"), ABOVE),
-}
-REST = "null for all that are left after the warm-up"
+Share = Annotated[float, Meta(ge=0, le=1)]
+NotZero = Annotated[float, Meta(gt=0, le=1)]
+Inside = Annotated[float, Meta(gt=0, lt=1)]
+End = Annotated[Share, Meta(description="share of the peak that it comes down to")]
+Hold = Annotated[NonNegativeInt, Meta(description="steps at the peak before")]
+Exponent = Annotated[PositiveFloat, Meta(description="power of the cosine's part, before end is added")]
+Decay = Annotated[
+    PositiveInt | None,
+    Meta(description="steps from the peak to end; null for all that are left after warm-up and hold"),
+]
+LONGEST = 2**31 - 1  # steps of a run, counted in int32
+
+
+class Span(NamedTuple):
+    """The part of a run that a schedule is for."""
+
+    peak: Any
+    warmup: int  # steps
+    steps: int  # of the whole run
+
+    def left(self, given: int | None = None, hold: int = 0) -> int:
+        """The steps of a decay: as given, or all that are left after the warm-up and the steps at the peak."""
+        rest = self.steps - self.warmup
+        if hold and not given and hold >= rest:
+            raise InputError(f"hold_steps must be below {rest}, the steps after the warm-up, not {hold}")
+        return given or max(1, rest - hold)
+
+
+def constant(span: Span) -> optax.Schedule:
+    """The peak for good."""
+    return optax.constant_schedule(span.peak)
+
+
+def linear(span: Span, end: End = 0.0, decay_steps: Decay = None) -> optax.Schedule:
+    """A straight line from the peak to end."""
+    return optax.linear_schedule(span.peak, end * span.peak, span.left(decay_steps))
+
+
+def cosine(span: Span, end: End = 0.0, exponent: Exponent = 1.0, decay_steps: Decay = None) -> optax.Schedule:
+    """Half a cosine from the peak to end."""
+    return optax.cosine_decay_schedule(span.peak, span.left(decay_steps), end, exponent)
+
+
+def polynomial(
+    span: Span, power: PositiveFloat = 1.0, end: End = 0.0, hold_steps: Hold = 0, decay_steps: Decay = None
+) -> optax.Schedule:
+    """end + (1 - end) (1 - t / decay_steps)^power.
+
+    Args:
+      power: 1 is a straight line.
+    """
+    return _polynomial(span.peak, end * span.peak, power, span.left(decay_steps, hold_steps), hold_steps)
+
+
+def exponential(
+    span: Span,
+    decay_rate: Inside = 0.1,
+    decay_steps: PositiveInt | None = None,
+    staircase: bool = False,
+    end: End = 0.0,
+    hold_steps: Hold = 0,
+) -> optax.Schedule:
+    """decay_rate^(t / decay_steps), not below end.
+
+    Args:
+      decay_rate: what decay_steps steps leave of the rate.
+      decay_steps: steps of one factor decay_rate; null for all that are left after warm-up and hold.
+      staircase: fall once in decay_steps steps, by the whole factor.
+    """
+    length = span.left(decay_steps, hold_steps)
+    return optax.exponential_decay(span.peak, length, decay_rate, hold_steps, staircase, end_value=end * span.peak)
+
+
+def piecewise(
+    span: Span, points: Mapping[int, Share], between: Literal["constant", "linear", "cosine"] = "constant"
+) -> optax.Schedule:
+    """Given shares of the peak at given steps.
+
+    Args:
+      points: share of the peak by step of the run, warm-up counted, such as {100: 0.5, 200: 0.1}.
+      between: constant: jumps; else the way to a point.
+    """
+    if not points:
+        raise InputError("points is empty: give a share of the peak by step, such as {100: 0.5}")
+    places = sorted(points)
+    for step in places[:-1]:
+        if points[step] == 0:
+            raise InputError(f"points[{step}] is 0, which only the last may be: give a small share")
+    if places[0] <= span.warmup:
+        raise InputError(f"points must lie after step {span.warmup}, where the peak is, not at {places[0]}")
+    shares = pairwise([1.0, *(points[place] for place in places)])
+    scales = {place - span.warmup: new / old for place, (old, new) in zip(places, shares, strict=True)}
+    if between == "constant":
+        return optax.piecewise_constant_schedule(span.peak, scales)
+    return _precise(optax.piecewise_interpolate_schedule(between, span.peak, scales))
+
+
+def cosine_with_restarts(
+    span: Span,
+    cycles: Annotated[int, Meta(ge=1, le=10_000)] = 1,
+    growth: PositiveFloat = 1.0,
+    cycle_peak: NotZero = 1.0,
+    cycle_warmup_steps: NonNegativeInt = 0,
+    end: End = 0.0,
+    exponent: Exponent = 1.0,
+    decay_steps: PositiveInt | None = None,
+) -> optax.Schedule:
+    """Cosines, one after another, each from its peak to end (SGDR, arXiv 1608.03983).
+
+    Args:
+      cycles: how many.
+      growth: length of a cosine, of the one before.
+      cycle_peak: peak of a cosine, of the one before.
+      cycle_warmup_steps: first steps of each later cosine that rise linearly from end.
+      decay_steps: steps of all of them; null for all that are left after the warm-up.
+    """
+    total, sizes = span.left(decay_steps), [growth**i for i in range(cycles)]
+    ends = [round(total * sum(sizes[:i]) / sum(sizes)) for i in range(cycles + 1)]
+    lengths, last = [stop - start for start, stop in pairwise(ends)], cycle_peak ** (cycles - 1)
+    if min(lengths) <= cycle_warmup_steps * (cycles > 1):
+        raise InputError(f"cycles: {cycles} do not fit into {total} steps: the least has {min(lengths)}")
+    if last <= end:
+        raise InputError(f"end must be below {last:g}, the last peak, not {end}")
+    same: dict[str, Any] = {"init_value": end, "end_value": end, "exponent": exponent}
+    each = [
+        {**same, "peak_value": cycle_peak**i, "decay_steps": length, "warmup_steps": cycle_warmup_steps * (i > 0)}
+        for i, length in enumerate(lengths)
+    ]
+    shape = optax.sgdr_schedule(each)
+    return lambda count: span.peak * shape(count)
+
+
+def inverse_sqrt(span: Span, timescale: PositiveInt | None = None) -> optax.Schedule:
+    """(1 + t / timescale)^-1/2.
+
+    Args:
+      timescale: null for the steps of the warm-up, or 10000 where there is none.
+    """
+    scale = timescale or span.warmup or 10_000
+    return lambda count: span.peak * jnp.sqrt(scale / (scale + jnp.maximum(count, 0)))
+
+
+def wsd(
+    span: Span,
+    decay: Literal["cosine", "linear", "sqrt"] = "cosine",
+    decay_steps: PositiveInt | None = None,
+    end: End = 0.0,
+) -> optax.Schedule:
+    """Warm-up, stable, decay: the peak, and a decay over the last decay_steps.
+
+    Args:
+      decay: shape of the decay; sqrt is 1 - (t / decay_steps)^1/2.
+      decay_steps: last steps of the run, which go from the peak to end; null for a tenth.
+    """
+    rest, low = span.left(), end * span.peak
+    length = decay_steps or max(1, min(rest, span.steps // 10))
+    if length > rest:
+        raise InputError(f"decay_steps must be at most {rest}, the steps after the warm-up, not {length}")
+    rise = _polynomial(low, span.peak, 0.5, length)
+    falls: dict[str, optax.Schedule] = {
+        "cosine": optax.cosine_decay_schedule(span.peak, length, end),
+        "linear": optax.linear_schedule(span.peak, low, length),
+        "sqrt": lambda count: rise(length - count),
+    }
+    return optax.join_schedules([optax.constant_schedule(span.peak), falls[decay]], [rest - length])
+
+
+def one_cycle(
+    span: Span,
+    between: Literal["cosine", "linear"] = "cosine",
+    rise: Inside = 0.3,
+    fall: Inside = 0.85,
+    start: NotZero = 0.04,
+    end: NotZero = 4e-6,
+    cycle_steps: PositiveInt | None = None,
+) -> optax.Schedule:
+    """From start up to the peak and down to end; the rise is its warm-up (arXiv 1708.07120).
+
+    Args:
+      between: cosine: one fall; linear: to start, then to end.
+      rise: share of the cycle at which the peak is.
+      fall: share of the cycle at which a linear one is back at start.
+      start: share of the peak at step 0.
+      end: share of the peak after the cycle; not 0.
+      cycle_steps: steps of the cycle; null for all steps.
+    """
+    if end > start:
+        raise InputError(f"end must be in (0, start], not {end}, since start is {start}")
+    if between == "linear" and fall <= rise:
+        raise InputError(f"fall must be above rise, which is {rise}, not {fall}")
+    length, turn = cycle_steps or span.steps, [fall] if between == "linear" else []
+    places = [0, *(int(share * length) for share in (rise, *turn)), length]
+    if any(new <= old for old, new in pairwise(places)):
+        keys = "rise and fall" if turn else "rise"
+        raise InputError(f"{keys}: a cycle of {length} steps would turn at {places[1:-1]}: give it more")
+    if turn:
+        return _precise(optax.linear_onecycle_schedule(length, span.peak, rise, fall, 1 / start, start / end))
+    return _precise(optax.cosine_onecycle_schedule(length, span.peak, rise, 1 / start, start / end))
 
 
 @dataclass(frozen=True)
-class Warmup:
-    """The warm-up of every schedule but ``one_cycle``."""
+class ScheduleConfig(Section):
+    """A schedule: ``name`` and the keys of its function. The classes below derive from it."""
 
     name: str
-    warmup_steps: int = option(0, "steps of linear rise from warmup_start to the peak")
-    warmup_ratio: float = option(0.0, "the same as a share of all steps, rounded up; instead of warmup_steps")
-    warmup_start: float = option(0.0, "share of the peak at which the warm-up starts")
+
+    function: ClassVar[Callable[..., optax.Schedule]]
 
     def __post_init__(self) -> None:
-        """Check every key by itself."""
-        _check(self)
-        if self.warmup_steps and self.warmup_ratio:
-            raise InputError(f"give warmup_steps or warmup_ratio, not both ({self.warmup_steps}, {self.warmup_ratio})")
-
-
-@dataclass(frozen=True)
-class Constant(Warmup):
-    """Constant at the peak."""
-
-    name: Literal["constant"] = option("constant", "the peak for good")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        del warmup, steps
-        return optax.constant_schedule(peak)
-
-
-@dataclass(frozen=True)
-class Linear(Warmup):
-    """Linear decay."""
-
-    name: Literal["linear"] = option("linear", "a straight line from the peak to end")
-    end: float = option(0.0, "share of the peak that it comes down to")
-    decay_steps: int | None = option(None, f"steps from the peak to end; {REST}")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        return optax.linear_schedule(peak, self.end * peak, self.decay_steps or _left(warmup, steps))
-
-
-@dataclass(frozen=True)
-class Cosine(Warmup):
-    """Cosine decay."""
-
-    name: Literal["cosine"] = option("cosine", "half a cosine from the peak to end")
-    end: float = option(0.0, "share of the peak that it comes down to")
-    exponent: float = option(1.0, "power of the cosine's part, before end is added")
-    decay_steps: int | None = option(None, f"steps from the peak to end; {REST}")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        length = self.decay_steps or _left(warmup, steps)
-        return optax.cosine_decay_schedule(peak, length, alpha=self.end, exponent=self.exponent)
-
-
-@dataclass(frozen=True)
-class Polynomial(Warmup):
-    """Polynomial decay."""
-
-    name: Literal["polynomial"] = option("polynomial", "end + (1 - end) (1 - t / decay_steps)^power")
-    power: float = option(1.0, "1 is a straight line")
-    end: float = option(0.0, "share of the peak that it comes down to")
-    hold_steps: int = option(0, "steps at the peak before")
-    decay_steps: int | None = option(None, f"steps from the peak to end; {REST} and hold_steps")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        length = self.decay_steps or _left(warmup + _held(self.hold_steps, warmup, steps), steps)
-        return _polynomial(peak, self.end * peak, self.power, length, self.hold_steps)
-
-
-@dataclass(frozen=True)
-class Exponential(Warmup):
-    """Exponential decay, continuous or stepwise."""
-
-    name: Literal["exponential"] = option("exponential", "decay_rate^(t / decay_steps), not below end")
-    decay_rate: float = option(0.1, "what decay_steps steps leave of the rate")
-    decay_steps: int | None = option(None, f"steps of one factor decay_rate; {REST} and hold_steps")
-    staircase: bool = option(False, "fall once in decay_steps steps, by the whole factor")
-    end: float = option(0.0, "share of the peak below which it does not fall")
-    hold_steps: int = option(0, "steps at the peak before")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        length = self.decay_steps or _left(warmup + _held(self.hold_steps, warmup, steps), steps)
-        return optax.exponential_decay(
-            peak, length, self.decay_rate, self.hold_steps, self.staircase, end_value=self.end * peak
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piecewise(Warmup):
-    """Piecewise: given fractions of the peak at given steps."""
-
-    name: Literal["piecewise"] = option("piecewise", "given shares of the peak at given steps")
-    points: Mapping[int, float] = option(
-        REQUIRED, "share of the peak by step of the run, warm-up counted, such as {100: 0.5, 200: 0.1}"
-    )
-    between: Literal["constant", "linear", "cosine"] = option("constant", "constant: jumps; else the way to a point")
-
-    def __post_init__(self) -> None:
-        """Check the points, too."""
+        """Check the keys: their types, and what no run is long enough for."""
         super().__post_init__()
-        if not self.points:
-            raise InputError("points is empty: give a share of the peak by step, such as {100: 0.5}")
-        for step, share in self.points.items():
-            if not 0 <= share <= 1:
-                raise InputError(f"points[{step}] must be in [0, 1], a share of the peak, not {share}")
-            if share == 0 and step != max(self.points):
-                raise InputError(f"points[{step}] is 0, which only the last may be: give a small share")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        places = sorted(self.points)
-        if places[0] <= warmup:
-            raise InputError(f"schedule.points must lie after step {warmup}, where the peak is, not at {places[0]}")
-        shares = [1.0, *(self.points[place] for place in places)]
-        factors = [new / old for old, new in pairwise(shares)]
-        scales = {place - warmup: factor for place, factor in zip(places, factors, strict=True)}
-        if self.between == "constant":
-            return optax.piecewise_constant_schedule(peak, scales)
-        return _precise(optax.piecewise_interpolate_schedule(self.between, peak, scales))
+        warmup_of(self, LONGEST)
+        type(self).function(Span(1.0, getattr(self, "warmup_steps", 0), LONGEST), **arguments_of(self))
 
 
 @dataclass(frozen=True)
-class Restarts(Warmup):
-    """Cosines, one after another (SGDR, arXiv 1608.03983)."""
+class Warmup(ScheduleConfig):
+    """The warm-up of every schedule but ``one_cycle``."""
 
-    name: Literal["cosine_with_restarts"] = option("cosine_with_restarts", "cosines, each from its peak to end")
-    cycles: int = option(1, "how many")
-    growth: float = option(1.0, "length of a cosine, of the one before")
-    cycle_peak: float = option(1.0, "peak of a cosine, of the one before")
-    cycle_warmup_steps: int = option(0, "first steps of each later cosine that rise linearly from end")
-    end: float = option(0.0, "share of the first peak that each comes down to")
-    exponent: float = option(1.0, "power of the cosine's part, before end is added")
-    decay_steps: int | None = option(None, f"steps of all of them; {REST}")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        total, peaks = self.decay_steps or _left(warmup, steps), [self.cycle_peak**i for i in range(self.cycles)]
-        sizes = [self.growth**i for i in range(self.cycles)]
-        ends = [round(total * sum(sizes[:i]) / sum(sizes)) for i in range(self.cycles + 1)]
-        lengths = [stop - start for start, stop in pairwise(ends)]
-        if min(lengths) <= self.cycle_warmup_steps * (self.cycles > 1):
-            raise InputError(
-                f"schedule.cycles: {self.cycles} do not fit into {total} steps: the least has {min(lengths)}"
-            )
-        if peaks[-1] <= self.end:
-            raise InputError(f"schedule.end must be below {peaks[-1]:g}, the last peak, not {self.end}")
-        cosines: list[dict[str, Any]] = [
-            dict(
-                peak_value=top, decay_steps=length, init_value=self.end, warmup_steps=bool(i) * self.cycle_warmup_steps
-            )
-            for i, (top, length) in enumerate(zip(peaks, lengths, strict=True))
-        ]
-        shape = optax.sgdr_schedule([{**c, "end_value": self.end, "exponent": self.exponent} for c in cosines])
-        return lambda count: peak * shape(count)
+    warmup_steps: NonNegativeInt = option(0, "steps of linear rise from warmup_start to the peak")
+    warmup_ratio: Share = option(0.0, "the same as a share of all steps, rounded up; instead of warmup_steps")
+    warmup_start: Share = option(0.0, "share of the peak at which the warm-up starts")
 
 
-@dataclass(frozen=True)
-class InverseSqrt(Warmup):
-    """The inverse square root of the step."""
-
-    name: Literal["inverse_sqrt"] = option("inverse_sqrt", "(1 + t / timescale)^-1/2")
-    timescale: int | None = option(None, "null for the steps of the warm-up, or 10000 where there is none")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        del steps
-        scale = self.timescale or warmup or 10_000
-        return lambda count: peak * jnp.sqrt(scale / (scale + jnp.maximum(count, 0)))
+def _warmed(function: Callable[..., optax.Schedule], *names: str) -> Any:
+    return member(function, Warmup, *names, skip=["span"])
 
 
-@dataclass(frozen=True)
-class Wsd(Warmup):
-    """Warm-up, stable, decay."""
-
-    name: Literal["wsd", "warmup_stable_decay"] = option("wsd", "the peak, and a decay over the last decay_steps")
-    decay: Literal["cosine", "linear", "sqrt"] = option(
-        "cosine", "shape of the decay; sqrt is 1 - (t / decay_steps)^1/2"
-    )
-    decay_steps: int | None = option(None, "last steps of the run, which go from the peak to end; null for a tenth")
-    end: float = option(0.0, "share of the peak that it comes down to")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        rest = _left(warmup, steps)
-        length = self.decay_steps or max(1, min(rest, steps // 10))
-        if length > rest:
-            raise InputError(f"schedule.decay_steps must be at most {rest}, the steps after the warm-up, not {length}")
-        low = self.end * peak
-        if self.decay == "cosine":
-            decay = optax.cosine_decay_schedule(peak, length, alpha=self.end)
-        elif self.decay == "linear":
-            decay = optax.linear_schedule(peak, low, length)
-        else:  # a rise by the square root, run backwards
-            rise = _polynomial(low, peak, 0.5, length)
-            decay = _backwards(rise, length)
-        return optax.join_schedules([optax.constant_schedule(peak), decay], [rest - length])
-
-
-@dataclass(frozen=True)
-class OneCycle:
-    """One cycle: up and down once; the rise is its warm-up (arXiv 1708.07120)."""
-
-    name: Literal["one_cycle"] = option("one_cycle", "from start up to the peak and down to end")
-    between: Literal["cosine", "linear"] = option("cosine", "cosine: one fall; linear: to start, then to end")
-    rise: float = option(0.3, "share of the cycle at which the peak is")
-    fall: float = option(0.85, "share of the cycle at which a linear one is back at start")
-    start: float = option(0.04, "share of the peak at step 0")
-    end: float = option(4e-6, "share of the peak after the cycle; not 0")
-    cycle_steps: int | None = option(None, "steps of the cycle; null for all steps")
-
-    def __post_init__(self) -> None:
-        """Check every key by itself."""
-        _check(self)
-        if not 0 < self.end <= self.start:
-            raise InputError(f"end must be in (0, start], not {self.end}, since start is {self.start}")
-
-    def _after(self, peak: Any, warmup: int, steps: int) -> optax.Schedule:
-        del warmup
-        length, linear = self.cycle_steps or steps, self.between == "linear"
-        places = [0, int(self.rise * length), *([int(self.fall * length)] if linear else []), length]
-        if any(new <= old for old, new in pairwise(places)):
-            keys = "rise and fall" if linear else "rise"
-            raise InputError(f"schedule.{keys}: a cycle of {length} steps would turn at {places[1:-1]}: give it more")
-        start, down = 1 / self.start, self.start / self.end
-        if linear:
-            return _precise(optax.linear_onecycle_schedule(length, peak, self.rise, self.fall, start, down))
-        return _precise(optax.cosine_onecycle_schedule(length, peak, self.rise, start, down))
-
-
-ScheduleConfig = (
-    Constant | Linear | Cosine | Polynomial | Exponential | Piecewise | Restarts | InverseSqrt | Wsd | OneCycle
-)
+Constant = _warmed(constant)
+Linear = _warmed(linear)
+Cosine = _warmed(cosine)
+Polynomial = _warmed(polynomial)
+Exponential = _warmed(exponential)
+Piecewise = _warmed(piecewise)
+Restarts = _warmed(cosine_with_restarts)
+InverseSqrt = _warmed(inverse_sqrt)
+Wsd = _warmed(wsd, "wsd", "warmup_stable_decay")
+OneCycle = member(one_cycle, ScheduleConfig, skip=["span"])
 
 
 def schedule_of(config: ScheduleConfig, peak: Any, steps: int) -> optax.Schedule:
@@ -279,9 +279,12 @@ def schedule_of(config: ScheduleConfig, peak: Any, steps: int) -> optax.Schedule
     Raises:
       InputError: naming a key that does not fit a run of so many steps.
     """
-    warmup = warmup_of(config, steps)
-    after = config._after(peak, warmup, steps)
-    if isinstance(config, OneCycle):
+    try:
+        warmup = warmup_of(config, steps)
+        after = type(config).function(Span(peak, warmup, steps), **arguments_of(config))
+    except InputError as error:
+        raise InputError(f"schedule.{error}") from None
+    if not isinstance(config, Warmup):
         return after
     rise = optax.linear_schedule(config.warmup_start * peak, peak, max(1, warmup))
     return optax.join_schedules([rise, after], [warmup])
@@ -289,15 +292,14 @@ def schedule_of(config: ScheduleConfig, peak: Any, steps: int) -> optax.Schedule
 
 def warmup_of(config: ScheduleConfig, steps: int) -> int:
     """The steps of the warm-up in a run of ``steps``; of a ratio, as transformers has it, the next whole number."""
-    if isinstance(config, OneCycle):
+    if not isinstance(config, Warmup):
         return 0
-    if config.warmup_steps > steps:
-        raise InputError(f"schedule.warmup_steps must be in [0, {steps}], not {config.warmup_steps}")
-    return config.warmup_steps or math.ceil(round(config.warmup_ratio * steps, 6))  # 0.07 * 100 is 7.000000000000001
-
-
-def _left(done: int, steps: int) -> int:
-    return max(1, steps - done)
+    count, ratio = config.warmup_steps, config.warmup_ratio
+    if count and ratio:
+        raise InputError(f"give warmup_steps or warmup_ratio, not both ({count}, {ratio})")
+    if count > steps:
+        raise InputError(f"warmup_steps must be in [0, {steps}], not {count}")
+    return count or math.ceil(round(ratio * steps, 6))  # 0.07 * 100 is 7.000000000000001
 
 
 def _polynomial(start: Any, end: Any, power: float, length: int, begin: int = 0) -> optax.Schedule:
@@ -312,23 +314,6 @@ def _polynomial(start: Any, end: Any, power: float, length: int, begin: int = 0)
         return rate
 
     return schedule
-
-
-def _backwards(schedule: optax.Schedule, length: int) -> optax.Schedule:
-    return lambda count: schedule(length - count)
-
-
-def _held(hold: int, warmup: int, steps: int) -> int:
-    if hold and hold >= steps - warmup:
-        raise InputError(f"schedule.hold_steps must be below {steps - warmup}, the steps after the warm-up, not {hold}")
-    return hold
-
-
-def _check(config: Any) -> None:
-    for key in (f.name for f in fields(config)):
-        value, (holds, text) = getattr(config, key), LIMITS.get(key, (None, ""))
-        if holds and value is not None and not holds(value):
-            raise InputError(f"{key} must be {text}, not {value}")
 
 
 def _precise(schedule: optax.Schedule) -> optax.Schedule:

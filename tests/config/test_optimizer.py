@@ -12,6 +12,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from stablelora_jax import InputError, LoraSpec, config, init_adapters, load_pretrained, optimizers
+from stablelora_jax.config.help import meanings_of
 from stablelora_jax.config.optimizer import CONFIGS, NOT_IN_A_FILE, OPTIMIZERS, shrink_ratio, trained_part
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.models.pretrained.load import base_directory
@@ -36,7 +37,8 @@ def test_keys_and_defaults_are_those_of_the_function(name):
             assert not hasattr(loaded, key)
         elif parameter.default is not inspect.Parameter.empty:
             assert getattr(loaded, key) == parameter.default
-    assert f"optimizer (name: {name}" in config.help_text(RunConfig)
+    assert f"  {name}" in config.help_text(RunConfig, "optimizer")
+    assert "optimizer.learning_rate: float = " in config.help_text(RunConfig, f"optimizer.{name}")
     with pytest.raises(InputError, match="optimizer.ratoi is not a key"):
         load(f"optimizer.name={name}", "optimizer.ratoi=3")
     for key in ("b1", "b2", "shrink_ratio"):
@@ -49,8 +51,9 @@ def test_keys_and_defaults_are_those_of_the_function(name):
 
 def test_every_key_has_a_meaning():
     for cls in CONFIGS.values():
-        for key, field in cls.__dataclass_fields__.items():
-            assert field.metadata["help"] and "``" not in field.metadata["help"], (cls, key)
+        assert cls.__doc__
+        for key, meaning in meanings_of(cls).items():
+            assert key == "name" or (meaning and "`" not in meaning and meaning[0] not in " ,."), (cls, key)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,8 +1,7 @@
 """Schedules from a file: each against a float64 transcription of its documented rule, transformers and torch."""
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import get_args
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,8 @@ import pytest
 
 from stablelora_jax import InputError, config
 from stablelora_jax.config import option, section
+from stablelora_jax.config.help import meanings_of
+from stablelora_jax.config.keys import keys_of, sections
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import (
     Constant,
@@ -182,9 +183,10 @@ def test_every_step_is_that_of_the_rule(name):
 
 
 def test_every_member_has_a_case_and_every_key_a_meaning():
-    assert {type(shape) for shape, _, _ in CASES.values()} == set(get_args(ScheduleConfig))
-    for member in get_args(ScheduleConfig):
-        assert fields(member)[0].name == "name" and all(field.metadata["help"] for field in fields(member))
+    assert {type(shape) for shape, _, _ in CASES.values()} == set(sections(ScheduleConfig))
+    for member in sections(ScheduleConfig):
+        first, *keys = keys_of(member)
+        assert first == "name" and member.__doc__ and all(meanings_of(member)[key] for key in keys)
 
 
 @pytest.mark.parametrize("peak,warmup,steps", [(1e-4, 20, 300), (3e-3, 0, 7), (0.7, 5, 5), (1e-3, 1, 2)])
@@ -339,7 +341,8 @@ def test_a_file_picks_it_by_name(tmp_path):
     for shape, _, _ in CASES.values():
         path.write_text(config.dump(Run(schedule=shape)))
         assert load(path=path) == Run(schedule=shape)
-    assert "schedule (name: one_cycle): " in config.help_text(Run)
+    assert "  one_cycle: " in config.help_text(Run, "schedule")
+    assert "schedule.end: float at least 0 and at most 1 = 0.0" in config.help_text(Run, "schedule.cosine")
 
 
 @pytest.mark.parametrize(
@@ -347,26 +350,31 @@ def test_a_file_picks_it_by_name(tmp_path):
     [
         ("{name: sine}", "schedule.name wants constant |"),
         ("{name: cosine, ends: 0.1}", "schedule.ends is not a key"),
-        ("{name: linear, end: 1.5}", "schedule: end must be in [0, 1], not 1.5"),
-        ("{name: cosine, warmup_steps: -1}", "schedule: warmup_steps must be at least 0"),
-        ("{name: cosine, warmup_ratio: 2}", "schedule: warmup_ratio must be in [0, 1]"),
-        ("{name: cosine, warmup_start: -0.1}", "schedule: warmup_start must be in [0, 1]"),
+        ("{name: linear, end: 1.5}", "schedule.end must be at least 0 and at most 1, not 1.5"),
+        ("{name: cosine, warmup_steps: -1}", "schedule.warmup_steps must be at least 0, not -1"),
+        ("{name: cosine, warmup_ratio: 2}", "schedule.warmup_ratio must be at least 0 and at most 1, not 2"),
+        ("{name: cosine, warmup_start: -0.1}", "schedule.warmup_start must be at least 0 and at most 1, not -0.1"),
         ("{name: cosine, warmup_ratio: 0.1, warmup_steps: 3}", "schedule: give warmup_steps or warmup_ratio, not both"),
-        ("{name: cosine, exponent: 0}", "schedule: exponent must be positive"),
-        ("{name: linear, decay_steps: 0}", "schedule: decay_steps must be at least 1"),
-        ("{name: exponential, decay_rate: 1}", "schedule: decay_rate must be in (0, 1)"),
-        ("{name: polynomial, hold_steps: -1}", "schedule: hold_steps must be at least 0"),
-        ("{name: inverse_sqrt, timescale: 0}", "schedule: timescale must be at least 1"),
-        ("{name: cosine_with_restarts, cycles: 0}", "schedule: cycles must be at least 1"),
-        ("{name: cosine_with_restarts, cycle_peak: 1.1}", "schedule: cycle_peak must be in (0, 1]"),
-        ("{name: one_cycle, start: 0}", "schedule: start must be in (0, 1]"),
-        ("{name: one_cycle, end: 0}", "schedule: end must be in (0, start]"),
+        ("{name: cosine, exponent: 0}", "schedule.exponent must be above 0, not 0"),
+        ("{name: linear, decay_steps: 0}", "schedule.decay_steps must be at least 1 or null, not 0"),
+        ("{name: exponential, decay_rate: 1}", "schedule.decay_rate must be above 0 and below 1, not 1"),
+        ("{name: polynomial, hold_steps: -1}", "schedule.hold_steps must be at least 0, not -1"),
+        ("{name: inverse_sqrt, timescale: 0}", "schedule.timescale must be at least 1 or null, not 0"),
+        ("{name: cosine_with_restarts, cycles: 0}", "schedule.cycles must be at least 1"),
+        ("{name: cosine_with_restarts, cycle_peak: 1.1}", "schedule.cycle_peak must be above 0 and at most 1, not 1.1"),
+        ("{name: one_cycle, start: 0}", "schedule.start must be above 0 and at most 1, not 0"),
+        ("{name: one_cycle, end: 0}", "schedule.end must be above 0 and at most 1, not 0"),
+        ("{name: one_cycle, end: 0.1}", "schedule: end must be in (0, start], not 0.1, since start is 0.04"),
+        ("{name: one_cycle, between: linear, rise: 0.5, fall: 0.5}", "schedule: fall must be above rise, which is 0.5"),
+        ("{name: cosine_with_restarts, cycles: 3, cycle_peak: 0.5, end: 0.25}", "schedule: end must be below 0.25"),
+        ("{name: one_cycle, cycle_steps: 2}", "schedule: rise: a cycle of 2 steps would turn at [0]"),
         ("{name: one_cycle, warmup_steps: 3}", "schedule.warmup_steps is not a key"),
         ("{name: piecewise}", "schedule.points is missing"),
         ("{name: piecewise, points: {}}", "schedule: points is empty"),
-        ("{name: piecewise, points: {3: 2.0}}", "schedule: points[3] must be in [0, 1]"),
+        ("{name: piecewise, points: {3: 2.0}}", "schedule.points.3 must be at least 0 and at most 1, not 2.0"),
         ("{name: piecewise, points: {3: 0, 5: 0.5}}", "schedule: points[3] is 0, which only the last may be"),
-        ("{name: piecewise, points: {early: 0.5}}", "a key of schedule.points wants int"),
+        ("{name: piecewise, points: {10: 0.5}, warmup_steps: 10}", "schedule: points must lie after step 10"),
+        ("{name: piecewise, points: {early: 0.5}}", "schedule.points: its key wants int, got 'early'"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key(given, message):
@@ -382,12 +390,14 @@ def test_a_bad_value_is_one_line_that_names_the_key(given, message):
         (Polynomial(warmup_steps=10, hold_steps=50), "schedule.hold_steps must be below 50"),
         (Exponential(hold_steps=60), "schedule.hold_steps must be below 60"),
         (Wsd(warmup_steps=10, decay_steps=51), "schedule.decay_steps must be at most 50"),
-        (Piecewise(points={10: 0.5}, warmup_steps=10), "schedule.points must lie after step 10"),
+        (Piecewise(points={10: 0.5}, warmup_ratio=0.2), "schedule.points must lie after step 12"),
         (Restarts(cycles=61), "schedule.cycles: 61 do not fit into 60 steps"),
         (Restarts(cycles=6, cycle_warmup_steps=10), "schedule.cycles: 6 do not fit"),
-        (Restarts(cycles=3, cycle_peak=0.5, end=0.25), "schedule.end must be below 0.25"),
-        (OneCycle(cycle_steps=2), "schedule.rise: a cycle of 2 steps would turn at [0]"),
-        (OneCycle(between="linear", rise=0.5, fall=0.5), "schedule.rise and fall"),
+        (OneCycle(rise=0.01), "schedule.rise: a cycle of 60 steps would turn at [0]"),
+        (
+            OneCycle(between="linear", rise=0.3, fall=0.31),
+            "schedule.rise and fall: a cycle of 60 steps",
+        ),
     ],
 )
 def test_what_does_not_fit_the_run_is_refused(shape, message):
@@ -404,7 +414,7 @@ def test_the_run_uses_it():
     np.testing.assert_allclose(other(70), 0.2, rtol=1e-6)
 
 
-SCHEDULES = [
+EVERY = [
     Constant(warmup_steps=3),
     Linear(end=0.1, warmup_ratio=0.2),
     Cosine(end=0.1, exponent=2.0, warmup_steps=2, warmup_start=0.5),
@@ -426,9 +436,9 @@ SCHEDULES = [
 
 def test_every_schedule_takes_a_traced_peak():
     """One program for all peaks, equal to the schedule of each; all kinds are here."""
-    assert {type(config) for config in SCHEDULES} == set(get_args(ScheduleConfig))
+    assert {type(config) for config in EVERY} == set(sections(ScheduleConfig))
     counts = range(22)
-    traced = jax.jit(lambda peak: [[schedule_of(config, peak, 20)(count) for count in counts] for config in SCHEDULES])
+    traced = jax.jit(lambda peak: [[schedule_of(config, peak, 20)(count) for count in counts] for config in EVERY])
     for peak in (1e-4, 0.03):
-        expected = [[schedule_of(config, peak, 20)(count) for count in counts] for config in SCHEDULES]
+        expected = [[schedule_of(config, peak, 20)(count) for count in counts] for config in EVERY]
         np.testing.assert_allclose(np.array(traced(jnp.float32(peak))), np.array(expected), rtol=2e-6, atol=1e-12)

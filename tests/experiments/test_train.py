@@ -19,19 +19,11 @@ def train(*arguments, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_help_shows_every_key():
+def test_help_shows_every_key_of_the_top_level():
     done = train("--help")
     assert done.returncode == 0
-    for key in (
-        "model.path",
-        "task.path",
-        "lora.rank_pattern",
-        "optimizer.shrink_ratio",
-        "schedule.warmup_steps",
-        "seed",
-    ):
-        assert key in done.stdout
-    assert "0.0005" in done.stdout and "[q_proj, v_proj]" in done.stdout
+    for key in ("model", "task", "lora", "optimizer", "schedule", "seed", "batch_size", "trackers"):
+        assert f"\n  {key} " in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from stablelora_jax import LoraSpec, freeze, freeze_mask, init_adapters, stable_lora
-from stablelora_jax.config.engine import to_dict
+from stablelora_jax.config import to_dict
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.runs import legacy
 from stablelora_jax.training import checkpoint
