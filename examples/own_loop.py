@@ -36,7 +36,7 @@ encoded = model.tokenizer([prompt + answer for prompt, answer in rows], padding=
 prompts = model.tokenizer([prompt for prompt, _ in rows], padding=True, return_tensors="np")
 tokens, length = jnp.array(encoded.input_ids), encoded.attention_mask.shape[1]
 prompt_lengths = prompts.attention_mask.sum(axis=1, keepdims=True)
-loss_mask = jnp.array(encoded.attention_mask * (jnp.arange(length) >= prompt_lengths))
+loss_mask = jnp.array(encoded.attention_mask * (jnp.arange(length)[None] >= prompt_lengths))
 
 # The optimizer: any optax transformation of the tree of adapters, and Stable-LoRA's shrink around it.
 schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-3, 20, arguments.steps)

@@ -168,7 +168,7 @@ def _append(state: State, logits: jax.Array, settings: Sampling | None, stops: j
         state.position + 1,
         jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
         state.counts + ~state.done,
-        state.done | (token[:, None] == stops).any(axis=1),
+        state.done | (token[:, None] == stops[None]).any(axis=1),
         state.finite & (state.done | jnp.isfinite(logits).all(axis=-1)),
         state.step + 1,
     )

@@ -76,7 +76,8 @@ def warp(logits: Float[Array, "*rows V"], settings: Sampling) -> Float[Array, "*
     ranked = jnp.where(ranked >= jnp.take(ranked, V - k, axis=-1)[..., None], ranked, -jnp.inf)
     below = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
     top_p = jnp.asarray(settings.top_p, logits.dtype)
-    kept = (below > 1 - top_p) | (top_p >= 1) | (jnp.arange(V) == V - 1)
+    last = jax.lax.broadcasted_iota(jnp.int32, below.shape, below.ndim - 1) == V - 1
+    kept = (below > 1 - top_p) | (top_p >= 1) | last
     ranked = jnp.where(kept, ranked, -jnp.inf)
     return jnp.put_along_axis(logits, order, ranked, axis=-1, inplace=False)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def _common_alpha(targets: list[TargetModule]) -> np.float32:
 
 
 def _alpha(rank: int, scale: float) -> np.float32:
-    return np.float32(scale * rank)
+    with np.errstate(over="ignore"):  # infinity is refused above
+        return np.float32(scale * rank)
 
 
 def _gguf_tensors(
@@ -130,17 +132,16 @@ def _write(path: Path, arch: str, alpha: float, tensors: dict[str, np.ndarray]) 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     try:
-        writer = gguf.GGUFWriter(partial, arch)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(MARK, "stablelora_jax")
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        for name, array in tensors.items():
-            writer.add_tensor(name, array)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with closing(gguf.GGUFWriter(partial, arch)) as writer:
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(MARK, "stablelora_jax")
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            for name, array in tensors.items():
+                writer.add_tensor(name, array)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The command as a whole: what it shows without jax, where its words go, and how it refuses them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -94,7 +95,7 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_bad_words_are_refused_with_exit_code_2(stablelora, monkeypatch, tmp_path, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", open(tmp_path / "stdin", "w+"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     (tmp_path / "empty").mkdir()
     (tmp_path / "validation.jsonl").write_text('{"q": "x", "a": "y"}\n')
     (tmp_path / "chats").mkdir()

@@ -372,8 +372,8 @@ def test_dora_scales_the_product_of_the_dropped_input():
     adapters["fc"]["lora_magnitude_vector"] *= 2
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)
     lora, variables = adapted(One(), spec), {"params": params, "lora": adapters}
-    np.testing.assert_allclose(lora.apply(variables, x), 2 * x + jnp.arange(4.0), rtol=1e-5)
-    part = lora.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - jnp.arange(4.0) - x
+    np.testing.assert_allclose(lora.apply(variables, x), 2 * x + jnp.arange(4.0)[None], rtol=1e-5)
+    part = lora.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - jnp.arange(4.0)[None] - x
     dropped = np.abs(part) < 1e-5
     np.testing.assert_allclose(np.where(dropped, 0, part), np.where(dropped, 0, x / 0.75), atol=1e-5)
     assert 0.1 < dropped.mean() < 0.4

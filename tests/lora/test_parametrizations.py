@@ -18,7 +18,7 @@ def lora_oracle(w, adapter, scale):
 
 def dora_oracle(w, adapter, scale):
     direction = lora_oracle(w, adapter, scale)
-    return direction / np.sqrt((direction**2).sum(0)) * adapter["lora_magnitude_vector"]
+    return direction / np.sqrt((direction**2).sum(0, keepdims=True)) * adapter["lora_magnitude_vector"][None]
 
 
 # name: the changed kernel in float64, numbers trained in one layer beside the pair
@@ -36,7 +36,7 @@ def case(name, dtype=jnp.float32, stack=()):
 
 def path(member, x, w, adapter, scale):
     gain = member.gain(w, adapter, scale)
-    return (1 if gain is None else gain) * (x @ w + member.delta(x @ adapter["lora_a"], adapter, scale))
+    return (1 if gain is None else gain[None]) * (x @ w + member.delta(x @ adapter["lora_a"], adapter, scale))
 
 
 def test_every_member_has_a_row():
@@ -91,7 +91,7 @@ def test_gradients_are_finite_differences(name, x64):
 
     def held(a):
         c = a.get("lora_magnitude_vector", 1.0) / norms
-        return jnp.square(c * (x @ w + scale * (x @ a["lora_a"]) @ a["lora_b"])).sum()
+        return jnp.square(jnp.reshape(c, (1, -1)) * (x @ w + scale * (x @ a["lora_a"]) @ a["lora_b"])).sum()
 
     found = jax.grad(lambda a: jnp.square(path(member, x, w, a, scale)).sum())(adapter)
     for key, leaf in adapter.items():

@@ -59,7 +59,9 @@ def test_a_learnt_token_outside_the_vocabulary_is_loud_and_in_a_pad_nothing(tiny
     @jax.value_and_grad
     def loss(adapters, last, mask):
         tokens = jnp.array([[1, 2, 3, 0]]).at[0, 3].set(last)
-        batch = Batch(tokens, mask, jnp.array([[1, 1, 1, 0]]) + mask[:, 3:] * (jnp.arange(4) == 3), row(0, 1, 2, 3))
+        batch = Batch(
+            tokens, mask, jnp.array([[1, 1, 1, 0]]) + mask[:, 3:] * (jnp.arange(4) == 3)[None], row(0, 1, 2, 3)
+        )
         return summed_loss(lora, {"params": params, "lora": adapters}, batch)
 
     assert jnp.isnan(loss(adapters, bad, row(0, 1, 1, 1))[0])

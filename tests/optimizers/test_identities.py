@@ -260,7 +260,7 @@ def test_allora_multiplies_rows_of_b_by_their_norm():
     assert (c > 0).all() and (c <= eta).all()
     tx = optax.chain(scale_rows_by_norm(eta), optax.sgd(1.0))
     updates, _ = jit(tx.update)(params, tx.init(params), params)
-    np.testing.assert_allclose(updates["p"]["lora_b"], -c * params["p"]["lora_b"], rtol=1e-5)
+    np.testing.assert_allclose(updates["p"]["lora_b"], -c[None] * params["p"]["lora_b"], rtol=1e-5)
     np.testing.assert_array_equal(updates["p"]["lora_a"], -params["p"]["lora_a"])
 
 

@@ -179,7 +179,7 @@ def test_a_result_that_nothing_reads_has_no_gradient():
 
 def test_under_vmap_scan_and_checkpoint():
     """A stack of layers, as a scan slices it, and experts, as ``vmap`` does."""
-    x, factors = jnp.ones((2, 3, 4)), drawn((3, 4), 4, np.float32)[0][:, :, None] * jnp.eye(4)
+    x, factors = jnp.ones((2, 3, 4)), drawn((3, 4), 4, np.float32)[0][:, :, None] * jnp.eye(4)[None]
     body = jax.checkpoint(lambda c, a: (jnp.sin(matmul(c, a)), None))
     plain = lambda c, a: (jnp.sin(c @ a), None)
     loss = lambda body: lambda x, a: jnp.square(jax.lax.scan(body, x, a)[0]).sum()
@@ -282,7 +282,7 @@ def close(trees, others, **tolerance):
 
 
 def test_products_with_the_hessian_under_vmap_scan_and_checkpoint(x64):
-    x, factors = drawn((2, 3, 4), 4)[0], drawn((3, 4), 4)[0][:, :, None] * jnp.eye(4)
+    x, factors = drawn((2, 3, 4), 4)[0], drawn((3, 4), 4)[0][:, :, None] * jnp.eye(4)[None]
 
     def loss(product):
         def layers(x, factors):

@@ -27,7 +27,7 @@ def truncated(u: jax.Array, s: jax.Array, v: jax.Array, rank: int, clamp: float 
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), 0)[None], 0)[0]
     signs = jnp.where(largest < 0, -1, 1).astype(u.dtype)
-    a, b = u * signs, (s * signs)[:, None] * v
+    a, b = u * signs[None], (s * signs)[:, None] * v
     if clamp is None:
         return a, b
     bound = jnp.quantile(jnp.concatenate([a.reshape(-1), b.reshape(-1)]), clamp)

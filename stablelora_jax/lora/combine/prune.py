@@ -62,5 +62,5 @@ def mix(tensors: jax.Array, weights: jax.Array, sign: str | None) -> jax.Array:
     if sign is None:
         return weighted.sum(0)
     votes = tensors if sign == "total" else jnp.sign(tensors)
-    agree = jnp.sign(tensors) == jnp.where(votes.sum(0) >= 0, 1, -1)
+    agree = jnp.sign(tensors) == jnp.where(votes.sum(0, keepdims=True) >= 0, 1, -1)
     return (weighted * agree).sum(0) / jnp.maximum(agree.sum(0), 1)
