@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
-QUICK, EIGHT = "--xla_backend_optimization_level=1", "--xla_force_host_platform_device_count=8"  # LLVM's level
+QUICK, EIGHT = "--xla_backend_optimization_level=0", "--xla_force_host_platform_device_count=8"  # LLVM's level
 if version("jaxlib").startswith("0.10."):  # older emitters compile in half of the time; jaxlib 0.12 has no such flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} {EIGHT}"  # what comes last wins

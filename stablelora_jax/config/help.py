@@ -45,11 +45,12 @@ def meanings_of(cls: Any) -> dict[str, str]:
     """The meaning of each key: its field's, its annotated type's, or what the docstring says of the argument."""
     import docstring_parser
 
-    found = {part.arg_name: part.description or "" for part in docstring_parser.parse(cls.__doc__ or "").params}
+    said = {part.arg_name: part.description or "" for part in docstring_parser.parse(cls.__doc__ or "").params}
+    found = {}
     for key, (f, kind) in keys_of(cls).items():
         described = "".join(getattr(meta, "description", None) or "" for meta in getattr(kind, "__metadata__", ()))
         number = "peak of the schedule" if key.endswith("learning_rate") else "a number"
-        text = found.get(key, "").replace("optax schedule", "schedule").replace("scalar or schedule", number)
+        text = said.get(key, "").replace("optax schedule", "schedule").replace("scalar or schedule", number)
         found[key] = f.metadata.get("help") or described or _line(text)
     return found
 

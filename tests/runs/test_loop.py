@@ -89,6 +89,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_the_last_good_state(tmp_pa
     assert not (tmp_path / "r" / "adapter").exists()
 
 
+@pytest.mark.long
 def test_micro_batches_and_meshes_do_not_make_another_run(whole, tmp_path):
     """It is begun on one layout, and goes on, in the same directory, on another."""
     mine = replace(SHORT, output=str(tmp_path / "r"), gradient_accumulation_steps=2)

@@ -10,6 +10,7 @@ from stablelora_jax.runs.run import run
 from tests.conftest import ROOT
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)])
 def test_the_main_job(seed, tmp_path):
     chosen = config.load(RunConfig, ROOT / "configs" / "default.yaml", [f"seed={seed}", f"output={tmp_path / 'r'}"])

@@ -65,6 +65,7 @@ def test_a_run_that_learns_nothing_fails_and_keeps_no_adapter(tmp_path):
     assert [record.get("skipped") for record in read(tmp_path / "r")[1:]] == [True] * 3
 
 
+@pytest.mark.long
 def test_the_adapter_of_a_quantised_run_names_its_base(tmp_path):
     directory = tmp_path / "r"
     run(

@@ -235,6 +235,7 @@ def test_the_state_is_updated_in_place(program):
     assert program[0].memory_analysis().alias_size_in_bytes >= program[2] > 0
 
 
+@pytest.mark.long
 def test_on_a_mesh_no_device_holds_the_logits_of_a_quarter_of_its_tokens():
     """Rows stay where they are: a tile takes some tokens of every row."""
     layout = mesh_layout(2, 2, 2, key_value_heads=K)

@@ -237,7 +237,7 @@ def with_places(batch, learnt):
 
 @pytest.mark.parametrize(
     "layout,accumulate,make",
-    [("pmap", 1, lambda: batches(1)), ("pmap", 1, packed_batches), ("mesh", 2, packed_batches)],
+    [long("pmap", 1, lambda: batches(1)), long("pmap", 1, packed_batches), ("mesh", 2, packed_batches)],
     ids=["pmap-bucket", "pmap-pack", "mesh-pack-micro"],
 )
 def test_the_places_of_learnt_tokens_change_nothing(layout, accumulate, make):
@@ -288,7 +288,7 @@ HALVES = {
 MESHED = ("lora", "packed", "dora", "head")  # quantised bases are not split, and the rest is split as lora is
 
 
-SHORT = (("nf4", "pmap"), ("dora", "mesh"))
+SHORT = (("dora", "mesh"),)
 HALF = [*((name, "pmap") for name in HALVES), *((name, "mesh") for name in MESHED)]
 
 
@@ -377,6 +377,7 @@ def test_an_adapted_head_with_dropout_learns_what_it_computes(name, x64):
     assert min(float(np.abs(g).max()) for g in jax.tree.leaves(head)) > 1e-3
 
 
+@pytest.mark.long
 def test_an_adapted_head_drops_by_token(monkeypatch, x64):
     """Tiles may be longer where there are more devices, and other places learnt: the loss must not know of it."""
     tiled, _, adapters = head_case("untied", 0.4)
