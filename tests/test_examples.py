@@ -19,6 +19,7 @@ def example(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.long
 def test_own_loop(example):
     space, out = example("own_loop", "--steps", 50)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]

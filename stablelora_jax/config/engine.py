@@ -48,6 +48,7 @@ from stablelora_jax.utils.errors import InputError
 
 T = TypeVar("T")
 LONG = 500  # characters of a text that a message repeats
+SOURCES = 160  # characters of a list of file and overrides
 
 
 class Section:
@@ -135,7 +136,10 @@ def _source(key: str, labels: dict[str, str]) -> str:
         text for name, text in labels.items() if name and f"{key}.".startswith((f"{name}.", f"{name}[", f"{name}:"))
     ]
     below = [text for name, text in labels.items() if name.startswith(f"{key}." if key else "")]
-    return above[-1] if above else " ".join(dict.fromkeys(filter(None, [labels[""], *below])))
+    if above:
+        return above[-1]
+    whole = " ".join(dict.fromkeys(filter(None, [labels[""], *below])))
+    return whole if len(whole) <= SOURCES else f"{labels['']} and overrides".removeprefix(" and ")
 
 
 def _fail(label: str, text: str) -> NoReturn:
@@ -173,6 +177,8 @@ def _parse(text: str, label: str) -> Any:
 def _hint(cls: Any, key: str, path: str) -> str:
     """The key of the section, or of one inside it, that was probably meant; else all keys if they are few."""
     keys = ", ".join(keys_of(cls))
+    if own := {f.metadata.get("peft"): name for name, (f, _) in keys_of(cls).items()}.get(key):
+        return f": PEFT's {key} is called {f'{path}.{own}'.lstrip('.')} here"
     if new := old_names(cls).get(key):
         return f": it is now called {f'{path}.{new}'.lstrip('.')}"
     every = list(dotted(cls))
@@ -217,6 +223,12 @@ def _value(f: Field[Any], kind: Any, value: Any, key: str) -> Any:
         return _made(members[0], value, key)
     named, name = by_name(members), value.get("name", _usual(f))
     checked(Literal[tuple(named)], name, f"{key}.name")
+    for given in value:
+        others = [names_of(member)[0] for member in members if given in keys_of(member)]
+        if others and given not in keys_of(named[name]):
+            few = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
+            said = f"{key}.{given} is not a key of {key}.name={name}, but of {few}"
+            raise KeyProblem(f"{key}.{given}", said)
     return _made(named[name], {**value, "name": name}, key)
 
 

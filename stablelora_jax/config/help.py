@@ -31,7 +31,8 @@ def help_text(cls: type, section: str | None = None) -> str:
         return _overview(cls)
     pages = _pages(cls)
     if section not in pages:
-        near = difflib.get_close_matches(section[:80], pages, n=1) or [", ".join(keys_of(cls))]
+        near = [page for page, text in pages.items() if f"  {section}: " in text and page.count(".") == 1]
+        near = near or difflib.get_close_matches(section[:80], pages, n=1) or [", ".join(keys_of(cls))]
         raise InputError(f"there is no help on {section!r:.80} (did you mean {near[0]}?)")
     return pages[section]
 

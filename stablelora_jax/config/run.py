@@ -88,7 +88,9 @@ class JsonlTask(Section):
     """Rows of your own, from a local directory or the hub."""
 
     name: Literal["jsonl"] = option("jsonl", "rows of your own")
-    kind: Literal["choice", "completion", "chat"] = option("completion", "format of a row: see data/tasks/jsonl.py")
+    kind: Literal["choice", "completion", "chat"] = option(
+        "completion", "format of a row: chat: messages; choice: prompt, choices, label"
+    )
     path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null where hub is given")
     hub: str | None = option(None, "a data set on the hub")
     hub_config: str | None = option(None, "configuration of the hub's data set")

@@ -162,7 +162,9 @@ def _encode(tokenizer: Any, prompt: Any, number: int) -> list[int]:
             raise InputError(f"prompt {number} is no valid text: it holds bytes that are not UTF-8")
         return list(tokenizer(prompt).input_ids)
     if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError(f"prompt {number} is a chat, and the model's tokenizer has no chat template: give a string")
+        raise InputError(
+            f"prompt {number} is a chat, and the model's tokenizer has no chat template: give a string, without --chat"
+        )
     (text,) = render(tokenizer, [list(prompt)], [f"prompt {number}"])
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 

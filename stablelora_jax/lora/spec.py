@@ -23,9 +23,9 @@ MOST_LAYERS = 2**20
 MOST_LETTERS = 2**24  # that are compared to see whether the order of patterns matters
 
 
-def _help(default: Any, text: str, was: str | None = None) -> Any:
-    """A field with its meaning, and the key that it was in older configurations."""
-    return field(default=default, metadata={"help": text, "was": was})
+def _help(default: Any, text: str, was: str | None = None, peft: str | None = None) -> Any:
+    """A field with its meaning, the key that it was in older configurations, and PEFT's name if that is another."""
+    return field(default=default, metadata={"help": text, "was": was, "peft": peft})
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,17 @@ class LoraSpec:
       InputError: a value out of range or of the wrong kind.
     """
 
-    rank: int = _help(8, "rank r of A (in, r) and B (r, out)")
-    alpha: float = _help(16, "numerator of the scale")
+    rank: int = _help(8, "rank r of A (in, r) and B (r, out)", peft="r")
+    alpha: float = _help(16, "numerator of the scale", peft="lora_alpha")
     target_modules: str | tuple[str, ...] = _help(
         ("q_proj", "v_proj"),
         "list of module-name endings, one regular expression, or all-linear (never the head)",
         was="target",
     )
-    scaling: Literal["lora", "rslora"] = _help("lora", "lora: alpha/r; rslora: alpha/sqrt(r)")
-    dropout: float = _help(0.0, "dropout rate on the input of the low-rank path, during training only")
+    scaling: Literal["lora", "rslora"] = _help("lora", "lora: alpha/r; rslora: alpha/sqrt(r)", peft="use_rslora")
+    dropout: float = _help(
+        0.0, "dropout rate on the input of the low-rank path, during training only", peft="lora_dropout"
+    )
     exclude_modules: str | tuple[str, ...] = _help((), "modules left out, written as target_modules is", was="exclude")
     layers_to_transform: tuple[int, ...] | None = _help(None, "numbers of the layers to adapt; null: all", was="layers")
     rank_pattern: Mapping[str, int] = _help((), "rank for modules whose name ends in a pattern; first match wins")
@@ -56,8 +58,10 @@ class LoraSpec:
     modules_to_save: tuple[str, ...] = _help((), "endings of modules that are trained in full beside the adapters")
     bias: Literal["none", "all", "lora_only"] = _help("none", "biases trained: none, all, those of adapted modules")
     lora_bias: bool = _help(False, "a bias on the low-rank path, s (x A B + b), beside each pair; not with dora")
-    parametrization: Literal["lora", "dora"] = _help("lora", "how the pair changes a kernel")
-    init: Literal["kaiming"] = _help("kaiming", "how a pair starts; kaiming is PEFT's default")
+    parametrization: Literal["lora", "dora"] = _help("lora", "how the pair changes a kernel", peft="use_dora")
+    init: Literal["kaiming"] = _help(
+        "kaiming", "how a pair starts; kaiming is PEFT's default", peft="init_lora_weights"
+    )
 
     def __new__(cls, *_: Any, **given: Any) -> LoraSpec:
         """Refuse the names that fields had before they were PEFT's."""

@@ -64,7 +64,12 @@ def _terminated(line: str) -> Iterator[None]:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, ``--adapter``, ``--merged``, ``--untie``, ``--strict``, ``--dtype``, as :func:`load_model` reads them."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hugging Face directory, GGUF file or hub id")
+    add(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="Hugging Face directory, GGUF file or hub id (default: the base that the adapter names)",
+    )
     add("--adapter", metavar="DIR", type=Path, help="a PEFT directory, or a run directory")
     add("--merged", action="store_true", help="merge the adapter into the parameters first")
     add("--untie", action="store_true", help="give a tied head its own weights, for an adapter that changes one alone")
@@ -80,6 +85,10 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """
     if arguments.merged and arguments.adapter is None:
         raise InputError("--merged needs --adapter, the adapter to merge")
+    if arguments.model is None:
+        arguments.model = _base_of(arguments.adapter)
+    elif any((Path(arguments.model) / name).exists() for name in ("adapter", "adapter_config.json")):
+        raise InputError(f"{arguments.model} is an adapter, not a model: give it with --adapter {arguments.model}")
     from stablelora_jax.interop.load_adapted import load_adapted_model
     from stablelora_jax.parallel import require_devices
     from stablelora_jax.utils import compile_cache
@@ -89,3 +98,15 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     given = {"dtype": arguments.dtype, "merged": arguments.merged, "untie": arguments.untie}
     given["strict"] = arguments.strict
     return load_adapted_model(arguments.model, arguments.adapter, **given)
+
+
+def _base_of(adapter: Path | None) -> str:
+    """The name of the base that an adapter was trained on."""
+    if adapter is None:
+        raise InputError("name a MODEL, or with --adapter an adapter that names its base")
+    from stablelora_jax.interop.export import locate_adapter, read_base_options
+
+    name = read_base_options(adapter).name
+    if not name:
+        raise InputError(f"{locate_adapter(adapter)} does not name its base: give a MODEL")
+    return name

@@ -53,7 +53,9 @@ def shapes(config: RunConfig) -> Shapes:
     found = architecture(config.model.path)
     layout = make_layout(config, found)
     if config.max_length > found.max_position_embeddings:
-        raise InputError(f"max_length {config.max_length} is more than the model's {found.max_position_embeddings}")
+        raise InputError(
+            f"max_length {config.max_length} is more than the model's {found.max_position_embeddings}: lower it"
+        )
     layout.require_rows(config.batch_size, config.gradient_accumulation_steps)
     tied = found.tie_word_embeddings and not config.model.untie
     model = Decoder(replace(found, tie_word_embeddings=tied), dtype=jnp.dtype(config.model.dtype))

@@ -17,6 +17,7 @@ from stablelora_jax.config.parallel import MeshConfig
 from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
 from stablelora_jax.data import (
     Loader,
+    digest,
     longest_row,
     make_loader,
     most_segments,
@@ -36,7 +37,12 @@ from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here, require_here
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.inputs import require_known
-from stablelora_jax.models.pretrained.load import base_directory, load_pretrained, require_tokenizer
+from stablelora_jax.models.pretrained.load import (
+    base_directory,
+    load_pretrained,
+    pretrained_tokenizer,
+    require_tokenizer,
+)
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
@@ -132,9 +138,8 @@ def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, A
         model, params = untie(model, params)
     require_tokenizer(model.tokenizer, base)
     if config.max_length > model.config.max_position_embeddings:
-        raise InputError(
-            f"max_length {config.max_length} is more than the {model.config.max_position_embeddings} of {base}"
-        )
+        most = model.config.max_position_embeddings
+        raise InputError(f"max_length {config.max_length} is more than the {most} of {base}: lower it")
     return model, params
 
 
@@ -190,6 +195,13 @@ def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
     if not isinstance(own, MeshConfig):
         return pmap_layout()
     return mesh_layout(own.data, own.fsdp, own.tensor, key_value_heads=model.num_key_value_heads)
+
+
+def training_digest(config: RunConfig) -> str:
+    """The digest of the training data as tokens; of the model, only the tokenizer is loaded."""
+    tokenizer = pretrained_tokenizer(config.model.path or base_directory())
+    texts, chat = training_texts(load_questions(config.task, "train")), takes_template(config)
+    return digest(tokenizer, texts, max_length=config.max_length, truncate=config.data.truncate, chat=chat)
 
 
 def load_training_data(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> Loader:

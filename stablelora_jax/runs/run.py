@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +34,7 @@ from stablelora_jax.runs.early_stopping import best_step
 from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
 from stablelora_jax.runs.log import RunLog, open_log
 from stablelora_jax.runs.loop import metadata_of, train
-from stablelora_jax.runs.prepare import TrainingSetup, prepare
+from stablelora_jax.runs.prepare import TrainingSetup, prepare, training_digest
 from stablelora_jax.runs.summary import summarize, summary_lines
 from stablelora_jax.runs.trackers import require_installed
 from stablelora_jax.training import checkpoint
@@ -75,6 +75,8 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
     located = locate(config)
     directory = located.path
     if (summary := read_summary(directory)) and has_adapter(directory) and not located.changes:
+        if not config.accept_changes:
+            _require_same_data(config, directory, summary)
         log_fn(
             f"{directory} is finished; its adapter is in {directory / ADAPTER}. Another seed or output= trains anew."
         )
@@ -95,6 +97,8 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
             if checkpoint.latest(checkpoints) != newest:
                 raise InputError(f"another process has written to {directory} in the meantime: start again")
         state = setup.start if newest is None else _restored(setup, checkpoints, newest, config.accept_changes)
+        if newest == setup.config.steps and located.changes and has_adapter(directory):
+            raise InputError(f"{directory} has done all {newest} steps, none is left for what has changed: raise steps")
         if is_primary():
             create(located, config, newest or 0)
         barrier("the run directory is there")
@@ -103,6 +107,23 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
         _require_update(state)
         adapter_step = _keep_adapter(setup, state, checkpoints, log)
     return _finish(setup, log, int(state.step), adapter_step, time.monotonic() - began, log_fn)
+
+
+def _require_same_data(config: RunConfig, directory: Path, summary: Mapping[str, Any]) -> None:
+    """Refuse a finished run whose local training data are not those that it was trained on."""
+    known = (summary.get("data") or {}).get("digest")
+    path = getattr(config.task, "path", None)
+    if known is None or path is None:
+        return
+    try:
+        found = training_digest(config)
+    except InputError:  # the data are gone; the run is finished all the same
+        return
+    if found != known:
+        raise InputError(
+            f"{directory} is finished, and the training data in {path} have changed since: "
+            "choose another output= to train on them"
+        )
 
 
 def _open_log(setup: TrainingSetup, step: int) -> RunLog:

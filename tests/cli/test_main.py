@@ -72,7 +72,7 @@ BAD = {
     "evaluate BASE": "required: --tasks",
     "evaluate BASE --tasks arc_esay": "no task 'arc_esay'; the tasks are hellaswag, ",
     "evaluate BASE --tasks jsonl": "--tasks jsonl needs --data DIR",
-    "evaluate BASE --tasks jsonl --data nowhere": "error: nowhere has neither validation.jsonl nor validation.jsonl.gz",
+    "evaluate BASE --tasks jsonl --data nowhere": "error: nowhere does not exist; a directory with ",
     "evaluate BASE --tasks jsonl --data . --split": "argument --split: expected one argument",
     "evaluate BASE --tasks jsonl --data . --limit 0": "limit must be positive, not 0",
     "evaluate BASE --tasks jsonl --data . --fields {x:": "error: fields={x:: not valid YAML",

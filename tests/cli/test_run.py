@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -24,18 +25,14 @@ def made(tmp_path_factory):
     text = "".join(json.dumps(row) + "\n" for row in ROWS)
     for split in ("train", "validation"):
         (place / f"{split}.jsonl").write_text(text)
-    task = f"task={{name: jsonl, path: '{place}', fields: {FIELDS}}}"
-    words = [
-        task,
-        "steps=2",
-        "schedule.warmup_steps=0",
-        "batch_size=8",
-        "max_length=32",
-        f"output={place / 'run'}",
-        "trackers=[]",
-    ]
-    assert main(["train", *words]) == 0
+    assert main(["train", *words_of(place)]) == 0
     return place
+
+
+def words_of(place):
+    task = f"task={{name: jsonl, path: '{place}', fields: {FIELDS}}}"
+    size = ["steps=2", "schedule.warmup_steps=0", "batch_size=8", "max_length=32", "trackers=[]"]
+    return [task, *size, f"output={place / 'run'}"]
 
 
 def test_rows_of_ones_own_are_measured_as_in_the_run(stablelora, made, tmp_path):
@@ -66,9 +63,32 @@ def test_the_run_is_drawn_exported_and_used(stablelora, made):
     assert (code, out, err) == (0, f"{made / 'both.html'}\n", "")
     code, out, err = stablelora("export", run, "--to", "peft", "--output", made / "exported")
     assert (code, err) == (0, "") and (made / "exported" / "adapter_config.json").is_file()
-    words = ["--prompt", "The bear is", "--max-new-tokens", 4]
-    code, out, err = stablelora("generate", base_directory(), "--adapter", made / "exported", *words)
+    words = ["--adapter", made / "exported", "--prompt", "The bear is", "--max-new-tokens", 4]
+    code, out, err = stablelora("generate", base_directory(), *words)
     assert (code, err) == (0, "") and out.startswith("The bear is")
+    assert stablelora("generate", *words) == (0, out, ""), "the base that the adapter names"
+    code, out, err = stablelora("generate", run, "--prompt", "x")
+    assert (code, err) == (2, f"error: {run} is an adapter, not a model: give it with --adapter {run}\n")
+    code, out, err = stablelora("generate", "--prompt", "x")
+    assert (code, err) == (2, "error: name a MODEL, or with --adapter an adapter that names its base\n")
+
+
+def test_a_finished_run_notices_that_its_rows_have_changed(stablelora, made, tmp_path):
+    place = tmp_path / "copy"
+    shutil.copytree(made, place)
+    moved = words_of(made)[:-1]
+    again = [*moved, f"output={place / 'run'}"]
+    code, out, err = stablelora("train", *again)
+    assert (code, err) == (0, "") and "is finished" in out
+    (made / "train.jsonl").write_text((made / "train.jsonl").read_text().replace("bear", "wolf"))
+    try:
+        code, _, err = stablelora("train", *again)
+        assert code == 2 and f"the training data in {made} have changed since" in err and err.count("\n") == 1
+    finally:
+        shutil.copy(place / "train.jsonl", made / "train.jsonl")
+    code, _, err = stablelora("train", *again, "seed=1", "accept_changes=true")
+    assert code == 2 and "has done all 2 steps, none is left for what has changed" in err
+    assert (place / "run/config.yaml").read_bytes() == (made / "run/config.yaml").read_bytes()
 
 
 def test_data_shows_rows_as_tokens(stablelora, made):

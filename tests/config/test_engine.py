@@ -188,7 +188,7 @@ BAD = [  # file, overrides, what the message says after its source (the file, or
     ("batch: 3", [], "batch is not a key (did you mean eval.batch?)"),
     ("decay: 3", [], "decay is not a key (did you mean optimizer.decay?)"),
     ("1: 3", [], "1 is not a key (Train has seed, run, "),
-    ("optimizer: {decay: 3}", [], "optimizer.decay is not a key (StableLora has name, learning_rate, shrink)"),
+    ("optimizer: {decay: 3}", [], "optimizer.decay is not a key of optimizer.name=stable_lora, but of adamw"),
     ("seed: 1.5", [], "seed wants int, got 1.5"),
     ("seed: 2.0", [], "seed wants int, got 2.0"),
     ("seed: 1e3", [], "seed wants int, got 1000.0"),
@@ -247,7 +247,11 @@ BAD = [  # file, overrides, what the message says after its source (the file, or
     ("", ["eval=3"], "eval holds keys (batch), not 3"),
     ("", ["lora.target=[q"], "not valid YAML in line 1: "),
     ("lora: {rank: 4}", ["seed=x"], "seed wants int, got 'x'"),
-    ("optimizer: {name: adamw}", ["optimizer.shrink=1"], "optimizer.shrink is not a key (AdamW has name, learning_rat"),
+    (
+        "optimizer: {name: adamw}",
+        ["optimizer.shrink=1"],
+        "optimizer.shrink is not a key of optimizer.name=adamw, but of stable_lora",
+    ),
     ("", ["optimizer.name=adam"], "optimizer.name wants stable_lora | adamw, got 'adam'"),
 ]
 
@@ -435,7 +439,7 @@ class Bounded(Section):
         (dict(points={3: -1.0}), "points.3 must be at least 0, not -1.0"),
         (dict(points={"a": 1.0}), "points: its key wants int, got 'a'"),
         (dict(rule={"name": "adam"}), "rule.name wants stable_lora | adamw, got 'adam'"),
-        (dict(rule={"decay": 1}), "rule.decay is not a key (StableLora has name, learning_rate, shrink)"),
+        (dict(rule={"decay": 1}), "rule.decay is not a key of rule.name=stable_lora, but of adamw"),
         (dict(rule={"learning_rate": "x"}), "rule.learning_rate wants float, got 'x'"),
         (dict(rule=3), "rule holds keys (name, learning_rate, shrink), not 3"),
         (dict(size=3), "Bounded: size is now called length"),

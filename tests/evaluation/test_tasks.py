@@ -80,7 +80,7 @@ def test_text(one, data):
 def test_mistakes(one, data):
     for task, arguments, message in [
         ("arc", {}, "no task 'arc'; the tasks are"),
-        ("openbookqa", {}, "openbookqa has neither validation.jsonl"),
+        ("openbookqa", {}, "openbookqa does not exist; a directory with validation.jsonl is needed"),
         ("arc_easy", {"split": "test"}, "neither test.jsonl"),
         ("arc_easy", {"limit": 0}, "limit must be positive"),
     ]:

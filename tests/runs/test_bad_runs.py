@@ -83,7 +83,7 @@ def one_line(found, out, err, code, message):
 
 MISTAKES = [  # what is given on the command line -> what is said
     ("lora.rnk=4", r"lora.rnk is not a key \(did you mean lora.rank\?\)"),
-    ("parallel.fsdp=2", r"parallel.fsdp is not a key \(PmapConfig has name\)"),
+    ("parallel.fsdp=2", "parallel.fsdp is not a key of parallel.name=pmap, but of mesh"),
     ("steps=many", "steps wants int, got 'many'"),
     ("steps=2.5", "steps wants int, got 2.5"),
     ("steps=0", "steps must be at least 1 and at most 2147483647, not 0"),
@@ -144,7 +144,7 @@ MISTAKES = [  # what is given on the command line -> what is said
     ("data.cache=base/config.json", "the token cache base/config.json/.* cannot be used: Not a directory"),
     ("model.path=nowhere", "nowhere is no model directory, and the hub gave no config.json"),
     ("model.path=data", "data/config.json cannot be read"),
-    ("task.path=nowhere", "nowhere has neither train.jsonl nor train.jsonl.gz"),
+    ("task.path=nowhere", "nowhere does not exist; a directory with train.jsonl is needed"),
     ("task.kind=choice", "data/train.jsonl: row 1: there is no column 'choices'; the columns are prompt, completion"),
     ("task.fields={x:\xa0y}", "task.fields.x is not read for kind completion"),
     ("--config nowhere.yaml", "nowhere.yaml"),

@@ -60,7 +60,10 @@ def items(
     if (path is None) == (hub is None):
         raise InputError("task jsonl needs either task.path or task.hub")
     if unknown := sorted(set(fields) - set(NAMES[kind])):
-        raise InputError(f"task.fields.{unknown[0]} is not read for kind {kind}: {', '.join(NAMES[kind])} are")
+        names = ", ".join(NAMES[kind])
+        raise InputError(
+            f"task.fields.{unknown[0]} is not read for kind {kind}: task.fields maps {names} to columns of the file"
+        )
     make: Any = {"choice": _question, "completion": _completion, "chat": _chat}[kind]
     found = rows.hub_rows(rows.Hub(hub, config), split) if hub else rows.local_split(Path(str(path)), split)
     return rows.parse(*found, split, lambda row, name: make(_named(row, kind, fields), name))
@@ -73,11 +76,12 @@ def _named(row: Mapping[str, Any], kind: Kind, fields: Mapping[str, str]) -> dic
     ]
     if absent:
         there = ", ".join(map(str, row))
-        guess = ", ".join(f"{name}: {_guess(name, row)}" for name in absent)
-        raise rows.Unsupported(
-            f"there is no column {columns[absent[0]]!r}; the columns are {there}. Say which is which with "
-            f"task.fields={{{guess}}}"
-        )
+        said = f"there is no column {columns[absent[0]]!r}; the columns are {there}. "
+        if other := next((k for k in NEEDED if k != kind and not fields and set(NEEDED[k]) <= set(row)), None):
+            raise rows.Unsupported(f"{said}These are columns of task.kind={other} (here: {kind})")
+        mapped = {**fields, **{name: _guess(name, row) for name in absent}}
+        guess = ", ".join(f"{name}: {column}" for name, column in mapped.items())
+        raise rows.Unsupported(f"{said}Say which is which with task.fields={{{guess}}}")
     return {name: row[column] for name, column in columns.items() if column in row}
 
 
@@ -104,12 +108,14 @@ def _chat(row: Mapping[str, Any], name: str) -> Chat:
     messages = row["messages"]
     if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError("messages is no list of messages")
-    roles = [message.get("role") for message in messages]
+    if not messages or any("role" not in message or "content" not in message for message in messages):
+        raise rows.Unsupported('a chat is a list of messages {"role": ..., "content": ...}: rename other keys')
+    roles = [message["role"] for message in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         shown = ", ".join(f"{role!s:.20}" for role in roles[:6]) + ", ..." * (len(roles) > 6)
         raise rows.Unsupported(
-            f"messages with the roles {shown or 'of nobody'} are not supported yet: a row is (a system's,) a user's "
-            "and an assistant's message; cut a longer chat into such rows"
+            f"messages with the roles {shown} are not supported yet: a row is (a system's,) a user's "
+            "and an assistant's message, with these names as role; cut a longer chat into such rows"
         )
     *given, answer = [rows.text({"content": message.get("content")}, "content") for message in messages]
     kept = tuple({"role": str(message["role"]), "content": message["content"]} for message in messages[:-1])

@@ -75,7 +75,11 @@ def local_split(directory: Path, split: str) -> tuple[str, list[Any]]:
     directory = as_path(directory, "task.path")
     plain, packed = directory / f"{split}.jsonl", directory / f"{split}.jsonl.gz"
     if not plain.is_file() and not packed.is_file():
-        raise InputError(f"{directory} has neither {plain.name} nor {packed.name}")
+        if not directory.is_dir():
+            what = f"is a file: give its directory, {directory.parent}" if directory.exists() else "does not exist"
+            raise InputError(f"{directory} {what}; a directory with {plain.name} is needed")
+        way = "; a run without validation has evaluate=false" if split == "validation" else ""
+        raise InputError(f"{directory} has neither {plain.name} nor {packed.name}{way}")
     return file_rows(plain if plain.is_file() else packed)
 
 
@@ -153,7 +157,7 @@ def text(row: Mapping[str, Any], key: str) -> str:
     """The string ``row[key]``, which must hold a character that shows."""
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} is empty or no string")
+        raise ValueError(f"{key} is {value!r:.40}: a string that is not empty is needed")
     value.encode()  # half of a surrogate pair is no text
     return value
 
@@ -185,5 +189,5 @@ def choices(texts: Any, label: Any) -> tuple[tuple[str, ...], int]:
     if label is None:
         raise ValueError("it has no label: an unlabelled split can be used neither for training nor for evaluation")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(texts):
-        raise ValueError(f"label {label!r} for {len(texts)} choices")
+        raise ValueError(f"label {label!r} for {len(texts)} choices: an integer counting from 0 is needed")
     return tuple(f" {one}" for one in texts), label

@@ -40,7 +40,7 @@ def test_both_layouts(tmp_path, name):
         ({**OURS, "label": 3}, "row 2 is damaged.*label 3 for 3 choices"),
         ({**OURS, "label": -1}, "row 2"),
         ({**OURS, "label": "1"}, "row 2"),
-        ({**OURS, "question": ""}, "row 2.*question is empty"),
+        ({**OURS, "question": ""}, "row 2.*question is '': a string that is not empty is needed"),
         ({**OURS, "choices": ["a", None]}, "row 2"),
         ({**HUB, "answerKey": "9"}, "row 2"),
         ({"question": "x"}, "row 2.*choices"),

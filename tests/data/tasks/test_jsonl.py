@@ -46,10 +46,13 @@ def test_chat(tmp_path):
         ("USER", " ASSISTANT", None),
     ]
     assert [p.messages for p in load(tmp_path, two, kind="chat")] == [tuple(turns[:2]), tuple(turns[1:2])]
-    for more in (turns[:2], turns[1:] * 2, [], turns[:1], [{"role": 1, "content": "x"}] * 9):
+    for more in (turns[:2], turns[1:] * 2, turns[:1], [{"role": 1, "content": "x"}] * 9):
         with pytest.raises(InputError, match="row 1: messages with the roles .* are not supported yet: a row is"):
             load(tmp_path, [{"messages": more}], kind="chat")
-    for wrong in ([{"role": "user"}, turns[2]], "x", [1], None, [turns[1], {"role": "assistant", "content": [1]}]):
+    for strange in ([], [{"from": "human", "value": "x"}], [{"role": "user"}, turns[2]]):
+        with pytest.raises(InputError, match="row 1: a chat is a list of messages .*: rename other keys"):
+            load(tmp_path, [{"messages": strange}], kind="chat")
+    for wrong in ("x", [1], None, [turns[1], {"role": "assistant", "content": [1]}]):
         with pytest.raises(InputError, match="row 1 is damaged"):
             load(tmp_path, [{"messages": wrong}], kind="chat")
 
@@ -59,7 +62,9 @@ def test_chat(tmp_path):
     [
         ({"fields": {"promt": "q"}}, "task.fields.promt is not read for kind completion"),
         ({"fields": {"prompt": "q"}}, "row 1: there is no column 'q'; the columns are prompt, completion"),
-        ({"kind": "choice"}, "row 1: there is no column 'choices'.*task.fields={choices: COLUMN, label: COLUMN}"),
+        ({"kind": "choice"}, r"there is no column 'choices'.*are columns of task.kind=completion \(here: choice\)"),
+        ({"kind": "choice", "fields": {"prompt": "q"}}, "task.fields={prompt: COLUMN, choices: COLUMN, label: COLUMN}"),
+        ({"fields": {"completion": "prompt", "prompt": "q"}}, "task.fields={completion: prompt, prompt: COLUMN}"),
         ({"hub": "some/thing"}, "either task.path or task.hub"),
     ],
 )

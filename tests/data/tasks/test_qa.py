@@ -56,6 +56,10 @@ def test_an_unlabelled_split_is_refused(tmp_path):
         hellaswag.questions("test", str(tmp_path))
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().strip().split("\n")]
+
+
 @pytest.mark.parametrize(
     "module,local,name",
     [
@@ -65,8 +69,8 @@ def test_an_unlabelled_split_is_refused(tmp_path):
     ],
 )
 def test_real_rows_of_the_hub_and_normalised_ones_agree(shared, module, local, name):
-    hub = [module.question(json.loads(row), "") for row in shared(f"data/hf_schema/{name}").open()]
-    ours = [module.question(json.loads(row), "") for row in shared(f"data/{local}").open()]
+    hub = [module.question(row, "") for row in lines(shared(f"data/hf_schema/{name}"))]
+    ours = [module.question(row, "") for row in lines(shared(f"data/{local}"))]
     assert hub and hub == ours[: len(hub)]
 
 
@@ -81,7 +85,7 @@ def test_real_rows_of_the_hub_and_normalised_ones_agree(shared, module, local, n
 )
 def test_the_hub_through_datasets(shared, monkeypatch, name, hub, file):
     datasets = pytest.importorskip("datasets")
-    rows = [json.loads(row) for row in shared(f"data/hf_schema/{file}").open()]
+    rows = lines(shared(f"data/hf_schema/{file}"))
     asked = []
 
     def load_dataset(repository, config, split):
