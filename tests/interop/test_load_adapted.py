@@ -94,7 +94,10 @@ def test_the_command(command, adapter, tmp_path):
         (["--tasks", "arc_esay"], "no task 'arc_esay'; the tasks are hellaswag"),
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "text"], "the task text has no place on the hub"),
-        (["--tasks", "arc_easy", "--data", "no/where"], "no/where/arc_easy has neither validation.jsonl"),
+        (
+            ["--tasks", "arc_easy", "--data", "no/where"],
+            "no/where/arc_easy does not exist; a directory with validation.jsonl",
+        ),
         (["--tasks", "arc_easy", "--merged"], "--merged needs --adapter"),
         (["--tasks", "arc_easy", "--adapter", "no/where"], "neither a run directory"),
         (["--tasks", "arc_easy", "--batch-size", "0"], "batch_size must be positive"),
