@@ -36,8 +36,7 @@ SHAPED = [
     "stablelora_jax.training.loss",
 ]  # modules of the package whose annotated shapes are checked at each call, in tests only
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
-RANKS = os.environ.get("JAX_NUMPY_RANK_PROMOTION", "raise")  # axes are aligned explicitly
-jax.config.update("jax_numpy_rank_promotion", RANKS)
+jax.config.update("jax_numpy_rank_promotion", "raise")  # axes are aligned explicitly
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("test_laws", "test_processes", "test_kill", "test_step", "test_bad_runs", "test_main_job", "test_layouts")
