@@ -20,6 +20,7 @@ from stablelora_jax.runs.build import make_optimizer
 from stablelora_jax.runs.records import each_record
 from stablelora_jax.runs.run import run
 from tests.conftest import ROOT
+from tests.helpers import long
 from tests.runs.test_run import SHORT
 
 
@@ -83,7 +84,7 @@ def test_an_unknown_option_is_one_line(options):
         load("optimizer.name=lora_pro", f"optimizer.{options}")
 
 
-@pytest.mark.parametrize("name", ["lora_fa", "lora_rite"])
+@pytest.mark.parametrize("name", ["lora_fa", long("lora_rite")])
 def test_a_run_with_another_optimizer(tmp_path, name):
     chosen = replace(SHORT, optimizer=CONFIGS[name](learning_rate=1e-3), output=str(tmp_path / "r"))
     run(chosen, lambda _: None)

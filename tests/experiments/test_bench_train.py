@@ -160,6 +160,7 @@ def test_a_line_of_json_needs_no_data_sets_and_no_torch(tmp_path, monkeypatch):
         bench_turns.measure_sides(["peft eager"], work(), 1, 1, False)
 
 
+@pytest.mark.long
 def test_a_cpu_is_cut_into_its_cores_where_rows_divide_so():
     """Unless a number is given."""
     from bench.work import to_json

@@ -11,6 +11,7 @@ import pytest
 from stablelora_jax.runs import run as module
 from stablelora_jax.utils.errors import Interrupted, RunError
 from tests.conftest import ROOT
+from tests.helpers import long
 
 
 def train(*arguments, cwd=ROOT):
@@ -30,15 +31,15 @@ def test_help_shows_every_key_of_the_top_level():
     "arguments,message",
     [
         (["lora.rnk=4"], "lora.rnk"),
-        (["steps=many"], "steps"),
-        (["optimizer.shrink_ratio=1.5"], "shrink_ratio"),
+        long(["steps=many"], "steps"),
+        long(["optimizer.shrink_ratio=1.5"], "shrink_ratio"),
         (["lora.target_modules=[q_prj]"], "q_prj"),
-        (["--config", "no/such.yaml"], "no/such.yaml"),
-        (["model.path=no/such/model/dir"], "no/such/model/dir"),
-        (["task={name: arc_easy, path: nowhere}"], "nowhere"),
-        (["task.name=arc_hard"], "arc_hard"),
-        (["steps=0"], "steps must be at least 1"),
-        (["schedule.warmup_steps=999"], "warmup_steps"),
+        long(["--config", "no/such.yaml"], "no/such.yaml"),
+        long(["model.path=no/such/model/dir"], "no/such/model/dir"),
+        long(["task={name: arc_easy, path: nowhere}"], "nowhere"),
+        long(["task.name=arc_hard"], "arc_hard"),
+        long(["steps=0"], "steps must be at least 1"),
+        long(["schedule.warmup_steps=999"], "warmup_steps"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, tmp_path):

@@ -217,6 +217,7 @@ def test_jit_equals_no_jit_and_pmap(x64, name):
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=device: x[i], several), jitted, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.long
 def test_orbax_restores_every_optimizer_in_mid_training_to_the_same_bits(tmp_path):
     import orbax.checkpoint as ocp
 

@@ -271,7 +271,7 @@ def test_bfloat16_never_meets_float32_in_a_product(tied):
     assert not [pair for pair in found if {dtype for _, dtype in pair} != {"bfloat16"}]
 
 
-@pytest.mark.parametrize("remat", ["save_dots", "nothing"])
+@pytest.mark.parametrize("remat", [long("save_dots"), "nothing"])
 def test_the_program_does_not_grow_with_depth(remat):
     """Nor what is kept: layers are a scan, forwards and backwards."""
     few, many = (lowered(one(), layers=layers, remat=remat)[0].as_text().count("\n") for layers in (4, 32))
