@@ -6,7 +6,7 @@ from tests.runs.kill_and_resume import check
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("optimizer,kills", [("stable_lora", 2), pytest.param("lora_rite", 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("optimizer,kills", [("stable_lora", 2), pytest.param("lora_rite", 2, marks=pytest.mark.soak)])
 def test_short(optimizer, kills, tmp_path):
     assert sum(check(optimizer, kills, 20, 1, tmp_path).values()) == kills
 
