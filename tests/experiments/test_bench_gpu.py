@@ -223,10 +223,10 @@ def test_a_row_ends_with_the_command_that_began_it(tmp_path):
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "experiments")])}
     words = [sys.executable, "-c", code, str(tmp_path / "out"), "1", "1"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
     for number in (signal.SIGKILL, signal.SIGINT):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-        process = subprocess.Popen(words, env=env, preexec_fn=heeds, **quiet)
+        process = subprocess.Popen(words, env=env, **quiet)
         pids = tmp_path / "out" / "pids0"
         for _ in range(300):
             time.sleep(0.1)
