@@ -25,6 +25,8 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 SHAPED = [
+    "stablelora_jax.lora.parametrizations.dora",
+    "stablelora_jax.lora.parametrizations.lora",
     "stablelora_jax.models.attention",
     "stablelora_jax.models.attention_kernels",
     "stablelora_jax.models.block",
@@ -32,6 +34,7 @@ SHAPED = [
     "stablelora_jax.models.inputs",
     "stablelora_jax.models.masks",
     "stablelora_jax.models.rope",
+    "stablelora_jax.optimizers.linalg",
     "stablelora_jax.training.cross_entropy",
     "stablelora_jax.training.loss",
 ]  # modules of the package whose annotated shapes are checked at each call, in tests only

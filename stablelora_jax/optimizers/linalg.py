@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class Spectrum(NamedTuple):
@@ -38,17 +39,17 @@ class Inverse(NamedTuple):
     scale: jax.Array  # (P, 1, 1)
 
 
-def transpose(x: jax.Array) -> jax.Array:
+def transpose(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
     """The last two axes exchanged."""
     return jnp.swapaxes(x, -1, -2)
 
 
-def gram(x: jax.Array) -> jax.Array:
+def gram(x: Float[Array, "*batch n r"]) -> Float[Array, "*batch r r"]:
     """``x^T x``: (..., n, r) to (..., r, r)."""
     return transpose(x) @ x
 
 
-def symmetric(x: jax.Array) -> jax.Array:
+def symmetric(x: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
     """``(x + x^T) / 2``."""
     return (x + transpose(x)) / 2
 
@@ -66,7 +67,9 @@ def eigh(matrices: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
     return found
 
 
-def power(values: jax.Array, vectors: jax.Array, exponent: float, damping: Any = 0.0) -> jax.Array:
+def power(
+    values: Float[Array, "*batch r"], vectors: Float[Array, "*batch r r"], exponent: float, damping: Any = 0.0
+) -> Float[Array, "*batch r r"]:
     """``(X + damping I)^exponent`` for a negative exponent, from the eigenvalues of X >= 0; zero where X is not."""
     damped = jnp.maximum(values, 0) + damping
     kept = ~(damped <= _smallest(damped))  # NaN is kept
@@ -74,7 +77,7 @@ def power(values: jax.Array, vectors: jax.Array, exponent: float, damping: Any =
     return (vectors * scaled[..., None, :]) @ transpose(vectors)
 
 
-def safe_scale(x: jax.Array) -> jax.Array:
+def safe_scale(x: Float[Array, "*batch n r"]) -> Float[Array, "*batch 1 1"]:
     """A power of two (..., 1, 1) that brings x (..., n, r) to a size whose squares are finite; 1 up to 2^32."""
     size = jnp.abs(x).max(axis=(-2, -1), keepdims=True)
     return jnp.where(size > 2.0**80, 2.0**96, jnp.where(size > 2.0**32, 2.0**56, 1.0)).astype(x.dtype)
@@ -97,7 +100,7 @@ def inverses(factors: Sequence[jax.Array], damping: Any = 0.0) -> list[Inverse]:
     return [inverse(of, damping) for of in spectra(factors)]
 
 
-def times(x: jax.Array, by: Inverse) -> jax.Array:
+def times(x: Float[Array, "*batch n r"], by: Inverse) -> Float[Array, "*batch n r"]:
     """``x (y^T y + damping I)^-1``."""
     return x @ by.matrix / by.scale / by.scale
 

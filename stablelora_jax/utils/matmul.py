@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 
 class Type(NamedTuple):
@@ -29,7 +30,7 @@ class Type(NamedTuple):
     sharding: NamedSharding | None  # on a mesh with explicit axes
 
 
-def matmul(x: jax.Array, factor: jax.Array) -> jax.Array:
+def matmul(x: Float[Array, "*batch n"], factor: Float[Array, "n m"]) -> Float[Array, "*batch m"]:
     """``x @ factor``: x (..., n), factor (n, m) of any float dtype; (..., m) in at least float32.
 
     Inside ``jax.shard_map`` and on a mesh with explicit axes the gradient of ``factor`` is summed over the devices and

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from stablelora_jax.lora.parametrizations import lora
 from stablelora_jax.lora.parametrizations.lora import Adapter
@@ -20,12 +21,12 @@ from stablelora_jax.lora.parametrizations.lora import Adapter
 delta = lora.delta
 
 
-def leaves(w: jax.Array, pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
+def leaves(w: Float[Array, "*stack in out"], pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
     """``lora_magnitude_vector`` (..., out): the norms at the start, for w (..., in, out)."""
     return {"lora_magnitude_vector": _norms(w, pair, scale).astype(pair["lora_a"].dtype)}
 
 
-def gain(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+def gain(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*stack out"]:
     """``m / n`` (..., out), at least float32; 1 where m is 0. Its gradient reaches m alone."""
     norms = jax.lax.stop_gradient(_norms(w, adapter, scale))
     magnitude = adapter["lora_magnitude_vector"].astype(norms.dtype)
@@ -33,11 +34,11 @@ def gain(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
     return jnp.where(scaled, magnitude, 1.0) / jnp.where(scaled, norms, 1.0)
 
 
-def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+def merge(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*stack in out"]:
     """``(W0 + s A B) diag(m / n)`` for w (..., in, out), computed at least in float32, in the dtype of ``w``."""
     return (lora.merged(w, adapter, scale) * gain(w, adapter, scale)[..., None, :]).astype(w.dtype)
 
 
-def _norms(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+def _norms(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*stack out"]:
     found: jax.Array = jnp.linalg.norm(lora.merged(w, adapter, scale), axis=-2)
     return found

@@ -9,34 +9,35 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from stablelora_jax.utils.matmul import matmul
 
 Adapter = Mapping[str, jax.Array]
 
 
-def leaves(w: jax.Array, pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
+def leaves(w: Float[Array, "*stack in out"], pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
     """Nothing but the pair is trained."""
     return {}
 
 
-def gain(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array | None:
+def gain(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> jax.Array | None:
     """The module's own product stays as it is."""
     return None
 
 
-def delta(z: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+def delta(z: Float[Array, "*batch r"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*batch out"]:
     """``s z B``: z = x A (..., r) in the module's compute dtype; B (r, out); gives (..., out), at least float32."""
     b = adapter["lora_b"]
     return matmul(z, b * jnp.asarray(scale, b.dtype))  # of the two, B is the small one to scale
 
 
-def merge(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+def merge(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*stack in out"]:
     """``W0 + s A B`` for w (..., in, out) and scale (...), added at least in float32, in the dtype of ``w``."""
     return merged(w, adapter, scale).astype(w.dtype)
 
 
-def merged(w: jax.Array, adapter: Adapter, scale: jax.Array) -> jax.Array:
+def merged(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*stack in out"]:
     """:func:`merge` before it is rounded to the dtype of ``w``."""
     a, b = adapter["lora_a"], adapter["lora_b"]
     accum_dtype = jnp.promote_types(jnp.promote_types(w.dtype, a.dtype), jnp.float32)
