@@ -31,6 +31,11 @@ def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
+def soak(*values):
+    """A case of ``parametrize`` that is marked ``soak``."""
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
 def jit(function):
     """``jax.jit`` that compiles in half of the time, where speed does not matter."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})

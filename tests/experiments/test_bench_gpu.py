@@ -59,9 +59,8 @@ def ran(output, *measurements, minutes=5.0, **more):
     return rows_of(output)
 
 
-ONE_OF_EACH = (
-    "right,train.qwen2-0.5b,train.llama3.2-1b-unpacked.adamw,mark.qwen3-4b.auto,mark.llama3.1-8b.nothing,profile,serve"
-)
+TRAINING = "train.qwen2-0.5b.stable_lora,train.qwen2-0.5b.peft-eager,mark.qwen3-4b.auto,mark.llama3.1-8b.nothing"
+ONE_OF_EACH = f"right,{TRAINING},profile,serve"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_rows_of_the_list_run(tmp_path, only):
     asked = {one.name for one in suite() if one.name.startswith(tuple(only.split(",")) if only else "")}
     done = bench(tmp_path / "out", *flags, "--budget-minutes", "13")
     found = rows_of(tmp_path / "out")
-    assert done.returncode == 0 and set(found) == asked and len(asked) > 16, done.stderr
+    assert done.returncode == 0 and set(found) == asked and len(asked) > 12, done.stderr
     for name, row in found.items():
         peer = "peft" in name or "tunix" in name
         assert row["status"] == "done" or (peer and row["status"] == "absent"), (name, row)
@@ -223,7 +222,7 @@ def test_a_row_ends_with_the_command_that_began_it(tmp_path):
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "experiments")])}
     words = [sys.executable, "-c", code, str(tmp_path / "out"), "1", "1"]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     for number in (signal.SIGKILL, signal.SIGINT):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(words, env=env, **quiet)

@@ -20,7 +20,7 @@ from stablelora_jax.training.loss import summed_loss
 from stablelora_jax.training.stability import stability
 from stablelora_jax.training.step import init_state, make_stability_view, make_train_step
 from stablelora_jax.utils import tree
-from tests.helpers import jit, largest_difference, long, tiny_decoder, trained
+from tests.helpers import jit, largest_difference, long, soak, tiny_decoder, trained
 from tests.training.oracles import masked_cross_entropy
 
 SPEC = LoraSpec(
@@ -289,10 +289,12 @@ MESHED = ("lora", "packed", "dora", "head")  # quantised bases are not split, an
 
 
 SHORT = (("dora", "mesh"),)
+FURTHER = (("nf4", "pmap"), ("blocks", "pmap"), ("head", "mesh"))
 HALF = [*((name, "pmap") for name in HALVES), *((name, "mesh") for name in MESHED)]
+TIERS = [one if one in SHORT else (long if one in FURTHER else soak)(*one) for one in HALF]
 
 
-@pytest.mark.parametrize("name, layout", [one if one in SHORT else long(*one) for one in HALF])
+@pytest.mark.parametrize("name, layout", TIERS)
 def test_a_step_in_bfloat16_runs_and_is_near_that_in_float32(name, layout):
     """Compiled and taken: XLA's CPU lacks some products of bfloat16, which no look at a program shows."""
     spec, options = HALVES[name]
