@@ -12,9 +12,9 @@ Dropout (on x, before A) acts iff ``rngs={"dropout": key}`` is passed. With one 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax.lora.contraction import contract
+from stablelora_jax.lora.dropout import drop, split_rngs, target_keys
 from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.rows import by_number, each_row, numbered, one_of
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.stacks import require_stacks
 from stablelora_jax.lora.target_modules import as_dict, match_target_modules, require_leaves, to_matrix
@@ -58,7 +60,8 @@ class Adapted:
 
         Args:
           variables: the model's collections, plus ``"lora"`` (adapters) and, optionally, ``"lora_hp"`` (scales and
-            dropout rates as arrays, see :func:`stablelora_jax.lora_hyperparams`).
+            dropout rates as arrays, see :func:`stablelora_jax.lora_hyperparams`). With ``"lora_rows"`` (B,) int, each
+            row of the batch has an adapter of its own: see :mod:`stablelora_jax.lora.rows`.
           *args: passed on to the model.
           rngs: as for any Linen model, a dict or one key; ``"dropout"`` may hold one key, or one key per batch row.
           **kwargs: passed on to ``model.apply`` (``method``, ``mutable``) and from there to the model.
@@ -71,15 +74,17 @@ class Adapted:
         """
         if "params" not in variables:
             raise InputError('the variables lack "params", the parameters of the base')
-        own = {name: value for name, value in variables.items() if name not in ("lora", "lora_hp")}
-        keys, rngs = _split_dropout(rngs)
+        own = {name: value for name, value in variables.items() if name not in ("lora", "lora_hp", "lora_rows")}
+        keys, rngs = split_rngs(rngs)
         if "lora" not in variables:
             return self.model.apply(own, *args, rngs=rngs, **kwargs)
-        params = as_dict(own["params"])
-        targets = match_target_modules(params, variables["lora"], self.spec)
-        params = self._checked_full(params, variables["lora"], targets)
+        params, rows = as_dict(own["params"]), variables.get("lora_rows")
+        one = variables["lora"] if rows is None else one_of(variables["lora"])
+        targets = match_target_modules(params, one, self.spec)
+        params = self._checked_full(params, one, targets)
         off = keys is None or (self.spec.dropout == 0 and "lora_hp" not in variables)
-        laid = _lay(params, variables["lora"], variables.get("lora_hp"), targets, None if off else keys, self.spec)
+        keys = None if off else keys
+        laid = _lay(params, variables["lora"], variables.get("lora_hp"), targets, keys, self.spec, rows)
         reads = dict.fromkeys(targets, 0)
         try:
             with nn.intercept_methods(_interceptor(self, targets, reads, keys)):
@@ -113,7 +118,13 @@ def adapted(model: nn.Module, spec: LoraSpec) -> Adapted:
 
 
 def _lay(
-    params: dict[str, Any], adapters: Any, numbers: Any, targets: Mapping[Path, TargetModule], keys: Any, spec: LoraSpec
+    params: dict[str, Any],
+    adapters: Any,
+    numbers: Any,
+    targets: Mapping[Path, TargetModule],
+    keys: Any,
+    spec: LoraSpec,
+    rows: Any,
 ) -> dict[str, Any]:
     """``params`` with each target module's pair, scale and, where dropout acts, its rate and keys as further leaves."""
     for path, target in targets.items():
@@ -122,7 +133,12 @@ def _lay(
         extra = {**own, "lora_scale": given.get("lora_scale", target.scale())}
         if keys is not None:
             rate = jnp.asarray(given.get("lora_dropout", spec.dropout))
-            extra |= {"lora_dropout": jnp.broadcast_to(rate, target.stack), "lora_key": _target_keys(keys, target)}
+            rate = rate if rate.ndim > len(target.stack) else jnp.broadcast_to(rate, target.stack)
+            extra |= {"lora_dropout": rate}
+        if rows is not None:
+            extra = by_number(extra, rows, target.stack)
+        if keys is not None:
+            extra |= {"lora_key": target_keys(keys, target)}
         module = tree.get_in(params, path)
         if clash := set(extra) & set(module):
             raise InputError(f"{'.'.join(path)} of the base already has a parameter called {sorted(clash)[0]}")
@@ -144,29 +160,48 @@ def _interceptor(model: Adapted, targets: Mapping[Path, TargetModule], reads: di
         own = module.variables["params"]
         if method == "attend":
             reads[path] += 1
-            return _attend(member, next_fun, args[0] if args else kwargs["query"], own)
+            return _attended(member, next_fun, args[0] if args else kwargs["query"], own)
         y = next_fun(*args, **kwargs)
         if reads[path] > before:  # a subclass that calls its parent: the innermost call has added the change
             return y
         reads[path] += 1
         x, in_axes = args[0] if args else kwargs["inputs"], targets[path].in_axes
         if dropped := "lora_key" in own and not isinstance(module, nn.Embed):
-            x = _dropout(
-                x, own["lora_dropout"], jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys))
-            )
+            rate = own["lora_dropout"][own["lora_rows"]] if "lora_rows" in own else own["lora_dropout"]
+            x = drop(x, rate, jax.random.wrap_key_data(own["lora_key"], impl=jax.random.key_impl(keys)))
 
-        def down(a: jax.Array) -> Any:
+        def down(x: jax.Array, a: jax.Array) -> Any:
             return contract(module, x, _kernel(own), a, in_axes, args[1:], kwargs)
 
+        def changed(y: jax.Array, x: jax.Array, adapter: Any, gain: Any) -> jax.Array:
+            return _changed(member, module, y, {**own, **adapter}, in_axes, partial(down, x), gain, dropped)
+
         with jax.named_scope(SCOPE):
-            y = _changed(member, module, y, own, in_axes, down, dropped)
-        return y if model.observe is None else model.observe(y, own, lambda a: down(a)[0])
+            gain = _gain(member, own, in_axes)
+            y = each_row(changed, own, y, x, gain) if "lora_rows" in own else changed(y, x, {}, gain)
+        return y if model.observe is None else model.observe(y, own, lambda a: down(x, a)[0])
 
     return intercept
 
 
+def _gain(member: Any, own: Any, in_axes: tuple[int, ...]) -> Any:
+    """The gain of the module's own product, (out,) or one for each adapter; None where there is none."""
+    adapter = {name: leaf for name, leaf in own.items() if name.startswith("lora_")}
+    gain: Any = member.gain
+    if "lora_rows" in own:
+        adapter, gain = numbered(own), jax.vmap(gain, (None, 0, 0))
+    return gain(to_matrix(_kernel(own), 0, in_axes), adapter, own["lora_scale"])
+
+
 def _changed(
-    member: Any, module: nn.Module, y: jax.Array, own: Any, in_axes: tuple[int, ...], down: Any, dropped: bool
+    member: Any,
+    module: nn.Module,
+    y: jax.Array,
+    own: Any,
+    in_axes: tuple[int, ...],
+    down: Any,
+    gain: jax.Array | None,
+    dropped: bool,
 ) -> jax.Array:
     """The output ``y`` of ``module`` with the change of its adapter.
 
@@ -180,14 +215,12 @@ def _changed(
         bias = own["lora_bias"].astype(change.dtype) * own["lora_scale"].astype(change.dtype)
         change = change + _leading(bias, change.ndim)
     apart = isinstance(module, nn.Conv | nn.Einsum)
-    kernel = to_matrix(_kernel(own), 0, in_axes)
-    gain = member.gain(kernel, own, own["lora_scale"])
     if gain is None:
         return _add(y, place(change), apart)
     accum_dtype = jnp.promote_types(y.dtype, jnp.float32)
     gain = jnp.broadcast_to(gain.astype(accum_dtype), change.shape)
     if dropped or (apart and "bias" in own):
-        product = place(down(kernel)[0]).astype(accum_dtype)
+        product = place(down(to_matrix(_kernel(own), 0, in_axes))[0]).astype(accum_dtype)
     else:
         bias = own.get("bias", jnp.zeros((), accum_dtype)).astype(accum_dtype)
         product = y.astype(accum_dtype) - _leading(bias, y.ndim)
@@ -199,16 +232,22 @@ def _leading(x: jax.Array, ndim: int) -> jax.Array:
     return jnp.expand_dims(x, range(ndim - x.ndim))
 
 
-def _attend(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
+def _attended(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
     """``x W'^T`` of an embedding W (vocabulary, features): the same change of W as in a look-up, transposed."""
-    gain = member.gain(own["embedding"], own, own["lora_scale"])
+    gain = _gain(member, own, (0,))
+    if "lora_rows" in own:
+        gain = None if gain is None else jnp.expand_dims(gain[own["lora_rows"]], range(1, x.ndim - 1))
     x = x if gain is None else (x * _leading(gain, x.ndim)).astype(x.dtype)
-    accum_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    with jax.named_scope(SCOPE):
-        z = jnp.matmul(x, own["lora_b"].astype(x.dtype).T, preferred_element_type=accum_dtype).astype(x.dtype)
     y = next_fun(x)
+
+    def changed(y: jax.Array, x: jax.Array, adapter: Any, gain: None) -> jax.Array:
+        a, b, scale = (adapter[name] for name in ("lora_a", "lora_b", "lora_scale"))
+        accum_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        z = jnp.matmul(x, b.astype(x.dtype).T, preferred_element_type=accum_dtype).astype(x.dtype)
+        return _add(y, member.delta(z, {**adapter, "lora_b": a.T}, scale), False)
+
     with jax.named_scope(SCOPE):
-        return _add(y, member.delta(z, {**own, "lora_b": own["lora_a"].T}, own["lora_scale"]), False)
+        return each_row(changed, own, y, x, None) if "lora_rows" in own else changed(y, x, own, None)
 
 
 def _kernel(own: Mapping[str, jax.Array]) -> jax.Array:
@@ -226,39 +265,3 @@ def _add(y: jax.Array, delta: jax.Array, apart: bool) -> jax.Array:
         delta = jax.lax.optimization_barrier(delta)
         y = jax.lax.optimization_barrier(y) if apart else y
     return (y.astype(delta.dtype) + delta).astype(y.dtype)
-
-
-def _dropout(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
-    """Inverted dropout with one key, or one key for each index of the first axis of ``x``."""
-    if key.ndim and key.shape[0] != x.shape[0]:
-        raise InputError(f"{key.shape[0]} dropout keys for an input of {x.shape}: rows must be its first axis")
-    keep = 1.0 - rate
-    rows: Any = jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[1:]))
-    mask = rows(key) if key.ndim else jax.random.bernoulli(key, keep, x.shape)
-    return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
-
-
-def _split_dropout(rngs: Any) -> tuple[Any, Any]:
-    """The keys of the low-rank path as typed keys, and the rngs to hand on to the model."""
-    if rngs is None:
-        return None, None
-    if not isinstance(rngs, Mapping):
-        return (_typed(rngs), rngs)
-    if "dropout" not in rngs:
-        return None, rngs
-    keys = _typed(rngs["dropout"])
-    return keys, {**rngs, "dropout": keys[0] if keys.ndim else keys}
-
-
-def _typed(keys: Any) -> jax.Array:
-    keys = jnp.asarray(keys)
-    found: jax.Array = keys if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(keys)
-    return found
-
-
-def _target_keys(keys: jax.Array, target: TargetModule) -> jax.Array:
-    """Raw keys (stack..., [B,] words): one for each module, by its name, so that scanned equals unrolled."""
-    marks = jnp.asarray([zlib.crc32(name.encode()) for name in target.names], jnp.uint32)
-    fold = jax.vmap(jax.random.fold_in, (0, None)) if keys.ndim else jax.random.fold_in
-    data = jax.random.key_data(jax.vmap(lambda mark: fold(keys, mark))(marks))
-    return data.reshape(*target.stack, *data.shape[1:])

@@ -41,7 +41,6 @@ def token_log_probs(logits: Float[jax.Array, "B T V"], tokens: Int[ArrayLike, "B
     return jnp.pad(_log_probs(logits, targets), ((0, 0), (1, 0)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 6))
 def chunked_cross_entropy(
     logits: Logits,
     trained: Any,
@@ -53,6 +52,25 @@ def chunked_cross_entropy(
 ) -> Float[jax.Array, ""]:
     """The sum of ``-weights * log p(targets)``, a scalar in the dtype of the logits.
 
+    The arguments are those of :func:`cross_entropy_of_rows`.
+    """
+    return cross_entropy_of_rows(logits, trained, frozen, x, targets, weights, chunk)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+def cross_entropy_of_rows(
+    logits: Logits,
+    trained: Any,
+    frozen: Any,
+    x: Float[jax.Array, "B K D"],
+    targets: Int[jax.Array, "B K"],
+    weights: Shaped[jax.Array, "B K"],
+    chunk: int,
+) -> tuple[Float[jax.Array, ""], Float[jax.Array, " B"]]:
+    """The sum of ``-weights * log p(targets)`` and its parts by row, in the dtype of the logits.
+
+    Gradients flow through the sum alone: its parts are constants.
+
     Args:
       logits: pure; maps (B, chunk, D) to (B, chunk, V), float32 or wider. It closes over no array.
       trained: the trained arrays of the head, a tree; often empty.
@@ -62,23 +80,23 @@ def chunked_cross_entropy(
       weights: 0 where nothing is to be predicted, whatever the target is. Not differentiated.
       chunk: tokens of a row whose logits exist at a time, see :func:`chunk_length`.
     """
-    loss: jax.Array = _loss_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=False)[0]
-    return loss
+    losses = _losses_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=False)[0]
+    return losses.sum(), losses
 
 
 def _forward(
     logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
-) -> tuple[jax.Array, Any]:
-    loss, *gradients = _loss_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=True)
-    return loss, gradients
+) -> tuple[Any, Any]:
+    losses, *gradients = _losses_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=True)
+    return (losses.sum(), losses), gradients
 
 
-def _backward(logits: Logits, chunk: int, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    d_trained, dx = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+def _backward(logits: Logits, chunk: int, gradients: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, ...]:
+    d_trained, dx = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)
     return d_trained, None, dx, None, None
 
 
-chunked_cross_entropy.defvjp(_forward, _backward)
+cross_entropy_of_rows.defvjp(_forward, _backward)
 
 
 def token_scores(
@@ -145,7 +163,7 @@ def join_chunks(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _loss_and_gradients(
+def _losses_and_gradients(
     logits: Logits,
     trained: Any,
     frozen: Any,
@@ -156,7 +174,7 @@ def _loss_and_gradients(
     *,
     with_gradients: bool,
 ) -> tuple[Any, ...]:
-    """The loss and, on request, its gradients with respect to ``trained`` and ``x``."""
+    """The losses of the rows and, on request, the gradients of their sum with respect to ``trained`` and ``x``."""
     targets = _without_negatives(jnp.where(weights == 0, 0, targets))
     parts = split_chunks(x, chunk), split_chunks(targets, chunk), split_chunks(weights, chunk)
     numbers = jnp.arange(parts[0].shape[0])
@@ -181,10 +199,10 @@ def _loss_and_gradients(
 
     zeros = jnp.zeros(x.shape[0], shape.dtype)  # a sum for each row, which may be on different devices
     if not with_gradients:
-        return (jax.lax.scan(value, zeros, (numbers, *parts))[0].sum(),)
+        return (jax.lax.scan(value, zeros, (numbers, *parts))[0],)
     start = zeros, jax.tree.map(jnp.zeros_like, trained)
     (losses, d_trained), dx = jax.lax.scan(gradients, start, (numbers, *parts))
-    return losses.sum(), d_trained, join_chunks(dx, x.shape[1])
+    return losses, d_trained, join_chunks(dx, x.shape[1])
 
 
 def _without_negatives(targets: jax.Array) -> jax.Array:

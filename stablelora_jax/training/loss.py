@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Shaped
 
 from stablelora_jax.data import Batch
 from stablelora_jax.lora.apply import Adapted
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.models.inputs import integers, token_indices
-from stablelora_jax.training.cross_entropy import chunk_length, chunked_cross_entropy
+from stablelora_jax.training.cross_entropy import chunk_length, cross_entropy_of_rows
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import get_in, set_in
 
@@ -37,8 +38,26 @@ def summed_loss(
     Raises:
       InputError: a field of ``batch`` of another shape or kind.
     """
+    return weighted_losses(model, variables, batch, keys, parts=parts)[0]
+
+
+def weighted_losses(
+    model: Adapted,
+    variables: Mapping[str, Any],
+    batch: Batch,
+    keys: jax.Array | None = None,
+    row_weights: ArrayLike | None = None,
+    *,
+    parts: int = 1,
+) -> tuple[jax.Array, Float[jax.Array, " B"]]:
+    """:func:`summed_loss` with the rows weighted by ``row_weights`` (B,), and its parts by row, which are constants.
+
+    Raises:
+      InputError: a field of ``batch`` of another shape or kind.
+    """
     batch = _checked(batch)
     at, weights = target_positions(batch)
+    weights = weights if row_weights is None else weights * jnp.asarray(row_weights)[:, None]
     rngs = None if keys is None else {"dropout": keys}
     inputs = (batch.tokens, batch.positions, batch.segment_ids)
     reads = None if batch.loss_positions is None else jnp.maximum(at - 1, 0)
@@ -57,16 +76,18 @@ def summed_loss(
     def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
         variables, drops = frozen
         variables = {**variables, "lora": set_in(variables["lora"], path, head)} if head else variables
-        apply: Callable[..., jax.Array] = partial(model.apply, variables, method="logits")
+        apply: Callable[..., jax.Array] = partial(model.apply, method="logits")
         if drops is None:
-            return apply(x)
+            return apply(variables, x)
         keys, at = drops
         at = jax.lax.dynamic_slice_in_dim(at, number * chunk, chunk, axis=1)
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(keys, impl=impl), at)
-        return apply(x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
+        if "lora_rows" in variables:  # a row for each token
+            variables = {**variables, "lora_rows": jnp.repeat(variables["lora_rows"], chunk)}
+        return apply(variables, x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
     with jax.named_scope("loss"):  # in the names of operations, for a profile
-        return chunked_cross_entropy(logits, head, frozen, x, targets, weights, chunk)
+        return cross_entropy_of_rows(logits, head, frozen, x, targets, weights, chunk)
 
 
 def target_positions(batch: Batch) -> tuple[Int[jax.Array, "B K"], Shaped[jax.Array, "B K"]]:

@@ -81,6 +81,20 @@ def union_spec(specs: Sequence[LoraSpec], ranks: Mapping[str, int]) -> LoraSpec:
     )
 
 
+def covering_spec(parts: Sequence[tuple[Any, LoraSpec]]) -> LoraSpec:
+    """A spec of scale 1, without dropout, that has each module of ``parts`` at the largest rank that it has there.
+
+    Args:
+      parts: ``(adapters, spec)`` of one base, in every layer of whose stacks the modules are then selected.
+    """
+    ranks: dict[str, int] = {}
+    for adapters, spec in parts:
+        for target in adapter_target_modules(adapters, spec).values():
+            ranks |= {name: max(target.rank, ranks.get(name, 0)) for name in target.names}
+    named: dict[str, Any] = {"target_modules": exactly(ranks), "exclude_modules": (), "layers_to_transform": None}
+    return replace(union_spec([spec for _, spec in parts], ranks), **named, dropout=0.0)
+
+
 def exactly(names: Iterable[str]) -> str:
     """A regular expression that matches ``names`` and nothing else."""
     return "|".join(re.escape(name) for name in names)
