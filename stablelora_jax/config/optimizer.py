@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import optax
@@ -93,6 +94,7 @@ def make_optimizer(
     schedule: Callable[[Any], optax.Schedule],
     rates: Mapping[str, Any],
     scale: Callable[[], Any],
+    numbers: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformation:
     """The optimizer that ``config`` describes.
 
@@ -101,9 +103,11 @@ def make_optimizer(
       schedule: makes one from a peak.
       rates: the peaks, concrete or traced, with the names of :func:`learning_rates`.
       scale: gives the LoRA scale of each pair, where the optimizer asks for it.
+      numbers: arguments of the optimizer, concrete or traced, in place of those of ``config``.
     """
     function, given = type(config).function, arguments_of(config)
     given |= {key: schedule(rate) for key, rate in rates.items()}
+    given |= numbers
     if "scale" in inspect.signature(function).parameters:
         given["scale"] = scale()
     tx = function(**given)

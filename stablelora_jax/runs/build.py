@@ -51,11 +51,14 @@ def make_optimizer(
     Args:
       config: the run.
       adapters: or their shapes.
-      hyperparams: learning rates and LoRA scales, concrete or traced; None: those of ``config``.
+      hyperparams: learning rates and LoRA scales, concrete or traced; None: those of ``config``. A learning rate is a
+        peak, or an array (steps,) with the rate of every update.
     """
     rates = optimizer_config.learning_rates(config.optimizer) if hyperparams is None else hyperparams.rates
+    numbers = {} if hyperparams is None else hyperparams.numbers
     scale = lambda: scales(adapters, config.lora) if hyperparams is None else lora_scales(hyperparams.lora_hyperparams)  # noqa: E731
-    tx = optimizer_config.make_optimizer(config.optimizer, lambda peak: make_schedule(config, peak), rates, scale)
+    schedule = lambda peak: make_schedule(config, peak) if jnp.ndim(peak) == 0 else lambda count: peak[count]  # noqa: E731
+    tx = optimizer_config.make_optimizer(config.optimizer, schedule, rates, scale, numbers)
     return tx if config.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
 
 

@@ -96,6 +96,7 @@ def open_log(
     *,
     trackers: Iterable[str] = ("tensorboard",),
     writes: bool = True,
+    progress: bool = True,
 ) -> RunLog:
     """Open the log of a run at ``step``: 0, or the checkpoint from which it is resumed. Later records are dropped.
 
@@ -107,6 +108,7 @@ def open_log(
       spec: of the adapters.
       trackers: names of :data:`stablelora_jax.runs.trackers.TRACKERS`.
       writes: false in all processes of a run but one: they read the same records, and write and show nothing.
+      progress: show the progress on stderr.
 
     Raises:
       InputError: a tracker that is not installed or cannot be reached; a damaged ``metrics.jsonl``.
@@ -118,5 +120,5 @@ def open_log(
             keep_records_until(path, step)
         history = read_history(path, step)
     opened = open_trackers(directory, trackers, step) if writes else []
-    progress = open_progress(step, steps, hidden=not writes)
-    return RunLog(path, step, schedule, spec, history, opened, progress, writes)
+    shown = open_progress(step, steps, hidden=not (writes and progress))
+    return RunLog(path, step, schedule, spec, history, opened, shown, writes)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,15 @@ from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
 from stablelora_jax.utils.errors import Interrupted, RunError
 
-PendingMetrics = tuple[int, Any]  # the number of a step, and its metrics on the devices
+PendingMetrics = tuple[int, Callable[[], Any]]  # the number of a step, and its metrics
+
+
+class StepResult(NamedTuple):
+    """What a step has given. Both functions are called before the next step, if at all."""
+
+    placed: Callable[[], TrainState]  # the state after the step, on the devices
+    metrics: Callable[[], Any]  # host arrays; waits for the step
+    save: bool = False  # whether the state is to be saved, whatever the configuration says
 
 
 def train(
@@ -49,35 +58,78 @@ def train(
       Interrupted: a signal came; the step under way is finished and saved.
       RunError: too many consecutive steps were not finite (the state is saved), or something cannot be written.
     """
+    step, fetch, placed = _make_step(setup), setup.layout.fetch, setup.layout.place_state(state)
+    every = setup.config.checkpoint_every
+    control = run_control(setup, int(state.step), lambda: placed, manager, log, received, every=every)
+    try:
+        number = next(control)
+        while True:
+            placed, metrics = step(placed, number)
+            number = control.send(StepResult(lambda: placed, partial(fetch, metrics)))  # noqa: B023
+    except StopIteration as end:
+        found: TrainState = end.value
+        return found
+
+
+def run_control(
+    setup: TrainingSetup,
+    number: int,
+    placed: Callable[[], TrainState],
+    manager: Any,
+    log: RunLog,
+    received: Callable[[], int],
+    *,
+    every: int | None,
+) -> Generator[int, StepResult | None, TrainState]:
+    """All of a run but its steps: logging, evaluation, checkpoints and the end.
+
+    Yields the number of steps so far where the next step is to be computed, and is sent its :class:`StepResult`; or
+    None, where none is computed: then it looks again at ``received``. Returns and raises as :func:`train`.
+
+    Args:
+      setup: of the run.
+      number: of steps so far.
+      placed: gives the state on the devices.
+      manager: of the checkpoints.
+      log: opened at ``number``.
+      received: gives the signal that asks the run to end, or 0.
+      every: steps between checkpoints; None: saved is when it is asked for, and at the end.
+    """
     config, agree = setup.config, make_agreement()
     saving, evaluating = _Clock(config.checkpoint_minutes), _Clock(config.evaluate_minutes)
-    step, placed, number, pending = _make_step(setup), setup.layout.place_state(state), int(state.step), None
-    saved = checkpoint.latest(manager)  # the step of the newest checkpoint: it is not saved twice
-    answer = agree((received(), 0, 0))
+    saved = checkpoint.latest(manager)  # the step of the newest checkpoint: none is saved again
+    pending: PendingMetrics | None = None
+    asked, answer = False, agree((received(), 0, 0))
     while True:
         stop, save_now, evaluate_now = answer()
         evaluates = _evaluates(config, number, evaluate_now) and number not in log.history.evaluations
-        saves = number > 0 and (bool(save_now) or number % config.checkpoint_every == 0)
+        saves = number > 0 and (asked or bool(save_now) or (every is not None and number % every == 0))
         if pending and (evaluates or saves or stop or number == config.steps):
             _read(setup, placed, number, manager, log, pending)
             pending = None
         if evaluates:
-            stop = _evaluate(setup, placed, number, log, received) or stop
+            stop = _evaluate(setup, placed(), number, log, received) or stop
             evaluating.reset()
         done = number == config.steps or patience_exceeded(log.history.evaluations, config.metric, config.patience)
         best = evaluates and best_step(log.history.evaluations, config.metric) == number
-        if (saves or stop or done or best) and number != saved:
-            state, saved = _save(setup, placed, number, manager), number
+        if (saves or stop or done or best) and (saved is None or number > saved):
+            _save(setup, placed(), number, manager)
+            saved = number
             saving.reset()
         if stop:
             checkpoint.wait(manager)
             name = signal.Signals(stop).name
             raise Interrupted(stop, f"{name} after step {number}, which is saved: the same command goes on from there")
         if done:
-            return state
+            found: TrainState = setup.layout.fetch(placed())
+            return found
         answer = agree((received(), saving.due(), evaluating.due()))
-        placed, metrics = step(placed, number)
-        new = (number + 1, metrics)
+        result = yield number
+        if result is None:
+            answer = agree((received(), 0, 0))
+            continue
+        placed, asked = result.placed, result.save
+        new = (number + 1, result.metrics)
         if pending:
             _read(setup, placed, number + 1, manager, log, pending, new)
         number, pending = number + 1, new
@@ -153,22 +205,22 @@ def _evaluate(setup: TrainingSetup, placed: TrainState, step: int, log: RunLog, 
 
 def _read(
     setup: TrainingSetup,
-    placed: TrainState,
+    placed: Callable[[], TrainState],
     number: int,
     manager: Any,
     log: RunLog,
     pending: PendingMetrics,
     new: PendingMetrics | None = None,
 ) -> None:
-    """Log the metrics of a step; ``placed`` is the state after ``number`` steps: that step, or ``new``, the next."""
-    step, metrics = pending[0], setup.layout.fetch(pending[1])
+    """Log the metrics of a step; ``placed`` gives the state after ``number`` steps: that step, or ``new``, the next."""
+    step, metrics = pending[0], pending[1]()
     log.write_step(step, metrics)
     bad = int(metrics["consecutive_skips"])
     if bad < setup.config.max_consecutive_errors:
         return
     if new:  # what is saved is logged, too
-        log.write_step(new[0], setup.layout.fetch(new[1]))
-    _save(setup, placed, number, manager)
+        log.write_step(new[0], new[1]())
+    _save(setup, placed(), number, manager)
     checkpoint.wait(manager)
     loader = setup.loader
     rows = rows_of_step(step - 1, loader.batch_size, loader.rows, loader.seed)
@@ -181,14 +233,11 @@ def _read(
     )
 
 
-def _save(setup: TrainingSetup, placed: TrainState, number: int, manager: Any) -> TrainState:
-    """Begin to save the state after ``number`` steps; the state, host arrays."""
+def _save(setup: TrainingSetup, placed: TrainState, number: int, manager: Any) -> None:
+    """Begin to save the state after ``number`` steps."""
     if not manager.directory.is_dir():  # Orbax would make it again, of a run that has lost the rest
         raise RunError(f"cannot write checkpoint {number}: {manager.directory} is gone; put it back or begin anew")
-    state = setup.layout.fetch(placed)
-    checkpoint.save(manager, number, state, metadata_of(setup, number))
-    found: TrainState = state
-    return found
+    checkpoint.save(manager, number, setup.layout.fetch(placed), metadata_of(setup, number))
 
 
 def metadata_of(setup: TrainingSetup, step: int) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from stablelora_jax.config.parallel import MeshConfig
 from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
 from stablelora_jax.data import (
     Loader,
+    TokenStore,
     digest,
     longest_row,
     make_loader,
@@ -54,6 +55,8 @@ from stablelora_jax.training.step import Hyperparams, TrainState, init_state
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.fingerprint import fingerprint
 
+T = TypeVar("T")
+
 
 class TrainingSetup(NamedTuple):
     """Everything that a run uses and never changes."""
@@ -76,26 +79,58 @@ class TrainingSetup(NamedTuple):
     metadata: dict[str, Any]  # of every checkpoint; must match on resuming
 
 
+@dataclass(frozen=True)
+class Base:
+    """The base of a run, or of several in one process, which then load and tokenise nothing twice."""
+
+    name: str  # directory or hub id
+    layout: Layout
+    model: Decoder
+    params: optax.Params  # placed by the layout
+    fingerprint: Any
+    known: dict[Any, Any] = field(default_factory=dict)  # what runs on this base share, see :meth:`once`
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()``, or what it gave when it was asked for under the same ``key``."""
+        if key not in self.known:
+            self.known[key] = make()
+        found: T = self.known[key]
+        return found
+
+
 def prepare(
-    config: RunConfig, directory: Path, log_fn: Callable[[str], None], *, resumes: bool = False
+    config: RunConfig,
+    directory: Path,
+    log_fn: Callable[[str], None],
+    *,
+    resumes: bool = False,
+    base: Base | None = None,
 ) -> TrainingSetup:
     """Load the base and the data and make the initial state; for a run that ``resumes``, only its structure counts.
+
+    Args:
+      config: of the run.
+      directory: of the run.
+      log_fn: takes lines of text.
+      resumes: whether the state will come from a checkpoint.
+      base: as :func:`load_base` gives it for this configuration; None: it is loaded here.
 
     Raises:
       InputError: an input that cannot be used.
     """
-    base = config.model.path or str(base_directory())
-    layout = make_layout(config, architecture(config.model.path))
+    base = load_base(config) if base is None else base
+    layout, model, params = base.layout, base.model, base.params
     layout.require_rows(config.batch_size, config.gradient_accumulation_steps)
-    model, params = _load_base(config, base, layout)
-    loader = load_training_data(config, model.tokenizer, log_fn)
-    require_known(loader.store.tokens, model.config.vocab_size, base)
+    if config.max_length > model.config.max_position_embeddings:
+        most = model.config.max_position_embeddings
+        raise InputError(f"max_length {config.max_length} is more than the {most} of {base.name}: lower it")
+    loader = load_training_data(config, model.tokenizer, log_fn, base.once)
+    require_known(loader.store.tokens, model.config.vocab_size, base.name)
     config, data = with_steps(config, loader, log_fn)
-    validation_set = make_validation_set(
-        config, model.tokenizer, load_questions(config.task, "validation") if config.evaluate else []
-    )
+    asked = (config.task, config.data, config.max_length, config.metric, config.evaluate)
+    validation_set = base.once(("validation", repr(asked)), lambda: _validation_set(config, model.tokenizer))
     for example in validation_set.examples:
-        require_known(example.tokens, model.config.vocab_size, base)
+        require_known(example.tokens, model.config.vocab_size, base.name)
     key = jax.random.key(config.seed)
     fresh = config.init_from is None or resumes
     adapters = init_adapters(key, params, config.lora) if fresh else _warm_start(config, params)
@@ -112,7 +147,7 @@ def prepare(
     return TrainingSetup(
         config=config,
         directory=directory,
-        base=base,
+        base=base.name,
         layout=layout,
         model=adapted_model,
         params=params,
@@ -124,23 +159,40 @@ def prepare(
         hyperparams=layout.place_base(hyperparams),
         trained=trained,
         start=to_host(init_state(adapters, tx(hyperparams), jax.random.fold_in(key, 1))),
-        compute=make_compute(adapted_model, layout),
-        metadata={"run": identity(config), "base": fingerprint(params), "data": {"digest": data["digest"]}},
+        compute=_compute(base, adapted_model, hyperparams),
+        metadata={"run": identity(config), "base": base.fingerprint, "data": {"digest": data["digest"]}},
     )
 
 
-def _load_base(config: RunConfig, base: str, layout: Layout) -> tuple[Decoder, Any]:
-    """The base, placed by the layout, with a tokenizer and room for ``max_length`` positions."""
+def load_base(config: RunConfig) -> Base:
+    """The base of ``config`` with its tokenizer, placed by the layout that ``config.parallel`` asks for.
+
+    Raises:
+      InputError: it cannot be loaded, or the layout does not fit the devices.
+    """
+    name = config.model.path or str(base_directory())
+    layout = make_layout(config, architecture(config.model.path))
+    layout.require_rows(config.batch_size, config.gradient_accumulation_steps)  # before minutes of loading
     model, params = load_pretrained(
-        base, dtype=jnp.dtype(config.model.dtype), sharding=layout.base_sharding, quantize=config.model.quantize
+        name, dtype=jnp.dtype(config.model.dtype), sharding=layout.base_sharding, quantize=config.model.quantize
     )
     if config.model.untie:
         model, params = untie(model, params)
-    require_tokenizer(model.tokenizer, base)
-    if config.max_length > model.config.max_position_embeddings:
-        most = model.config.max_position_embeddings
-        raise InputError(f"max_length {config.max_length} is more than the {most} of {base}: lower it")
-    return model, params
+    require_tokenizer(model.tokenizer, name)
+    return Base(name, layout, model, params, fingerprint(params))
+
+
+def _compute(base: Base, model: Adapted, hyperparams: Hyperparams) -> Callable[[Any, Any, Rows], Any]:
+    """Of ``make_compute``, one program for all runs on ``base`` whose specs differ in scale and dropout alone."""
+    bare = replace(model.spec, alpha=model.spec.rank, scaling="lora", alpha_pattern={}, dropout=0.0)
+    compute = base.once(("compute", model.model, bare), lambda: make_compute(adapted(model.model, bare), base.layout))
+    scales = {"lora_hp": base.layout.place_state(to_host(hyperparams.lora_hyperparams))}
+    return lambda params, others, rows: compute(params, {**others, **scales}, rows)
+
+
+def _validation_set(config: RunConfig, tokenizer: Any) -> ValidationSet:
+    questions = load_questions(config.task, "validation") if config.evaluate else []
+    return make_validation_set(config, tokenizer, questions)
 
 
 def configure_decoder(
@@ -204,8 +256,20 @@ def training_digest(config: RunConfig) -> str:
     return digest(tokenizer, texts, max_length=config.max_length, truncate=config.data.truncate, chat=chat)
 
 
-def load_training_data(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> Loader:
-    """The loader of the training split; truncated texts are logged."""
+def load_training_data(
+    config: RunConfig,
+    tokenizer: Any,
+    log_fn: Callable[[str], None],
+    once: Callable[[Any, Callable[[], TokenStore]], TokenStore] = lambda key, make: make(),
+) -> Loader:
+    """The loader of the training split; truncated texts are logged. ``once`` may keep the tokens for other runs."""
+    key = "tokens", repr((config.task, config.data, config.max_length))
+    store = once(key, lambda: _tokens(config, tokenizer, log_fn))
+    sizes = {"max_length": config.max_length, "batch_size": config.batch_size, "seed": config.seed}
+    return make_loader(store, batching=config.data.batching, **sizes)
+
+
+def _tokens(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> TokenStore:
     data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
     if is_chat(config) and not chat:
         log_fn(
@@ -225,9 +289,7 @@ def load_training_data(config: RunConfig, tokenizer: Any, log_fn: Callable[[str]
             f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length} "
             f"and truncated on the {data.truncate}"
         )
-    return make_loader(
-        store, batching=data.batching, max_length=config.max_length, batch_size=config.batch_size, seed=config.seed
-    )
+    return store
 
 
 def with_steps(config: RunConfig, loader: Loader, log_fn: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:

@@ -46,7 +46,7 @@ from stablelora_jax.utils.signals import catch_signals
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Turn errors for too little host or device memory into a RunError of one line."""
     try:
         yield
@@ -57,7 +57,7 @@ def _memory_errors() -> Iterator[None]:
         raise RunError(f"there is too little memory ({brief(error)}): {less} (see --dry-run)") from None
 
 
-@_memory_errors()
+@memory_errors()
 def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, Any]:
     """Start the run, or resume it, and return its summary.
 
@@ -96,17 +96,17 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
             stack.enter_context(lock(directory))
             if checkpoint.latest(checkpoints) != newest:
                 raise InputError(f"another process has written to {directory} in the meantime: start again")
-        state = setup.start if newest is None else _restored(setup, checkpoints, newest, config.accept_changes)
+        state = setup.start if newest is None else restored(setup, checkpoints, newest, config.accept_changes)
         if newest == setup.config.steps and located.changes and has_adapter(directory):
             raise InputError(f"{directory} has done all {newest} steps, none is left for what has changed: raise steps")
         if is_primary():
             create(located, config, newest or 0)
         barrier("the run directory is there")
-        log = stack.enter_context(closing(_open_log(setup, newest or 0)))
+        log = stack.enter_context(closing(open_run_log(setup, newest or 0)))
         state = _train(setup, state, checkpoints, log, log_fn)
-        _require_update(state)
-        adapter_step = _keep_adapter(setup, state, checkpoints, log)
-    return _finish(setup, log, int(state.step), adapter_step, time.monotonic() - began, log_fn)
+        require_update(state)
+        adapter_step = keep_adapter(setup, state, checkpoints, log)
+    return finish(setup, log, int(state.step), adapter_step, time.monotonic() - began, log_fn)
 
 
 def _require_same_data(config: RunConfig, directory: Path, summary: Mapping[str, Any]) -> None:
@@ -126,7 +126,12 @@ def _require_same_data(config: RunConfig, directory: Path, summary: Mapping[str,
         )
 
 
-def _open_log(setup: TrainingSetup, step: int) -> RunLog:
+def open_run_log(setup: TrainingSetup, step: int, *, progress: bool = True) -> RunLog:
+    """The log of a run at ``step``, with the statistics of its data; ``progress`` shows the progress.
+
+    Raises:
+      InputError: as ``open_log``; or the run was begun with other data.
+    """
     config = setup.config
     log = open_log(
         setup.directory,
@@ -136,12 +141,18 @@ def _open_log(setup: TrainingSetup, step: int) -> RunLog:
         config.lora,
         trackers=config.trackers,
         writes=is_primary(),
+        progress=progress,
     )
     log.write_data(setup.data, accept_changes=config.accept_changes)
     return log
 
 
-def _restored(setup: TrainingSetup, checkpoints: Path, step: int, accept_changes: bool) -> TrainState:
+def restored(setup: TrainingSetup, checkpoints: Path, step: int, accept_changes: bool) -> TrainState:
+    """The state of a run at a checkpoint, host arrays.
+
+    Raises:
+      InputError: as ``checkpoint.restore``.
+    """
     return legacy.restore(checkpoints, setup.start, step, metadata_of(setup, step), accept_changes=accept_changes)
 
 
@@ -163,7 +174,12 @@ def _train(
     return state
 
 
-def _require_update(state: TrainState) -> None:
+def require_update(state: TrainState) -> None:
+    """Refuse a run of which no step was applied.
+
+    Raises:
+      RunError: it is one.
+    """
     if 0 < int(state.step) == int(state.skipped):
         raise RunError(
             f"none of the {int(state.step)} steps was applied, since loss, gradient or update was not finite in each: "
@@ -172,7 +188,7 @@ def _require_update(state: TrainState) -> None:
         )
 
 
-def _keep_adapter(setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog) -> int:
+def keep_adapter(setup: TrainingSetup, state: TrainState, checkpoints: Path, log: RunLog) -> int:
     """Write the last adapter, or with ``select: best`` the best, to RUN/adapter, and return its step."""
     config, step = setup.config, int(state.step)
     saved = {step, *checkpoint.steps(checkpoints)}  # of another metric, the best may no longer be saved
@@ -207,7 +223,7 @@ def _exportable(setup: TrainingSetup) -> Any:
     return params
 
 
-def _finish(
+def finish(
     setup: TrainingSetup, log: RunLog, steps: int, adapter_step: int, seconds: float, log_fn: Callable[[str], None]
 ) -> dict[str, Any]:
     """Write the pictures and the summary, and log the result."""

@@ -40,6 +40,7 @@ class Hyperparams(NamedTuple):
 
     rates: Mapping[str, Any]  # the optimizer's learning rates at their peak, scalars, by name
     lora_hyperparams: Any  # scales and dropout rates, as ``lora_hyperparams`` makes them; None: those of the spec
+    numbers: Mapping[str, Any] = {}  # further arguments of the optimizer, scalars, by name
 
 
 MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformation]
@@ -92,7 +93,7 @@ def make_train_step(
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
         loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
         with jax.named_scope("update"):  # in the names of operations, for a profile
-            after, metrics = _updated(state, made(hyperparams), loss, grads)
+            after, metrics = updated(state, made(hyperparams), loss, grads)
         used, space = (layout.sum_parts(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
         return after, metrics | {"tokens": used, "loss_tokens": loss_tokens, "padding": 1 - used / space}
 
@@ -143,7 +144,7 @@ def _summed(value_and_grad: Any, adapters: Any, micros: Any) -> Any:
     return jax.lax.scan(add, zeros, micros)[0]
 
 
-def _updated(
+def updated(
     state: TrainState, tx: optax.GradientTransformation, loss: jax.Array, grads: Any
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state after the update, or where anything is not finite the old one with its counts; and the metrics."""

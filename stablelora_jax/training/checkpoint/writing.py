@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -28,13 +28,17 @@ from stablelora_jax.utils.errors import InputError, RunError
 
 
 def open_manager(
-    directory: str | os.PathLike[str], *, keep: int = 2, best: Callable[[], int | None] = lambda: None
+    directory: str | os.PathLike[str],
+    *,
+    keep: int = 2,
+    best: Callable[[], int | None] = lambda: None,
+    also: Callable[[], Iterable[int]] = tuple,
 ) -> Any:
     """An Orbax ``CheckpointManager`` to write with, made with its directory; a context manager, or ``close`` it.
 
-    Saves are asynchronous. The last ``keep`` steps stay, and the one that ``best()`` names when a later one is saved;
-    others go once the newer one is whole. What a killed writer left half-written is removed now. Nothing that is no
-    checkpoint of ours is ever removed, nor one that has lost its record.
+    Saves are asynchronous. The last ``keep`` steps stay, and those that ``best()`` and ``also()`` name when a later one
+    is saved; others go once the newer one is whole. What a killed writer left half-written is removed now. Nothing that
+    is no checkpoint of ours is ever removed, nor one that has lost its record.
 
     Raises:
       InputError: the directory cannot be made or read; it holds something that is called like a checkpoint and is none
@@ -45,7 +49,7 @@ def open_manager(
 
     def kept(checkpoints: Any, *, context: Any) -> list[bool]:
         damaged = {c.step for c in checkpoints if is_damaged(c.step)}
-        stay = {*sorted({c.step for c in checkpoints} - damaged)[-keep:], best()} | damaged
+        stay = {*sorted({c.step for c in checkpoints} - damaged)[-keep:], best(), *also()} | damaged
         return [c.step in stay for c in checkpoints]
 
     def is_damaged(step: int) -> bool:
