@@ -1,4 +1,4 @@
-"""Run a benchmark: ``python experiments/bench.py train|curves|optimizers|gpu ...``; each has its own ``--help``.
+"""Run a benchmark: ``python experiments/bench.py train|curves|optimizers|jobs|gpu ...``; each has its own ``--help``.
 
 ``train``: tokens per second, memory and compile time of the training step, alone or interleaved with PEFT or tunix.
 ``curves``: how these scale with rows, length, layers and rank. ``optimizers``: the cost of an update of each optimizer.
@@ -14,7 +14,7 @@ from typing import Any
 
 from stablelora_jax.runs.cli import exit_code
 
-COMMANDS = ("train", "curves", "optimizers", "gpu")
+COMMANDS = ("train", "curves", "optimizers", "jobs", "gpu")
 
 
 def parser(**options: Any) -> argparse.ArgumentParser:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from stablelora_jax.cli import configs
 from stablelora_jax.runs.cli import exit_code
+from stablelora_jax.utils.errors import InputError
 
 SUMMARY = "fine-tune a model"
 DESCRIPTION = (
@@ -24,6 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="print memory and FLOPs of a step, without weights or data",
+    )
+    parser.add_argument(
+        "--jobs", metavar="FILE", type=Path, help="train several adapters side by side on one base, see docs/jobs.md"
     )
 
 
@@ -61,7 +66,10 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Load the configuration, then train or do a dry run."""
+    """Load the configuration, then train or do a dry run; or all of that of several jobs."""
+    if arguments.jobs is not None:
+        _train_jobs(arguments)
+        return
     run_config = load_config(arguments)
     if arguments.dry_run:
         from stablelora_jax.runs.dry_run import dry_run
@@ -71,6 +79,18 @@ def work(arguments: argparse.Namespace) -> None:
     from stablelora_jax.runs.run import run
 
     run(run_config, log_fn)
+
+
+def _train_jobs(arguments: argparse.Namespace) -> None:
+    from stablelora_jax.jobs.file import load_jobs
+    from stablelora_jax.jobs.run import run_jobs
+
+    if arguments.dry_run:
+        raise InputError("--dry-run is for one run: leave --jobs out, and give the keys of one of them")
+    if arguments.config != configs.DEFAULT:
+        raise InputError(f"--config is for one run: name it in {arguments.jobs}, as config: {arguments.config}")
+    jobs, found = load_jobs(arguments.jobs, arguments.overrides, configs.find)
+    run_jobs(jobs, found, log_fn)
 
 
 def log_fn(text: str) -> None:
