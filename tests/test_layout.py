@@ -22,7 +22,8 @@ IMPORTS = {  # a folder imports from those named here, and from nothing else of 
     "generation": "utils models lora data",
     "evaluation": "utils parallel models interop data training generation",
     "runs": "utils quantization parallel models lora optimizers config interop data training evaluation",
-    "cli": "utils config data interop generation evaluation runs",
+    "studies": "utils optimizers training runs",
+    "cli": "utils config data interop generation evaluation runs studies",
 }
 AXES = ["lora/parametrizations", "lora/initializers"]
 LOOSE = {"__init__.py", "__main__.py", "py.typed", "assets"}  # of the top level
