@@ -97,7 +97,7 @@ def _over_steps(main: Mapping[str, Any], steps: Sequence[int]) -> list[Chart]:
         _of(
             "ratio-shrink",
             f"delta1 / delta2 over the steps, {REGIME} with Stable-LoRA",
-            "Dots: A stops shrinking. From there on the curves run close together.",
+            "Dots: A stops shrinking, in wide layers well below 1. From there on the curves come together.",
             partial(draw, runs=main["Stable-LoRA"]),
         ),
     ]
@@ -110,14 +110,14 @@ def _low(low: Mapping[str, Any], by_e0: Any, results: Mapping[str, Any], e0s: Se
     return [
         _of(
             "overshoot",
-            f"Overshoot: the size of x A beside a small A, {end}",
+            f"Overshoot: x A beside a small A's, {end}",
             "Stable-LoRA's x A over that of Adam from a small A at the same step. Below 1, A has shrunk too far (dots: "
             "it stops), and grows again until the curve is back at 1.",
             partial(panels.overshoot, runs=low["Stable-LoRA"], reference=low["small A"], steps=results["steps"]),
         ),
         _of(
             "after",
-            f"Overshoot: the three terms after the stop, {end}",
+            f"Overshoot: the terms after the stop, {end}",
             f"The {AFTER} steps after A has stopped shrinking. Delta1 and delta3 now fall with n: the stop rule bounds "
             "delta1 from above, not from below.",
             partial(panels.deltas, runs=low["Stable-LoRA"], span="after_stop"),
@@ -125,9 +125,16 @@ def _low(low: Mapping[str, Any], by_e0: Any, results: Mapping[str, Any], e0s: Se
         _of(
             "losses",
             f"Loss at n = {widest}, {REGIME}",
-            "Half of the mean square; rank 8 of 64 can reach about 0.43. The final losses hardly differ in this task, "
-            "unless the overshoot delays learning.",
+            "Means over 20 steps; at 0.5 nothing is learnt. While A shrinks, what B has learnt shrinks with it, and "
+            "the loss rises for a time. In the end the losses hardly differ, unless the overshoot delays learning.",
             partial(panels.losses, groups=greatest, steps=results["steps"]),
+        ),
+        _of(
+            "assumption",
+            f"The assumption: how far a step of A moves x A, {end}",
+            f"Steps {EARLY[0]} to {EARLY[1]}. Theory takes RMS(x dA) to be proportional to eta n, a slope of 1: "
+            "gradients of A and inputs are aligned.",
+            partial(panels.methods, groups=low, span="early", quantity="a_step", ylabel="RMS(x dA) / eta"),
         ),
     ]
 

@@ -18,6 +18,7 @@ Runs = Sequence[Mapping[str, Any]]
 METHODS = {"Adam": (VERMILLION, "-", "o"), "Stable-LoRA": (BLUE, "--", "s"), "small A": (GREEN, ":", "^")}
 DELTAS = {"delta1": (ORANGE, "-", "o"), "delta2": (BLUE, "--", "s"), "delta3": (PURPLE, ":", "^")}
 MOST_WIDTHS = 4  # curves over steps in one chart
+FIRST = 6  # points of a curve whose losses are of single batches
 
 
 def deltas(axes: Any, runs: Runs, span: str) -> None:
@@ -80,10 +81,9 @@ def losses(axes: Any, groups: Mapping[tuple[str, float], Runs], steps: Sequence[
     styles = dict(zip(sorted({e0 for _, e0 in groups}, reverse=True), ("-", "--", ":"), strict=False))
     for (method, e0), runs in groups.items():
         curve = np.mean([run["curves"]["loss"] for run in runs], axis=0)
-        kept = [i for i, step in enumerate(steps) if step == 1 or step % 20 == 0]
         label = f"{method}, e0 = {e0:g}"
-        axes.plot(np.array(steps)[kept], curve[kept], styles[e0], color=METHODS[method][0], label=label)
-    axes.set(xlabel="step", ylabel="loss (0.5: nothing learnt)")
+        axes.plot(steps[FIRST:], curve[FIRST:], styles[e0], color=METHODS[method][0], label=label)
+    axes.set(xlabel="step", ylabel="half of the mean square")
     axes.grid(alpha=0.3)
 
 
@@ -140,5 +140,6 @@ def _step_axis(axes: Any, ylabel: str, limits: tuple[float, float] | None) -> No
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """``+0.98`` or ``\N{MINUS SIGN}0.05``; never a negative zero."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    """``+0.98``, ``\N{MINUS SIGN}0.05``, or ``0.00`` without a sign."""
+    rounded = round(value, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "\N{MINUS SIGN}") if rounded else f"{0:.{digits}f}"
