@@ -131,7 +131,7 @@ def _low(low: Mapping[str, Any], by_e0: Any, results: Mapping[str, Any], e0s: Se
         ),
         _of(
             "assumption",
-            f"The assumption: how far a step of A moves x A, {end}",
+            f"The assumption: RMS(x dA) / eta, {end}",
             f"Steps {EARLY[0]} to {EARLY[1]}. Theory takes RMS(x dA) to be proportional to eta n, a slope of 1: "
             "gradients of A and inputs are aligned.",
             partial(panels.methods, groups=low, span="early", quantity="a_step", ylabel="RMS(x dA) / eta"),

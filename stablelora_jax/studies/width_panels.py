@@ -18,6 +18,7 @@ Runs = Sequence[Mapping[str, Any]]
 METHODS = {"Adam": (VERMILLION, "-", "o"), "Stable-LoRA": (BLUE, "--", "s"), "small A": (GREEN, ":", "^")}
 DELTAS = {"delta1": (ORANGE, "-", "o"), "delta2": (BLUE, "--", "s"), "delta3": (PURPLE, ":", "^")}
 MOST_WIDTHS = 4  # curves over steps in one chart
+LEAST_SPAN = 6.0  # of a y axis, so that it has ticks of one digit
 FIRST = 6  # points of a curve whose losses are of single batches
 
 
@@ -129,6 +130,9 @@ def _width_axis(axes: Any, runs: Runs, ylabel: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel="width n", ylabel=ylabel)
     axes.set_xticks(widths, [str(width) for width in widths])
     axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    margin = max(1.0, (LEAST_SPAN * low / high) ** 0.5)
+    axes.set_ylim(low / margin, high * margin)
     plain_log_ticks(axes)
     axes.grid(alpha=0.3)
 
