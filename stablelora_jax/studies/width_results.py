@@ -19,7 +19,7 @@ from stablelora_jax.studies import width_page
 from stablelora_jax.studies.slopes import LATE, QUANTITIES, fit, stop_step, theory, windows
 from stablelora_jax.studies.width_scaling import SIZES, Config, measure
 from stablelora_jax.utils.checked import checked
-from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.errors import InputError, named
 from stablelora_jax.utils.files import as_path, read_json_object, require_replaceable, write_whole, writing
 from stablelora_jax.utils.outputs import require_writable
 from stablelora_jax.utils.progress import track
@@ -27,21 +27,22 @@ from stablelora_jax.utils.progress import track
 RESULTS, INDEX = "results.json", "index.html"
 MARK = '{\n"study": "stablelora_jax: width scaling"'  # how results.json begins
 CURVES = ("delta1", "delta2", "delta3", "shrink", "az", "b")
+VERSIONS = ("python", "stablelora-jax", "jax", "jaxlib", "optax")
 DIGITS = 4  # of the numbers in results.json
 EVERY = 20  # steps between points of the curves
 
 
 @checked
 def run_study(output: str | Path, size: str = "full") -> Path:
-    """Measure, unless ``output`` has the results of the same settings; write both files and return the page's path.
+    """Measure, unless ``output`` has the results of the same settings; draw the page and return its path.
 
     Args:
-      output: a directory, made if needed. Files of an earlier study are replaced, other files are not.
+      output: a directory, made if needed. The page of an earlier study is replaced, files of another origin are not.
       size: ``full``, 12 configs at widths 64 to 4096 (about two minutes on two cores), or ``test``, seconds.
 
     Raises:
       InputError: an unknown size; ``output`` is no directory, holds a file of another origin under one of the two
-        names, or results of other settings.
+        names, or results that are damaged or of other settings.
       RunError: a file cannot be written.
     """
     if size not in SIZES:
@@ -52,7 +53,7 @@ def run_study(output: str | Path, size: str = "full") -> Path:
         require_writable(output / RESULTS, "--output")
         results = study(size, f"stablelora width-scaling --output {output} --size {size}")
         _write(output / RESULTS, to_text(results))
-    _write(output / INDEX, width_page.page(results))
+    _write(output / INDEX, _page(output / RESULTS, results, size))
     return output / INDEX
 
 
@@ -72,6 +73,18 @@ def _finished(output: Path, size: str) -> dict[str, Any] | None:
     return found
 
 
+def _page(path: Path, results: Mapping[str, Any], size: str) -> str:
+    """The page of results that were read from ``path``, or are new."""
+    try:
+        if [(run["config"], run["width"], run["seed"]) for run in results["runs"]] != [
+            (config.name, width, seed) for config, width, seed in _keys(size)
+        ]:
+            raise ValueError("runs are missing")
+        return width_page.page(results)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path} is damaged ({named(error)}): remove it to measure again") from None
+
+
 def _write(path: Path, text: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,20 +101,30 @@ def settings(size: str) -> dict[str, Any]:
 def study(size: str, command: str) -> dict[str, Any]:
     """Measure every config, width and seed: the content of ``results.json``."""
     chosen, began = SIZES[size], time.monotonic()
-    keys = [(c, width, seed) for c in chosen.configs for width in chosen.widths for seed in range(chosen.seeds)]
     points = curve_steps(chosen.steps)
-    runs = [one(*key, chosen.steps, points) for key in track(keys, "width scaling", "runs")]
+    runs = [one(*key, chosen.steps, points) for key in track(_keys(size), "width scaling", "runs")]
     return {
         "study": "stablelora_jax: width scaling",
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(time.monotonic() - began, 1),
-        "environment": environment() | {"cpu cores": str(os.cpu_count())},
+        "environment": _environment(),
         "settings": settings(size),
         "slopes": {config.name: slopes(config, runs) for config in chosen.configs},
         "steps": [int(step) for step in points],
         "runs": runs,
     }
+
+
+def _keys(size: str) -> list[tuple[Config, int, int]]:
+    """Config, width and seed of every run, in their order."""
+    chosen = SIZES[size]
+    return [(c, width, seed) for c in chosen.configs for width in chosen.widths for seed in range(chosen.seeds)]
+
+
+def _environment() -> dict[str, str]:
+    found = environment()
+    return {name: found[name] for name in VERSIONS if name in found} | {"cpu cores": str(os.cpu_count())}
 
 
 def curve_steps(steps: int) -> np.ndarray:

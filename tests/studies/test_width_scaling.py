@@ -165,6 +165,17 @@ def test_a_finished_study_is_not_computed_again(studied, stablelora, monkeypatch
     assert (code, out, err.count("\n")) == (2, "", 1) and "other settings than --size full" in err
 
 
+def test_damaged_results_are_one_line(studied, tmp_path, stablelora, monkeypatch):
+    output, results = studied
+    monkeypatch.setattr(width_results, "measure", None)
+    text = (output / "results.json").read_text()
+    for damaged in (text[:-100], text.replace('"delta1"', '"delta0"'), width_results.to_text({**results, "runs": []})):
+        (tmp_path / "results.json").write_text(damaged)
+        code, out, err = stablelora("width-scaling", "--output", tmp_path, "--size", "test")
+        assert (code, out, err.count("\n")) == (2, "", 1) and "results.json is" in err
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 @pytest.mark.parametrize("name", ["results.json", "index.html"])
 def test_a_file_of_another_origin_is_refused(tmp_path, stablelora, monkeypatch, name):
     monkeypatch.setattr(width_results, "measure", None)
