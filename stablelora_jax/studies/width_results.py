@@ -28,7 +28,7 @@ RESULTS, INDEX = "results.json", "index.html"
 MARK = '{\n"study": "stablelora_jax: width scaling"'  # how results.json begins
 CURVES = ("delta1", "delta2", "delta3", "shrink", "az", "b")
 VERSIONS = ("python", "stablelora-jax", "jax", "jaxlib", "optax")
-DIGITS = 4  # of the numbers in results.json
+DIGITS = 4  # of what results.json says of a run
 EVERY = 20  # steps between points of the curves
 
 
@@ -159,7 +159,7 @@ def slopes(config: Config, runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[
     spans = [span for span in theory(config) if all(span in run["windows"] for run in own)]
     return {
         span: {
-            name: {key: None if value is None else round(value, DIGITS) for key, value in fitted._asdict().items()}
+            name: {key: None if value is None else round(value, 6) for key, value in fitted._asdict().items()}
             | {"theory": theory(config)[span][name]}
             for name in (*QUANTITIES, "ratio")
             for fitted in [fit(widths, [run["windows"][span][name] for run in own])]
