@@ -20,7 +20,7 @@ COLUMNS = (
     ("late", "az"),
     ("late", "ratio"),
 )
-SYMBOLS = {"az": "RMS(x A)", "ratio": "delta1 / delta2"}
+SYMBOLS = {"az": "RMS(x\N{NO-BREAK SPACE}A)", "ratio": "delta1 /\N{NO-BREAK SPACE}delta2"}
 
 
 def page(results: Mapping[str, Any]) -> str:
