@@ -66,10 +66,10 @@ def draw(stable: Path, adamw: Path, output: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_whole(output, _png(figure))
+        write_bytes_whole(output, to_png(figure))
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """The picture with 64 colours, a third of the size that it has with all."""
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=140)

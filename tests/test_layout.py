@@ -23,7 +23,8 @@ IMPORTS = {  # a folder imports from those named here, and from nothing else of 
     "evaluation": "utils parallel models interop data training generation",
     "runs": "utils quantization parallel models lora optimizers config interop data training evaluation",
     "jobs": "utils parallel lora optimizers config data training runs",
-    "cli": "utils config data interop generation evaluation runs jobs",
+    "studies": "utils optimizers training runs",
+    "cli": "utils config data interop generation evaluation runs jobs studies",
 }
 AXES = ["lora/parametrizations", "lora/initializers"]
 LOOSE = {"__init__.py", "__main__.py", "py.typed", "assets"}  # of the top level

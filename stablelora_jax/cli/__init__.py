@@ -2,5 +2,5 @@
 
 No file here imports jax before a subcommand runs, so that ``--help``, ``--version`` and wrong options answer at once.
 
-Imports: utils, config, data, interop, generation, evaluation, runs, jobs.
+Imports: utils, config, data, interop, generation, evaluation, runs, jobs, studies.
 """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stablelora_jax
-from stablelora_jax.cli import bench, data, evaluate, export, generate, report, train
+from stablelora_jax.cli import bench, data, evaluate, export, generate, report, train, width_scaling
 from stablelora_jax.runs.cli import exit_code
 from stablelora_jax.utils.errors import InputError
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "report": report,
     "data": data,
     "bench": bench,
+    "width-scaling": width_scaling,
 }  # each with SUMMARY, DESCRIPTION, add_options(parser) and command(arguments) -> exit code
 
 

@@ -120,6 +120,6 @@ def is_picture(path: Path) -> bool:
     return _begins(path, lambda content: content.startswith(png) and any(name in content for name in named))
 
 
-def is_page(path: Path) -> bool:
-    """Whether it is a page of runs, or nothing is there."""
-    return _begins(path, lambda content: content.startswith(PAGE.encode()))
+def is_page(path: Path, mark: str = PAGE) -> bool:
+    """Whether it is a file that begins with ``mark``, by default a page of runs, or nothing is there."""
+    return _begins(path, lambda content: content.startswith(mark.encode()))

@@ -53,19 +53,25 @@ def write_page(runs: Sequence[Path], output: Path) -> Path:
 
 def page(runs: Sequence[RunRecord]) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     names = labels([run.path for run in runs])
     several = len(runs) > 1
     names = [f"{i}: {name}" for i, name in enumerate(names, 1)] if several else names
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
         title=f"{len(runs)} runs" if several else f"Run {names[0]}",
         together=_together(runs, names) if several else None,
         runs=[_one(f"run-{i}", run, name) for i, (run, name) in enumerate(zip(runs, names, strict=True), 1)],
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of ``assets/report``; every text passes through autoescape."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _one(identity: str, run: RunRecord, name: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def summarize(
         "processes": jax.process_count(),
         "jax": jax.__version__,
         "samples": sample_answers(config, log, questions, steps),
-        "environment": _environment(),
+        "environment": environment(),
     }
     made: dict[str, Any] = plain(summary)
     return made
@@ -93,7 +93,7 @@ def sample_answers(config: RunConfig, log: RunLog, questions: Sequence[Question]
     return samples
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The versions of Python and of the packages that compute."""
     found = {"python": platform.python_version()}
     for name in ("stablelora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"):
