@@ -20,7 +20,7 @@ from stablelora_jax.jobs.kinds import kinds_of, require_together
 from stablelora_jax.jobs.rounds import Rounds
 from stablelora_jax.parallel import initialize, is_primary, require_devices
 from stablelora_jax.runs.directory import locate, read_summary
-from stablelora_jax.runs.files import has_adapter
+from stablelora_jax.runs.files import has_adapter, is_run
 from stablelora_jax.runs.prepare import load_base, prepare
 from stablelora_jax.runs.progress import open_progress
 from stablelora_jax.runs.run import memory_errors
@@ -61,6 +61,9 @@ def run_jobs(
         for name, own in located.items()
         if (summary := read_summary(own.path)) and has_adapter(own.path) and not own.changes
     }
+    again = [name for name in record.failed if name not in configs or not is_run(located[name].path)]
+    for name in again:  # whose directory somebody has removed
+        del record.failed[name]
     ended = {*done, *record.failed}
     for name in (*done, *record.failed):
         log_fn(f"{name} is finished" if name in done else f"{name} has failed before ({record.failed[name]})")
@@ -161,7 +164,7 @@ class _Course:
     def _stop(self, stopped: Interrupted, going: list[int]) -> None:
         """Save the jobs that had gone on before the signal came, too, and end."""
         for i in going:
-            if i in self.active and i not in self.ended:
+            if i not in self.ended and i not in self.failed:
                 self._guarded(i, partial(self.active[i].send, None))
         self._commit()
         name = signal.Signals(stopped.signum).name
@@ -188,7 +191,9 @@ class _Course:
                 self.done[self.active[i].name] = self.active[i].finish(state)
             except RunError as error:
                 self._failed(i, error)
-        for i in (*self.ended, *self.failed):
+        if self.failed and is_primary():
+            self.record.write()
+        for i in {*self.ended, *self.failed}:
             rounds.free(i)
             self.active.pop(i).close()
         self.ended.clear()

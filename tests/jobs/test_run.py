@@ -1,6 +1,7 @@
 """Jobs are runs: equal to each alone, resumed to the same bits whatever ends the process, and none ends another."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from stablelora_jax.jobs.run import run_jobs
 from stablelora_jax.runs.run import run
 from stablelora_jax.training import checkpoint
 from stablelora_jax.utils.errors import InputError, Interrupted
-from tests.helpers import long
+from tests.helpers import long, soak
 
 TEXT = """
 output: OUT
@@ -69,7 +70,7 @@ def whole(tmp_path_factory):
     return place / "out"
 
 
-@pytest.mark.parametrize("name", [long("r4"), "dropped", long("short"), long("rite")])
+@pytest.mark.parametrize("name", [soak("r4"), "dropped", long("short"), soak("rite")])
 def test_a_job_is_as_a_run_alone(whole, tmp_path, name):
     _, configs = load(tmp_path)
     run(replace(configs[name], output=str(tmp_path / "alone")), quiet)
@@ -112,7 +113,8 @@ def fails():
     raise Killed
 
 
-@pytest.mark.parametrize("at", [2, long(4), 5, long(7)])
+@pytest.mark.long
+@pytest.mark.parametrize("at", [2, 5, soak(4), soak(7)])
 def test_a_kill_loses_nothing(whole, tmp_path, monkeypatch, at):
     """Also between the checkpoint of one job and that of another, and where jobs have changed since."""
     jobs, configs = load(tmp_path)
@@ -126,6 +128,7 @@ def test_a_kill_loses_nothing(whole, tmp_path, monkeypatch, at):
         assert losses(tmp_path / "out" / name) == losses(whole / name)
 
 
+@pytest.mark.long
 def test_a_kill_between_two_checkpoints_of_a_round(whole, tmp_path, monkeypatch):
     jobs, configs = load(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -158,6 +161,7 @@ def test_a_signal_saves_all_jobs_at_one_round(whole, tmp_path, monkeypatch):
         assert losses(tmp_path / "out" / name) == losses(whole / name)
 
 
+@pytest.mark.long
 def test_a_job_that_fails_ends_no_other(tmp_path, capsys):
     text = TEXT.replace("seed: 9, steps: 3", "max_consecutive_errors: 2, max_grad_norm: null").replace(
         "shrink_ratio: 0.01", "learning_rate: 1.0e+30"
@@ -169,6 +173,9 @@ def test_a_job_that_fails_ends_no_other(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert err.count("error:") == 1 and "1 of 4 jobs failed (short)" in err
         assert "short" in out and "not finite in 2 steps in a row" in out
+    shutil.rmtree(tmp_path / "out" / "short")  # begun anew, it is tried again
+    assert main(["train", "--jobs", str(path), "task.train_limit=50"]) == 1
+    assert "short failed: " in capsys.readouterr().out
     for name in ("r4", "dropped", "rite"):
         assert (tmp_path / "out" / name / "adapter" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "short" / "adapter").exists()

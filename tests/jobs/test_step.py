@@ -19,7 +19,7 @@ from stablelora_jax.lora.combine.union import covering_spec
 from stablelora_jax.optimizers import freeze_a
 from stablelora_jax.parallel import pmap_layout
 from stablelora_jax.training.step import Hyperparams, init_state, make_train_step
-from tests.helpers import largest_difference, long, tiny_decoder
+from tests.helpers import largest_difference, soak, tiny_decoder
 
 SPEC = LoraSpec(target_modules=("q_proj", "v_proj"), rank=2)
 CLIPPED = lambda hp: optax.chain(optax.clip_by_global_norm(0.5), stable_lora(hp.rates["r"], hp.numbers["shrink"]))
@@ -124,7 +124,7 @@ class Together:
         return self.by_job(self.layout.fetch(self.state))
 
 
-@pytest.mark.parametrize("tokens", [long(4096), 512])
+@pytest.mark.parametrize("tokens", [soak(4096), 512])
 def test_jobs_side_by_side_are_as_each_alone(world, alone, tokens):
     """Ranks, targets, layers, an adapted head, scales, dropout, optimizers, clipping, rows, lengths, steps."""
     together, given = Together(world, tokens), [batches(i) for i in range(len(JOBS))]
@@ -158,6 +158,7 @@ def test_a_job_that_is_not_finite_skips_its_step_and_no_other_does(world, alone)
     assert metrics[0]["skipped"] == 0 and largest_difference(after[0].adapters, alone[0][0][0].adapters) < 1e-9
 
 
+@pytest.mark.long
 def test_the_base_is_multiplied_once_and_lengths_alone_compile(world, monkeypatch):
     """Another job, another number of rows or another learning rate is no new program."""
     monkeypatch.setattr(module, "weighted_losses", counted := Counted(module.weighted_losses))
