@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stablelora_jax
-from stablelora_jax.cli import bench, data, evaluate, export, generate, report, train, width_scaling
+from stablelora_jax.cli import bench, data, evaluate, export, generate, report, sweep, train, width_scaling
 from stablelora_jax.runs.cli import exit_code
 from stablelora_jax.utils.errors import InputError
 
 COMMANDS = {
     "train": train,
+    "sweep": sweep,
     "evaluate": evaluate,
     "generate": generate,
     "export": export,

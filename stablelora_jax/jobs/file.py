@@ -71,14 +71,15 @@ def load_jobs(
         if "output" in own:
             raise InputError(f"{path}: jobs.{name}.output: the run directory is {Path(jobs.output) / name}")
         try:
-            given = [*_overrides(jobs.common), *_overrides(own or {}), *overrides, f"output={Path(jobs.output) / name}"]
-            found[name] = config.load(RunConfig, base, given)
+            given = [*as_overrides(jobs.common), *as_overrides(own or {}), *overrides]
+            found[name] = config.load(RunConfig, base, [*given, f"output={Path(jobs.output) / name}"])
         except InputError as error:
             raise InputError(f"{path}: jobs.{name}: {error}") from None
     return jobs, found
 
 
-def _overrides(keys: Mapping[str, Any]) -> list[str]:
+def as_overrides(keys: Mapping[str, Any]) -> list[str]:
+    """``key=value`` of each, the value as YAML."""
     return [
         f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).strip().removesuffix('...').strip()}"
         for key, value in keys.items()

@@ -9,7 +9,7 @@ pass: there, their adapters are padded with zeros to one rank and to the target 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,6 @@ from stablelora_jax.config import to_dict
 from stablelora_jax.config.optimizer import learning_rates
 from stablelora_jax.config.schedule import schedule_of
 from stablelora_jax.lora.pairs import FULL, pair_shapes, pairs
-from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.optimizers.limits import require_numbers
 from stablelora_jax.parallel import to_host
 from stablelora_jax.runs.prepare import TrainingSetup
@@ -31,6 +30,8 @@ from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path, keys_of
 
 NUMBERS = ("shrink_ratio",)  # arguments of an optimizer that may be traced
+SAME = ("model", "parallel", "distributed")  # keys that all jobs side by side share
+SAME_LORA = ("parametrization", "stacked", "in_axes")
 Shapes = Mapping[Path, Mapping[str, tuple[int, ...]]]  # of the leaves of one adapter, by module
 
 
@@ -87,12 +88,12 @@ def require_together(names: Sequence[str], setups: Sequence[TrainingSetup]) -> N
     first = setups[0].config
     for name, setup in zip(names, setups, strict=True):
         own = setup.config
-        for key in ("model", "parallel", "distributed"):
+        for key in SAME:
             if to_dict(getattr(own, key)) != to_dict(getattr(first, key)):
                 raise InputError(f"jobs.{name}: {key} must be the same for all jobs: train it alone")
-        for f in fields(own.lora):
-            if f.name in ("parametrization", "stacked", "in_axes") and _differ(own.lora, first.lora, f.name):
-                raise InputError(f"jobs.{name}: lora.{f.name} must be the same for all jobs: train it alone")
+        for key in SAME_LORA:
+            if getattr(own.lora, key) != getattr(first.lora, key):
+                raise InputError(f"jobs.{name}: lora.{key} must be the same for all jobs: train it alone")
         if own.stability_every is not None:
             raise InputError(f"jobs.{name}: stability_every is for a run alone")
         if any(FULL in keys_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(setup.start.adapters)):
@@ -101,10 +102,6 @@ def require_together(names: Sequence[str], setups: Sequence[TrainingSetup]) -> N
             pairs(setups[0].start.adapters)
         ):
             raise InputError(f"jobs.{name}: with {own.lora.parametrization}, all jobs have the same target_modules")
-
-
-def _differ(one: LoraSpec, other: LoraSpec, name: str) -> bool:
-    return bool(getattr(one, name) != getattr(other, name))
 
 
 def leaf_shapes(trees: Sequence[Any]) -> Shapes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax.config.run import RunConfig
-from stablelora_jax.jobs.file import JobsConfig, Record, read_record
+from stablelora_jax.jobs.file import RECORD, JobsConfig, Record, read_record
 from stablelora_jax.jobs.job import Job, resume_step
 from stablelora_jax.jobs.kinds import kinds_of, require_together
 from stablelora_jax.jobs.rounds import Rounds
@@ -32,11 +32,28 @@ from stablelora_jax.utils.errors import InputError, Interrupted, RunError
 from stablelora_jax.utils.signals import catch_signals
 
 
-@memory_errors()
 def run_jobs(
     jobs: JobsConfig, configs: Mapping[str, RunConfig], log_fn: Callable[[str], None] = print
 ) -> dict[str, dict[str, Any]]:
-    """Train all jobs, or go on with them; the summaries by name, of those that have ended before, too.
+    """:func:`train_jobs` of which none may fail; the summaries by name.
+
+    Raises:
+      RunError: some job has failed; the others are finished. Else as :func:`train_jobs`.
+    """
+    done, failed = train_jobs(jobs, configs, log_fn)
+    if failed:
+        names, path = ", ".join(failed), Path(jobs.output) / RECORD
+        raise RunError(f"{len(failed)} of {len(configs)} jobs failed ({names}); see {path}")
+    return done
+
+
+@memory_errors()
+def train_jobs(
+    jobs: JobsConfig, configs: Mapping[str, RunConfig], log_fn: Callable[[str], None] = print
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Train all jobs, or go on with them.
+
+    Returns the summaries by name, of those that have ended before, too; and why others have failed, by name.
 
     Args:
       jobs: the file.
@@ -45,7 +62,6 @@ def run_jobs(
 
     Raises:
       InputError: an input that cannot be used; raised before training.
-      RunError: some job has failed; the others are finished.
       Interrupted: SIGTERM or SIGINT came; all jobs are saved.
     """
     compile_cache.enable()
@@ -61,19 +77,18 @@ def run_jobs(
         for name, own in located.items()
         if (summary := read_summary(own.path)) and has_adapter(own.path) and not own.changes
     }
-    again = [name for name in record.failed if name not in configs or not is_run(located[name].path)]
-    for name in again:  # whose directory somebody has removed
-        del record.failed[name]
-    ended = {*done, *record.failed}
-    for name in (*done, *record.failed):
-        log_fn(f"{name} is finished" if name in done else f"{name} has failed before ({record.failed[name]})")
+    for name in [name for name in record.failed if not is_run(Path(jobs.output) / name)]:
+        del record.failed[name]  # somebody has removed its directory
+    failed = {name: why for name, why in record.failed.items() if name in configs}
+    ended = {*done, *failed}
+    for name in (*done, *failed):
+        log_fn(f"{name} is finished" if name in done else f"{name} has failed before ({failed[name]})")
     if len(ended) < len(configs):
         prepared = _prepared(configs, located, record, log_fn)
         done |= _Course(jobs, prepared, record, log_fn).run(ended)
-    if record.failed:
-        names = ", ".join(record.failed)
-        raise RunError(f"{len(record.failed)} of {len(configs)} jobs failed ({names}); see {record.path}")
-    return {name: done[name] for name in configs}
+    return {name: done[name] for name in configs if name in done}, {
+        name: why for name, why in record.failed.items() if name in configs
+    }
 
 
 def _prepared(
