@@ -90,7 +90,7 @@ def parse(words: list[str]) -> None:
         assert end.value.code == 0, words
         return
     given = cli.make_parser().parse_args(rest)
-    if hasattr(given, "overrides"):
+    if hasattr(given, "config"):
         load_config(given)
 
 

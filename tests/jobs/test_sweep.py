@@ -17,7 +17,7 @@ TEXT = """
 output: OUT
 at_once: 4
 common:
-  {steps: 3, batch_size: 4, evaluate: false, trackers: [], schedule: {warmup_steps: 1}, task: {train_limit: 50},
+  {steps: 3, batch_size: 8, evaluate: false, trackers: [], schedule: {warmup_steps: 1}, task: {train_limit: 50},
    lora: {rank: 2}}
 grid:
   optimizer: [adamw, {name: stable_lora, shrink_ratio: 1e-2}]

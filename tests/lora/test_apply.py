@@ -270,11 +270,11 @@ def test_layers_of_a_foreign_scan_drop_differently():
     model, params, x, spec = CASES["scan"]()
     spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.5, "target_modules": ["fc"]})
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
-    from stablelora_jax.lora.apply import _target_keys
+    from stablelora_jax.lora.dropout import target_keys
     from stablelora_jax.lora.pairs import adapter_target_modules
 
     (target,) = adapter_target_modules(adapters, spec).values()
-    assert len({tuple(row) for row in np.asarray(_target_keys(jax.random.key(0), target)).tolist()}) == 4
+    assert len({tuple(row) for row in np.asarray(target_keys(jax.random.key(0), target)).tolist()}) == 4
     y = adapted(ForeignScan(), spec).apply({"params": params, "lora": adapters}, x, rngs={"dropout": jax.random.key(0)})
     assert np.isfinite(y).all()
 
