@@ -185,11 +185,11 @@ FULL = {  # name: pages that are free when the run goes on, or what fills the di
     "1 page": (1, 1, "cannot write checkpoint 4 in .*No space left on device; step 3 is the newest complete one"),
     "8 pages": (8, 1, "cannot write checkpoint 4 in .*No space left on device; step 3 is the newest complete one"),
     "while the adapter is written": (
-        "_keep_adapter",
+        "keep_adapter",
         1,
         "cannot write the adapter to .*No space left on device; step 6",
     ),
-    "while the pictures are drawn": ("_finish", 1, "cannot write run/loss.png: No space left on device; once"),
+    "while the pictures are drawn": ("finish", 1, "cannot write run/loss.png: No space left on device; once"),
 }
 
 
