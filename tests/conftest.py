@@ -17,6 +17,8 @@ OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdt
 if OWN_CACHE:  # of the first process; workers and scripts that tests start inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# jax writes a program's file in place: who reads it meanwhile warns and compiles. For pytest: filterwarnings.
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache"  # in scripts that tests start
 
 from pathlib import Path  # noqa: E402
 
