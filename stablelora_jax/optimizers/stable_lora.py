@@ -51,7 +51,7 @@ class ShrinkUntilStableState(NamedTuple):
 
 
 def shrink_until_stable(
-    inner: optax.GradientTransformation, shrink_ratio: Ratio
+    inner: optax.GradientTransformation, shrink_ratio: Ratio, stop_rule: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap ``inner`` so that each pair's A shrinks by ``shrink_ratio`` a step until the pair is stable.
 
@@ -59,6 +59,7 @@ def shrink_until_stable(
       inner: any transformation; it sees the shrunk A as its parameters.
       shrink_ratio: lambda in [0, 1), a traced scalar, or a schedule of the number of updates. The paper searches
         5e-4, 1e-3, 2e-3, 5e-3; 0 leaves ``inner`` as it is.
+      stop_rule: False shrinks A in every step, the paper's ablation.
 
     Returns:
       A transformation whose ``update`` needs ``params``. Leaves that are in no pair pass through ``inner`` alone.
@@ -83,7 +84,7 @@ def shrink_until_stable(
         ratio = shrink_ratio(state.count) if callable(shrink_ratio) else shrink_ratio
 
         def look(latches: Any) -> tuple[Any, Any]:
-            latches = map_pairs(_next_latch, params, latches)
+            latches = map_pairs(_next_latch, params, latches) if stop_rule else latches
             return latches, map_pairs(partial(kept_share, ratio=ratio), params, latches)
 
         def rest(latches: Any) -> tuple[Any, Any]:
@@ -107,6 +108,7 @@ def stable_lora(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.01,
+    stop_rule: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Stable-LoRA with AdamW, the optimizer of the paper.
 
@@ -119,10 +121,11 @@ def stable_lora(
       b2: decay of AdamW's second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled, scalar or schedule; acts on A as shrunk.
+      stop_rule: False shrinks A in every step, the paper's ablation.
     """
     require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return shrink_until_stable(inner, shrink_ratio)
+    return shrink_until_stable(inner, shrink_ratio, stop_rule)
 
 
 def still_shrinking(opt_state: Any, stacked: Sequence[str] = ("layers",)) -> dict[str, bool]:

@@ -221,6 +221,18 @@ def test_composes_and_compiles_once(kind):
     chex.clear_trace_counter()
 
 
+@pytest.mark.parametrize("stop_rule", [True, False])
+def test_without_the_stop_rule_a_stable_pair_shrinks_on(stop_rule):
+    params = {"p": {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.full((2, 3), 9.0)}}  # ||A|| / 5 < ||B|| / 3
+    tx = stable_lora(0.0, shrink_ratio=0.1, stop_rule=stop_rule)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["p"]["lora_a"], 1.0 if stop_rule else 0.9**3, rtol=1e-6)
+    assert still_shrinking(state) == {"p": not stop_rule}
+
+
 def test_multi_steps_shrinks_once_per_real_step():
     params = {"p": {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.zeros((2, 3))}}
     zeros = jax.tree.map(jnp.zeros_like, params)
