@@ -23,7 +23,7 @@ IMPORTS = {  # a folder imports from those named here, and from nothing else of 
     "evaluation": "utils parallel models interop data training generation",
     "runs": "utils quantization parallel models lora optimizers config interop data training evaluation",
     "jobs": "utils parallel lora optimizers config data training runs",
-    "studies": "utils optimizers training runs",
+    "studies": "utils lora optimizers config interop data training evaluation runs jobs",
     "cli": "utils config data interop generation evaluation runs jobs studies",
 }
 AXES = ["lora/parametrizations", "lora/initializers"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stablelora_jax
-from stablelora_jax.cli import bench, data, evaluate, export, generate, report, sweep, train, width_scaling
+from stablelora_jax.cli import bench, data, evaluate, export, generate, report, reproduce, sweep, train, width_scaling
 from stablelora_jax.runs.cli import exit_code
 from stablelora_jax.utils.errors import InputError
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "data": data,
     "bench": bench,
     "width-scaling": width_scaling,
+    "reproduce": reproduce,
 }  # each with SUMMARY, DESCRIPTION, add_options(parser) and command(arguments) -> exit code
 
 

@@ -58,7 +58,7 @@ def train(
       Interrupted: a signal came; the step under way is finished and saved.
       RunError: too many consecutive steps were not finite (the state is saved), or something cannot be written.
     """
-    step, fetch, placed = _make_step(setup), setup.layout.fetch, setup.layout.place_state(state)
+    step, fetch, placed = make_step(setup), setup.layout.fetch, setup.layout.place_state(state)
     every = setup.config.checkpoint_every
     control = run_control(setup, int(state.step), lambda: placed, manager, log, received, every=every)
     try:
@@ -168,7 +168,7 @@ class _Clock:
         return self.minutes is not None and time.monotonic() - self.began >= 60 * self.minutes
 
 
-def _make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
+def make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
     """``(state, number of steps so far) -> (state, metrics)``, with the stability terms where they are due."""
     config, layout = setup.config, setup.layout
     step = make_train_step(
@@ -197,7 +197,10 @@ def _evaluates(config: RunConfig, step: int, now: int) -> bool:
 def _evaluate(setup: TrainingSetup, placed: TrainState, step: int, log: RunLog, received: Callable[[], int]) -> int:
     """Evaluate and log it; where a signal comes in between, nothing is logged and the signal is given."""
     try:
-        log.write_evaluation(step, evaluate(setup, placed.adapters, received))
+        found = (setup.first_evaluation if step == 0 else None) or evaluate(setup, placed.adapters, received)
+        if step == 0:
+            setup.first_evaluation.update(found)
+        log.write_evaluation(step, found)
     except InterruptedError:
         return received()
     return 0

@@ -32,6 +32,7 @@ from stablelora_jax.interop.export import locate_adapter
 from stablelora_jax.interop.peft import require_peft_form
 from stablelora_jax.interop.warm_start import start_adapters
 from stablelora_jax.lora.apply import Adapted, adapted
+from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.lora.summary import describe
 from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.models.architecture import DecoderConfig
@@ -77,6 +78,7 @@ class TrainingSetup(NamedTuple):
     start: TrainState  # host arrays
     compute: Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]  # of make_compute
     metadata: dict[str, Any]  # of every checkpoint; must match on resuming
+    first_evaluation: dict[str, Any]  # at step 0, empty until it is made; jobs that begin as the base share it
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def prepare(
     adapters = init_adapters(key, params, config.lora) if fresh else _warm_start(config, params)
     require_peft_form(adapters, config.lora, params)
     tx, trained = make_training(config, params, adapters)
+    start = to_host(init_state(adapters, tx(make_hyperparams(config, adapters)), jax.random.fold_in(key, 1)))
     log_fn(describe(params, adapters, config.lora))
     if config.freeze:
         log_fn(f"frozen: {', '.join(config.freeze)}")
@@ -158,10 +161,17 @@ def prepare(
         tx=tx,
         hyperparams=layout.place_base(hyperparams),
         trained=trained,
-        start=to_host(init_state(adapters, tx(hyperparams), jax.random.fold_in(key, 1))),
+        start=start,
         compute=_compute(base, adapted_model, hyperparams),
         metadata={"run": identity(config), "base": base.fingerprint, "data": {"digest": data["digest"]}},
+        first_evaluation=base.once(("evaluation", repr(asked)), dict) if _is_zero(start.adapters) else {},
     )
+
+
+def _is_zero(adapters: Any) -> bool:
+    """Whether the adapters, host arrays, change nothing: plain pairs whose B is zero."""
+    plain = len(jax.tree.leaves(adapters)) == 2 * len(pairs(adapters))
+    return plain and not any(np.any(pair["lora_b"]) for pair in pairs(adapters).values())
 
 
 def load_base(config: RunConfig) -> Base:

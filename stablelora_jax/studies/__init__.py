@@ -1,4 +1,4 @@
 """Experiments that compare measurements with theory; each has a command and writes one page.
 
-Imports: utils, optimizers, training, runs.
+Imports: utils, lora, optimizers, config, interop, data, training, evaluation, runs, jobs.
 """

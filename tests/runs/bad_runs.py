@@ -81,7 +81,7 @@ def train(*words):
 @contextmanager
 def stopped_after(steps):
     """Inside, a run gets SIGTERM in time to end after so many steps."""
-    begun, make, listen = [], loop._make_step, module.catch_signals
+    begun, make, listen = [], loop.make_step, module.catch_signals
 
     def counted(job):
         step = make(job)
@@ -91,11 +91,11 @@ def stopped_after(steps):
     def catch_signals():
         yield lambda: signal.SIGTERM if len(begun) >= steps - 1 else 0  # the loop looks a step ahead
 
-    loop._make_step, module.catch_signals = counted, catch_signals
+    loop.make_step, module.catch_signals = counted, catch_signals
     try:
         yield
     finally:
-        loop._make_step, module.catch_signals = make, listen
+        loop.make_step, module.catch_signals = make, listen
 
 
 def snapshot(place):

@@ -127,13 +127,13 @@ def test_minutes_count_from_the_last_checkpoint_and_the_last_evaluation(tmp_path
     """A step takes twenty seconds; what has become due after a step is done after the next."""
     from stablelora_jax.runs import loop
 
-    now, make = [0.0], loop._make_step
+    now, make = [0.0], loop.make_step
 
     def slow(job):
         step = make(job)
         return lambda state, number: (now.__setitem__(0, now[0] + 20), step(state, number))[1]
 
-    monkeypatch.setattr(loop, "_make_step", slow)
+    monkeypatch.setattr(loop, "make_step", slow)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     mine = replace(SHORT, output=str(tmp_path / "r"), steps=9, checkpoint_every=100, evaluate_every=None)
     run(replace(mine, checkpoint_minutes=1.0, evaluate_minutes=1.0, keep_checkpoints=9), quiet)
