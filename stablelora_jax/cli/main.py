@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "stablelora") -> int:
 def script(name: str) -> int:
     """Run the subcommand ``name`` with the process's command line, as the script of that name does."""
     module: Any = COMMANDS[name]
-    parser = argparse.ArgumentParser(description=module.DESCRIPTION, conflict_handler="resolve")
+    parser = _Parser(description=module.DESCRIPTION, conflict_handler="resolve")
     module.add_options(parser)
     return _with_pipe(lambda: module.command(parser.parse_args()))
 
@@ -80,13 +80,28 @@ def make_parser(prog: str = "stablelora") -> argparse.ArgumentParser:
         metavar="SHELL",
         help="print a completion script for a shell: bash, zsh, ... (needs shtab)",
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands", parser_class=_Parser)
     for name, module in COMMANDS.items():
         own: Any = module
         sub = commands.add_parser(name, help=own.SUMMARY, description=own.DESCRIPTION, conflict_handler="resolve")
         own.add_options(sub)
         sub.set_defaults(command=own.command)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes positional arguments before, between and after options."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:  # older Pythons parse options, then positional arguments, with this method
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
 
 
 class _PrintCompletion(argparse.Action):

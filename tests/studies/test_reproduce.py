@@ -193,8 +193,8 @@ def test_mistakes_are_one_line(text, tmp_path, stablelora):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_preset(tmp_path, stablelora):
-    code, _, err = stablelora("reproduce", "quik", "--output", tmp_path / "out")
+def test_an_unknown_preset_and_overrides_after_options(tmp_path, stablelora):
+    code, _, err = stablelora("reproduce", "quik", "--output", tmp_path / "out", "seed=1")
     assert code == 2 and "there is no preset 'quik': name one of quick, real-cpu, real-gpu, paper" in err
 
 
