@@ -110,7 +110,15 @@ def _seeds(axes: Any, results: Row, task: str) -> None:
     for at, row in enumerate(row for row in results["methods"] if row["task"] == task):
         color, marker = shown[row["method"]]
         values = [times * value for value in row["runs"].values() if value is not None]
-        axes.plot([at] * len(values), values, marker, color=color, markersize=6, alpha=0.7, linestyle="")
+        axes.plot(
+            at + 0.12 * np.linspace(-1, 1, len(values)),
+            values,
+            marker,
+            color=color,
+            markersize=6,
+            alpha=0.7,
+            linestyle="",
+        )
         if row["mean"] is not None:
             axes.plot([at - 0.25, at + 0.25], [times * row["mean"]] * 2, color=color, linewidth=2)
         names.append(row["method"].replace("-", "-\n") if len(row["method"]) > 9 else row["method"])
@@ -185,6 +193,6 @@ def _seen(key: str, curves: Curves) -> str:
         stops = " Vertical lines: a pair stops shrinking." if curves.stops else ""
         return "Lines: mean over the pairs; bands: least to greatest." + stops
     return (
-        "delta1 = s x A' dB, delta2 = s x dA B, delta3 = s x dA dB, RMS. Delta1 far above delta2: B learns alone. "
+        "Delta1 far above delta2: B learns alone. The shrink's own term ends where a pair stops. "
         "Lines: geometric mean over the pairs; bands: least to greatest."
     )
