@@ -16,6 +16,7 @@ from stablelora_jax.jobs import run as module
 from stablelora_jax.jobs.file import load_jobs, read_record
 from stablelora_jax.jobs.rounds import Rounds
 from stablelora_jax.jobs.run import run_jobs
+from stablelora_jax.runs import loop
 from stablelora_jax.runs.run import run
 from stablelora_jax.training import checkpoint
 from stablelora_jax.utils.errors import InputError, Interrupted
@@ -111,6 +112,23 @@ class Killed(BaseException):
 
 def fails():
     raise Killed
+
+
+def test_the_base_is_evaluated_once(whole, tmp_path, monkeypatch):
+    """Of three jobs two begin as the base, with different ranks and seeds; the third goes on from an adapter."""
+    common = "common: {steps: 1, batch_size: 8, trackers: [], task: {train_limit: 50, validation_limit: 16}}"
+    adapter, rank = whole / "dropped" / "adapter", "lora: {rank: 8, alpha: 16}"
+    own = f"jobs:\n  a: {{lora: {{rank: 2}}}}\n  b: {{seed: 4}}\n  c: {{{rank}, init_from: {adapter}}}\n"
+    found, evaluate = [], loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *given: found.append(evaluate(*given)) or found[-1])
+    jobs, configs = load(tmp_path, f"output: OUT\n{common}\n{own}")
+    summaries = run_jobs(jobs, configs, quiet)
+    assert len(found) == 2 + 3  # before training of the base and of c, and after it of each
+    assert summaries["a"]["before"] == summaries["b"]["before"] != summaries["c"]["before"]
+    assert summaries["a"]["after"] != summaries["b"]["after"]
+    monkeypatch.undo()
+    alone = run(replace(configs["b"], output=str(tmp_path / "alone")), quiet)
+    np.testing.assert_allclose(alone["before"]["loss"], summaries["b"]["before"]["loss"], rtol=1e-6)
 
 
 @pytest.mark.long
