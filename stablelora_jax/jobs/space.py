@@ -24,7 +24,7 @@ from stablelora_jax.config.keys import NonNegativeInt, PositiveInt
 from stablelora_jax.jobs.file import as_overrides
 from stablelora_jax.utils.errors import InputError
 
-Drawn = dict[str, int | float]  # of one trial, by key: a number, or the index of a choice
+Drawn = dict[str, int | float]  # of one trial, by key: a number, or the index of a choice or of a step
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,33 @@ def _problem(axis: Axis) -> str | None:
 
 def values_of(axes: Mapping[str, Axis], drawn: Mapping[str, int | float]) -> dict[str, Any]:
     """The values of a trial by key."""
-    return {key: axis.choices[int(drawn[key])] if axis.choices else drawn[key] for key, axis in axes.items()}
+    return {key: _value(axis, drawn[key]) for key, axis in axes.items()}
+
+
+def _value(axis: Axis, drawn: int | float) -> Any:
+    if axis.choices:
+        return axis.choices[int(drawn)]
+    if axis.step is None or axis.low is None:
+        return drawn
+    value = axis.low + int(drawn) * axis.step
+    return value if isinstance(value, int) else float(f"{value:.12g}")  # 0.9, not 0.8999999999999999
 
 
 def corners(axes: Mapping[str, Axis]) -> list[Drawn]:
     """Two trials, at the lower and the upper ends, and one for each further choice."""
-    low: Drawn = {key: 0 if axis.choices else axis.low or 0 for key, axis in axes.items()}
-    high: Drawn = {key: 0 if axis.choices else axis.high or 0 for key, axis in axes.items()}
+    low = {key: _ends(axis)[0] for key, axis in axes.items()}
+    high = {key: 0 if axis.choices else _ends(axis)[1] for key, axis in axes.items()}
     return [low, high, *({**low, key: i} for key, axis in axes.items() for i in range(1, len(axis.choices)))]
+
+
+def _ends(axis: Axis) -> tuple[int | float, int | float]:
+    """The least and the greatest number that is drawn."""
+    if axis.choices:
+        return 0, len(axis.choices) - 1
+    assert axis.low is not None and axis.high is not None
+    if axis.step is None:
+        return axis.low, axis.high
+    return 0, math.floor((axis.high - axis.low) / axis.step + 1e-9)
 
 
 def require_optuna() -> None:
@@ -114,7 +133,8 @@ def ask(
 ) -> list[Drawn]:
     """The next ``count`` trials, a function of the arguments alone.
 
-    Trials that have been asked but have no result count as bad ones (``constant_liar``), so that they differ.
+    Trials that have been asked but have no result count as bad ones (``constant_liar``), so that they differ. Failed
+    ones are told as pruned, the worst results: Optuna forgets those in its state FAIL, and draws there again and again.
 
     Args:
       axes: the space.
@@ -131,7 +151,7 @@ def ask(
     study = optuna.create_study(sampler=sampler, direction="minimize" if minimize else "maximize")
     space = {key: _distribution(axis) for key, axis in axes.items()}
     for drawn, value in told:
-        result = {"value": value} if math.isfinite(value) else {"state": optuna.trial.TrialState.FAIL}
+        result = {"value": value} if math.isfinite(value) else {"state": optuna.trial.TrialState.PRUNED}
         study.add_trial(optuna.create_trial(params=drawn, distributions=space, **result))
     return [dict(study.ask(space).params) for _ in range(count)]
 
@@ -139,17 +159,9 @@ def ask(
 def _distribution(axis: Axis) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+    low, high = _ends(axis)
     if axis.choices:
         return CategoricalDistribution(list(range(len(axis.choices))))
-    numbers = [number for number in (axis.low, axis.high, axis.step) if number is not None]
-    if all(isinstance(number, int) for number in numbers):
-        return IntDistribution(axis.low, _last(axis), log=axis.log, step=axis.step or 1)
-    return FloatDistribution(axis.low, _last(axis), log=axis.log, step=axis.step)
-
-
-def _last(axis: Axis) -> Any:
-    """The greatest value that is drawn: ``high`` itself may lie between two steps."""
-    assert axis.low is not None and axis.high is not None
-    if axis.step is None:
-        return axis.high
-    return axis.low + math.floor((axis.high - axis.low) / axis.step + 1e-9) * axis.step
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=axis.log)
+    return FloatDistribution(low, high, log=axis.log)

@@ -146,6 +146,7 @@ def test_the_records_of_shards(tmp_path):
     assert {path.parent.name for path in tmp_path.glob("shards/*/jobs.json")} == {"kept", "others"}
 
 
+@pytest.mark.long
 def test_workers_give_what_one_process_gives(cluster, whole, tmp_path, monkeypatch):
     """Relative paths are those of the driver; a finished sweep starts no worker."""
     monkeypatch.chdir(tmp_path)
@@ -167,7 +168,8 @@ def test_workers_give_what_one_process_gives(cluster, whole, tmp_path, monkeypat
     assert said == [f"{name} is finished" for name in points] * 2
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_kill_and_another_number_of_workers(cluster, whole, tmp_path, monkeypatch, workers):
     sweep, points = load(tmp_path, workers=workers)
     names = list(points)[:2]  # a shard of two workers
