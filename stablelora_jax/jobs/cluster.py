@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -60,7 +61,7 @@ def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     before: Any = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         way = "start it with `ray start --head`, or set ray.address to null"
         raise InputError(f"ray.address={address}: no Ray answers there ({brief(error)}): {way}") from None

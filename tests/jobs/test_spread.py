@@ -18,6 +18,7 @@ from stablelora_jax.jobs.rounds import Rounds
 from stablelora_jax.jobs.shards import SHARDS, digest, divide, gather, train_shard
 from stablelora_jax.jobs.spread import Spread
 from stablelora_jax.jobs.sweep import load_sweep, run_sweep
+from stablelora_jax.runs.directory import create, locate
 from stablelora_jax.runs.files import CHECKPOINTS, MARK
 from stablelora_jax.training import checkpoint
 from stablelora_jax.utils.errors import Interrupted
@@ -52,9 +53,10 @@ def losses(directory):
     return [(record["step"], record["loss"]) for record in map(json.loads, lines) if "loss" in record]
 
 
-def require_same(out, whole):
+def require_same(out, whole, names):
     """The companions of a point in its passes differ, and with them how sums are rounded."""
-    for directory in whole.glob("learning_rate*"):
+    for name in names:
+        directory = whole / name
         mine, other = losses(out / directory.name), losses(directory)
         assert [step for step, _ in mine] == [1, 2, 3, 4] and mine == [
             (s, pytest.approx(x, rel=1e-5)) for s, x in other
@@ -76,6 +78,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The sweep in this process."""
+    pytest.importorskip("ray")
     place = tmp_path_factory.mktemp("whole")
     sweep, points = load(place, workers=None)
     done, failed = run_sweep(sweep, points, quiet)
@@ -159,7 +162,7 @@ def test_workers_give_what_one_process_gives(cluster, whole, tmp_path, monkeypat
     done, failed = run_sweep(sweep, points, said.append)
     assert list(done) == list(points) and not failed
     assert sum("shard 1 of 2: process " in line for line in said) == 1
-    require_same(tmp_path / "out", whole)
+    require_same(tmp_path / "out", whole, done)
     said.clear()
     monkeypatch.setattr(cluster, "remote", None)
     for workers in (2, 1):
@@ -182,11 +185,17 @@ def test_a_kill_and_another_number_of_workers(cluster, whole, tmp_path, monkeypa
     assert read_record(shard).steps == dict.fromkeys(names, 2)
     logs = [tmp_path / "out" / name / "metrics.jsonl" for name in names]
     before = [path.read_text().splitlines()[:2] for path in logs]  # with times, which differ where a step is repeated
+    last = list(points)[3]
+    create(locate(points[last].config), points[last].config)
+    record = read_record(tmp_path / "out")
+    record.failed = {last: "before"}
+    record.write()
     done, failed = run_sweep(replace(sweep, at_once=4 // workers), points, quiet)
-    assert list(done) == list(points) and not failed
+    assert list(done) == list(points)[:3] and failed == {last: "before"}
+    assert not (tmp_path / "out" / last / "metrics.jsonl").exists()
     assert [path.read_text().splitlines()[:2] for path in logs] == before
     assert (shard / "jobs.json").exists() == (workers == 2)
-    require_same(tmp_path / "out", whole)
+    require_same(tmp_path / "out", whole, done)
 
 
 @pytest.mark.long
@@ -212,7 +221,7 @@ def test_a_worker_that_dies(cluster, whole, tmp_path, monkeypatch):
     once = kill(1)
     done, failed = run_sweep(sweep, points, lambda text: (once if len(kills) == 2 else said.append)(text))
     assert len(kills) == 3 and list(done) == list(points) and not failed
-    require_same(tmp_path / "out", whole)
+    require_same(tmp_path / "out", whole, done)
 
 
 @pytest.mark.long
