@@ -39,6 +39,8 @@ HEAVY = {
     "tensorboardX",
     "orbax",
     "huggingface_hub",
+    "ray",
+    "optuna",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -14,7 +14,8 @@ from stablelora_jax.utils.errors import RunError
 SUMMARY = "train a grid of runs side by side, and compare them"
 DESCRIPTION = (
     "Train every point of a grid (methods, learning rates, seeds, ...), several side by side in one step. Finished "
-    "points are not repeated. Writes results.json and results.md with mean and standard deviation over seeds."
+    "points are not repeated. Where FILE says so, workers of Ray train them, or Optuna chooses them. Writes "
+    "results.json and results.md with mean and standard deviation over seeds."
 )
 
 
@@ -36,15 +37,21 @@ def work(arguments: argparse.Namespace) -> None:
     Raises:
       RunError: some point failed; the table is written all the same.
     """
-    from stablelora_jax.jobs.sweep import load_sweep, run_sweep
-    from stablelora_jax.jobs.sweep_table import require_own, write_results
+    from stablelora_jax.jobs.search import run_search
+    from stablelora_jax.jobs.sweep import load_sweep, point_maker, run_sweep
+    from stablelora_jax.jobs.sweep_table import RESULTS, require_own, write_results
 
     sweep, points = load_sweep(arguments.file, arguments.overrides, configs.find)
     require_own(Path(sweep.output))
-    done, failed = run_sweep(sweep, points, log_fn)
+    search = sweep.search is not None
+    if search:
+        make = point_maker(arguments.file, sweep, arguments.overrides, configs.find)
+        points, done, failed = run_search(sweep, make, log_fn)
+    else:
+        done, failed = run_sweep(sweep, points, log_fn)
     words = ["stablelora", "sweep", str(arguments.file), *arguments.overrides]
-    print(write_results(Path(sweep.output), points, done, failed, shlex.join(words)), end="")
+    print(write_results(Path(sweep.output), points, done, failed, shlex.join(words), search), end="")
     if failed:
         raise RunError(
-            f"{len(failed)} of {len(points)} points failed ({', '.join(failed)}); see {sweep.output}/jobs.json"
+            f"{len(failed)} of {len(points)} points failed ({', '.join(failed)}); see {sweep.output}/{RESULTS}"
         )

@@ -19,7 +19,7 @@ from stablelora_jax.jobs.job import Job, resume_step
 from stablelora_jax.jobs.kinds import kinds_of, require_together
 from stablelora_jax.jobs.rounds import Rounds
 from stablelora_jax.parallel import initialize, is_primary, require_devices
-from stablelora_jax.runs.directory import locate, read_summary
+from stablelora_jax.runs.directory import RunDirectory, locate, read_summary
 from stablelora_jax.runs.files import has_adapter, is_run
 from stablelora_jax.runs.prepare import load_base, prepare
 from stablelora_jax.runs.progress import open_progress
@@ -72,12 +72,9 @@ def train_jobs(
     log_fn = log_fn if is_primary() else lambda text: None
     record = read_record(Path(jobs.output))
     located = {name: locate(config) for name, config in configs.items()}
-    done = {
-        name: summary
-        for name, own in located.items()
-        if (summary := read_summary(own.path)) and has_adapter(own.path) and not own.changes
-    }
-    for name in [name for name in record.failed if not is_run(Path(jobs.output) / name)]:
+    done = finished(located)
+    places = {name: own.path for name, own in located.items()}
+    for name in [name for name in record.failed if not is_run(places.get(name, Path(jobs.output) / name))]:
         del record.failed[name]  # somebody has removed its directory
     failed = {name: why for name, why in record.failed.items() if name in configs}
     ended = {*done, *failed}
@@ -88,6 +85,15 @@ def train_jobs(
         done |= _Course(jobs, prepared, record, log_fn).run(ended)
     return {name: done[name] for name in configs if name in done}, {
         name: why for name, why in record.failed.items() if name in configs
+    }
+
+
+def finished(located: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
+    """The summaries of the runs that have ended, by name."""
+    return {
+        name: summary
+        for name, own in located.items()
+        if (summary := read_summary(own.path)) and has_adapter(own.path) and not own.changes
     }
 
 

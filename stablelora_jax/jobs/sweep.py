@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stablelora_jax import config
-from stablelora_jax.config import Section, option, to_dict
+from stablelora_jax.config import Section, option, section, to_dict
 from stablelora_jax.config.keys import PositiveInt
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.jobs.file import JobsConfig, as_overrides
 from stablelora_jax.jobs.kinds import SAME, SAME_LORA
 from stablelora_jax.jobs.run import train_jobs
+from stablelora_jax.jobs.shards import SHARDS, gather
+from stablelora_jax.jobs.space import Search
+from stablelora_jax.jobs.spread import Spread, train_spread
 from stablelora_jax.utils.errors import InputError
 
 MOST = 10_000  # points
@@ -46,6 +49,9 @@ class SweepConfig(Section):
     config: str | None = option(None, "a YAML file or the name of a configuration; null: all defaults")
     common: Mapping[str, Any] = option({}, "keys of all points")
     grid: Mapping[str, tuple[Any, ...]] = option({}, "keys, dotted or of a section, and the values that each takes")
+    search: Search | None = section(lambda: None, "choose the points by Optuna instead of a grid")
+    space: Mapping[str, Mapping[str, Any]] = option({}, "of a search: keys, and the range or the choices of each")
+    ray: Spread | None = section(lambda: None, "train on workers of Ray; null: in this process")
 
 
 class Point(NamedTuple):
@@ -58,7 +64,7 @@ class Point(NamedTuple):
 def load_sweep(
     path: Path, overrides: Sequence[str] = (), find: Callable[[str], Any] = Path
 ) -> tuple[SweepConfig, dict[str, Point]]:
-    """The file, and the points by name, in the order of the grid.
+    """The file, and the points by name, in the order of the grid; a search has none yet.
 
     Args:
       path: of the YAML file.
@@ -69,6 +75,10 @@ def load_sweep(
       InputError: no such file, key or value, an empty grid, or two points of one name; one line.
     """
     sweep: SweepConfig = config.load(SweepConfig, path)
+    if sweep.search is not None or sweep.space:
+        if sweep.grid or sweep.search is None or not sweep.space:
+            raise InputError(f"{path}: a search has the keys search and space, and a grid has grid: name one of them")
+        return sweep, {}
     count = 1
     for key, values in sweep.grid.items():
         if not values:
@@ -76,19 +86,32 @@ def load_sweep(
         count *= len(values)
     if not sweep.grid or count > MOST:
         raise InputError(f"{path}: grid has {count if sweep.grid else 0} points: name between 1 and {MOST}")
-    base, found = None if sweep.config is None else find(sweep.config), {}
+    found: dict[str, Point] = {}
+    make = point_maker(path, sweep, overrides, find)
     for values in itertools.product(*sweep.grid.values()):
         own = dict(zip(sweep.grid, values, strict=True))
         name = ",".join(label(key, value) for key, value in own.items())[:200]
         if name in found:
             raise InputError(f"{path}: two points of the grid are called {name}: leave one of them out")
+        found[name] = make(name, own)
+    return sweep, found
+
+
+def point_maker(
+    path: Path, sweep: SweepConfig, overrides: Sequence[str] = (), find: Callable[[str], Any] = Path
+) -> Callable[[str, Mapping[str, Any]], Point]:
+    """A function that gives a point from its name and its values; the arguments are those of :func:`load_sweep`."""
+    base = None if sweep.config is None else find(sweep.config)
+
+    def make(name: str, own: Mapping[str, Any]) -> Point:
         keys = {key: {"name": value} if _is_member(key, value) else value for key, value in own.items()}
         given = [*as_overrides(sweep.common), *as_overrides(keys), *overrides, f"output={Path(sweep.output) / name}"]
         try:
-            found[name] = Point(own, config.load(RunConfig, base, given))
+            return Point(own, config.load(RunConfig, base, given))
         except InputError as error:
             raise InputError(f"{path}: {name}: {error}") from None
-    return sweep, found
+
+    return make
 
 
 def label(key: str, value: Any) -> str:
@@ -123,12 +146,18 @@ def run_sweep(
       InputError: an input that cannot be used.
       Interrupted: a signal came; all points under way are saved.
     """
-    shared = {key: getattr(sweep, key) for key in ("output", "at_once", "tokens")}
+    jobs = JobsConfig(**{key: getattr(sweep, key) for key in ("output", "at_once", "tokens")})
+    configs = {name: point.config for name, point in points.items()}
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    for names in groups(points):
-        summaries, reasons = train_jobs(JobsConfig(**shared), {name: points[name].config for name in names}, log_fn)
-        done, failed = done | summaries, failed | reasons
+    if sweep.ray is not None:
+        done, failed = train_spread(sweep.ray, jobs, groups(points), configs, log_fn)
+    else:
+        if (Path(sweep.output) / SHARDS).is_dir():  # some points were trained by workers
+            gather(Path(sweep.output), configs).write()
+        for names in groups(points):
+            summaries, reasons = train_jobs(jobs, {name: configs[name] for name in names}, log_fn)
+            done, failed = done | summaries, failed | reasons
     return {name: done[name] for name in points if name in done}, failed
 
 

@@ -30,6 +30,11 @@ def metric_of(points: Mapping[str, Point], summaries: Mapping[str, Mapping[str, 
     return asked.pop() if len(asked) == 1 and evaluated else "loss_last_10"
 
 
+def is_lower_better(metric: str) -> bool:
+    """Whether low values of the metric are good ones."""
+    return metric.startswith("loss")
+
+
 def value_of(summary: Mapping[str, Any], metric: str) -> float:
     """The number of a run; NaN where it is not finite."""
     own = summary.get("kept") or summary.get("after") or {}
@@ -69,17 +74,23 @@ def best_rates(table: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]
         finite = [row for row in own if math.isfinite(row["mean"])]
         if not finite:
             continue
-        best = (min if metric.startswith("loss") else max)(finite, key=lambda row: row["mean"])
+        best = (min if is_lower_better(metric) else max)(finite, key=lambda row: row["mean"])
         rates = sorted(row["values"][RATE] for row in own) if RATE in best["values"] else []
         found.append({**best, "edge": len(rates) > 1 and best["values"][RATE] in (rates[0], rates[-1])})
     return found
 
 
-def markdown(table: list[dict[str, Any]], metric: str) -> str:
-    """The table of all points, and that of the best learning rates where there are several."""
+def ranked(table: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """The rows, the best first, those that are not finite last."""
+    sign = 1 if is_lower_better(metric) else -1
+    return sorted(table, key=lambda row: sign * row["mean"] if math.isfinite(row["mean"]) else math.inf)
+
+
+def markdown(table: list[dict[str, Any]], metric: str, rates: bool = True) -> str:
+    """The table of all points, and with ``rates`` that of the best learning rates where there are several."""
     lines = [f"Mean and standard deviation of `{metric}` over seeds.", "", "| point | seeds | mean | std |"]
     lines += ["| --- | --- | --- | --- |", *map(_line, table)]
-    if any(RATE in row["values"] for row in table):
+    if rates and any(RATE in row["values"] for row in table):
         lines += [
             "",
             "At each method's best learning rate:",
@@ -101,18 +112,25 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def write_results(
-    output: Path, points: Mapping[str, Point], summaries: Mapping[str, Any], failed: Mapping[str, str], command: str
+    output: Path,
+    points: Mapping[str, Point],
+    summaries: Mapping[str, Any],
+    failed: Mapping[str, str],
+    command: str,
+    search: bool = False,
 ) -> str:
-    """Write ``results.json`` and ``results.md``, and return the table.
+    """Write ``results.json`` and ``results.md``, and return the table; of a search, with the best trial on top.
 
     Raises:
       InputError: files of these names are somebody else's.
       RunError: they cannot be written.
     """
     metric, table = metric_of(points, summaries), rows(points, summaries, failed)
-    text = markdown(table, metric)
+    table = ranked(table, metric) if search else table
+    best = table[:1] if search else best_rates(table, metric)
+    text = markdown(table, metric, rates=not search)
     own = {"made_by": MARK, "command": command, "metric": metric, "points": table, "failed": failed}
-    own |= {"best": best_rates(table, metric), "environment": environment()}
+    own |= {"best": best, "environment": environment()}
     require_own(output)
     with writing(output / RESULTS):
         write_whole(output / RESULTS, json.dumps(_plain(own), indent=2) + "\n")
