@@ -22,6 +22,7 @@ from stablelora_jax.runs.directory import create, locate
 from stablelora_jax.runs.files import CHECKPOINTS, MARK
 from stablelora_jax.training import checkpoint
 from stablelora_jax.utils.errors import Interrupted
+from tests.helpers import soak
 
 TEXT = """
 output: OUT
@@ -172,7 +173,7 @@ def test_workers_give_what_one_process_gives(cluster, whole, tmp_path, monkeypat
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [soak(1), 2])
 def test_a_kill_and_another_number_of_workers(cluster, whole, tmp_path, monkeypatch, workers):
     sweep, points = load(tmp_path, workers=workers)
     names = list(points)[:2]  # a shard of two workers
@@ -198,7 +199,7 @@ def test_a_kill_and_another_number_of_workers(cluster, whole, tmp_path, monkeypa
     require_same(tmp_path / "out", whole, done)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_worker_that_dies(cluster, whole, tmp_path, monkeypatch):
     """Once: Ray tries again. Each time: its points fail with one line, others go on, and the next command ends them."""
     sweep, points = load(tmp_path)
@@ -224,7 +225,7 @@ def test_a_worker_that_dies(cluster, whole, tmp_path, monkeypatch):
     require_same(tmp_path / "out", whole, done)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_signal_stops_the_workers_after_saving(cluster, tmp_path):
     sweep, points = load(tmp_path, "steps=100000", "checkpoint_every=100000")
 
