@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from stablelora_jax.runs.report import render
 from stablelora_jax.studies import reproduce_charts as charts
-from stablelora_jax.studies.reproduce_sections import Cell, Part, Table, parts, sentence, unit
+from stablelora_jax.studies.reproduce_cells import Cell, Part, Table, sentence, unit
+from stablelora_jax.studies.reproduce_sections import parts
 from stablelora_jax.utils.files import read_json_object
 
 MARK = "<!doctype html>\n<!-- stablelora_jax: page of a study -->\n"  # how the page begins
