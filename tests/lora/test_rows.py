@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, lora_hyperparams
@@ -70,6 +71,46 @@ def test_a_foreign_model_and_scales_of_the_spec():
     out = low_rank.apply({"params": params, "lora": stack(made), "lora_rows": ROWS}, x)
     alone = [low_rank.apply({"params": params, "lora": made[row]}, x[i : i + 1]) for i, row in enumerate(ROWS)]
     assert largest_difference(out, jnp.concatenate(alone)) < 1e-5
+
+
+def test_training_leaves_absent_adapters_and_unused_ranks_as_they_are():
+    """The laws of SkyRL-tx's ``tests/models/test_llama3_lora_training.py``, to the bit."""
+    model, params = tiny_decoder()
+    rank, ranks = 4, (4, 2, 3)
+    specs = [LoraSpec(rank=own, alpha=own) for own in ranks]
+    made = [init_adapters(jax.random.key(i), params, spec) for i, spec in enumerate(specs)]
+    wide = lambda path, x: jnp.pad(x, [(0, rank - n) if n in ranks and axis == _rank_axis(path) else (0, 0)
+                                       for axis, n in zip(range(-x.ndim, 0), x.shape, strict=True)])  # fmt: skip
+    begun = stack([jax.tree_util.tree_map_with_path(wide, one) for one in made])
+    spec = LoraSpec(rank=rank, alpha=rank)
+    low_rank, inputs, tx = adapted(model, spec), tokens(2, 10), optax.adam(0.05)
+
+    def loss(adapters):
+        variables = {"params": params, "lora": adapters, "lora_rows": jnp.array([0, 1])}
+        logits = low_rank.apply(variables, inputs[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, inputs[:, 1:]).mean()
+
+    @jax.jit
+    def step(adapters, state):
+        value, gradients = jax.value_and_grad(loss)(adapters)
+        updates, state = tx.update(gradients, state)
+        return optax.apply_updates(adapters, updates), state, value
+
+    adapters, state, losses = begun, tx.init(begun), []
+    for _ in range(10):
+        adapters, state, value = step(adapters, state)
+        losses.append(float(value))
+    assert losses[-1] < losses[0] - 0.1
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(begun), jax.tree.leaves(adapters), strict=True
+    ):
+        np.testing.assert_array_equal(after[2], before[2])
+        beyond = jax.lax.slice_in_dim(after[1], ranks[1], rank, axis=after[1].ndim + _rank_axis(path))
+        assert not np.any(beyond) and np.any(after[1] != before[1]) and np.any(after[0] != before[0])
+
+
+def _rank_axis(path):
+    return -1 if path[-1].key == "lora_a" else -2
 
 
 def test_mistakes():
