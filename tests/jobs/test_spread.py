@@ -24,6 +24,8 @@ from stablelora_jax.training import checkpoint
 from stablelora_jax.utils.errors import Interrupted
 from tests.helpers import soak
 
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")  # Ray's processes execute another program at once
+
 TEXT = """
 output: OUT
 at_once: 2

@@ -262,11 +262,8 @@ def test_results_hold_every_number(made):
     assert all(row["milliseconds"] > 0 and row["state_bytes"] > 0 for row in found["overhead"])
     assert found["overhead"][0]["relative"] == 1
     assert found["command"] == "the command" and not found["failed"] and not found["forgetting"]
-    rows = [
-        json.loads(line)
-        for run in found["terms"].values()
-        for line in open(made.output / "runs" / run / "metrics.jsonl")
-    ]
+    logs = [(made.output / "runs" / name / "metrics.jsonl").read_text() for name in found["terms"].values()]
+    rows = [json.loads(line) for text in logs for line in text.splitlines()]
     assert any("stability" in row for row in rows)
 
 
