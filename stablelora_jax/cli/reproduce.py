@@ -13,7 +13,7 @@ SUMMARY = "measure the claims of the Stable-LoRA paper, on one page"
 DESCRIPTION = (
     "Compare methods at their best learning rates over seeds, shrink ratios, ranks, overhead and forgetting, and write "
     "DIR/index.html, DIR/results.md and DIR/results.json. PRESET: quick (the base of this package, under 10 minutes on "
-    "2 cores), real-cpu (SmolLM2-135M, under 90 minutes), real-gpu, paper, or a YAML file: see docs/studies.md. The "
+    "2 cores), real-cpu (SmolLM2-135M, under 90 minutes), real-gpu, paper, or a YAML file: see docs/reproduce.md. The "
     "same command goes on where it was interrupted."
 )
 

@@ -18,6 +18,7 @@ from stablelora_jax.runs.files import METRICS
 from stablelora_jax.runs.history import read_history
 from stablelora_jax.studies.preset import RATIO, STOP, Keys, Point, Study
 from stablelora_jax.studies.significance import difference, mean_std
+from stablelora_jax.utils.errors import InputError
 
 Row = dict[str, Any]
 
@@ -40,7 +41,7 @@ class Runs:
         jobs = JobsConfig(output=str(self.study.output / "runs"), at_once=self.study.preset.at_once)
         done, failed = train_jobs(jobs, left, lambda text: None)
         for name, why in failed.items():
-            self.log_fn(f"{name} failed: {why}")
+            self.log_fn(f"{name} failed: {why}; remove its directory in runs/ to try it again")
         self.summaries |= done
         self.failed |= failed
 
@@ -62,6 +63,7 @@ def compare(runs: Runs) -> list[Row]:
     A grid whose best rate is at an end grows there by its own ratio, at most ``preset.widen`` times at each end.
     """
     preset = runs.study.preset
+    require_choices(runs.study)
     rates = {(task, method): list(preset.learning_rates) for task in preset.tasks for method in preset.methods}
     new = rates
     for turn in range(2 * preset.widen + 1):
@@ -74,6 +76,18 @@ def compare(runs: Runs) -> list[Row]:
     reported = [p for key, rate in best.items() for p in seeds_of(runs.study, *key, rate)]
     runs.train(reported, "seeds at the best learning rates")
     return [_method(runs, task, method, own, best[task, method]) for (task, method), own in rates.items()]
+
+
+def require_choices(study: Study) -> None:
+    """Check that the tasks have accuracies where these are compared.
+
+    Raises:
+      InputError: a task is not multiple choice, or its rows cannot be read.
+    """
+    for task in study.preset.tasks if study.preset.metric == "acc" else ():
+        config = study.point(task, study.preset.method, study.preset.learning_rates[0], study.preset.seeds[0]).config
+        if not all(isinstance(item, Question) for item in load_questions(config.task, "validation")):
+            raise InputError(f"tasks.{task} is not multiple choice, so there is no accuracy: set metric: loss")
 
 
 def _searched(study: Study, rates: Mapping[tuple[str, str], Sequence[float]]) -> list[Point]:

@@ -13,11 +13,14 @@ from stablelora_jax import config
 from stablelora_jax.config import Section, option, to_dict
 from stablelora_jax.config.keys import NonNegativeInt, PositiveFloat, PositiveInt
 from stablelora_jax.config.run import RunConfig
-from stablelora_jax.jobs.file import as_overrides
+from stablelora_jax.jobs.file import NAME, as_overrides
 from stablelora_jax.utils.errors import InputError
 
 FOLDER = Path(stablelora_jax.__file__).parent / "assets" / "studies"
 PRESETS = ("quick", "real-cpu", "real-gpu", "paper")
+OWN = ("seed", "output", "optimizer", "optimizer.name", "optimizer.learning_rate", "task", "task.name", "task.path")
+DISTINCT = ("learning_rates", "rate_seeds", "seeds", "shrink_ratios", "ranks")
+LONGEST = 60  # characters of the name of a task or a method
 RATE, SEED, RATIO, STOP = "optimizer.learning_rate", "seed", "optimizer.shrink_ratio", "optimizer.stop_rule"
 Keys = Mapping[str, Any]
 
@@ -77,15 +80,15 @@ class Study(NamedTuple):
           InputError: a key or value that no run has.
         """
         given = [*as_overrides(self.preset.common), *as_overrides(self.preset.tasks[task])]
-        given += as_overrides(self.preset.methods[method])
-        if self.data is not None:
-            given.append(f"task.path={self.data / task}")
-        given += [*self.overrides, f"{RATE}={rate!r}", f"{SEED}={seed}"]
+        given += [*as_overrides(self.preset.methods[method]), *self.overrides, f"{RATE}={rate!r}", f"{SEED}={seed}"]
         usual = to_dict(config.load(RunConfig, self.base, given))
+        if self.data is not None and "path" in usual["task"]:
+            rows = usual["task"]["name"]
+            given += as_overrides({"task.path": str(self.data if rows == "merged_qa" else self.data / rows)})
         more = {key: value for key, value in (own or {}).items() if _get(usual, key) != value}
-        labels = [task, method, f"lr={rate:g}", *(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in more.items())]
-        name = ",".join([*labels, f"seed={seed}"]).replace(" ", "_")
-        given += [*as_overrides(more), f"output={self.output / 'runs' / name}"]
+        labels = [task, method, f"lr={rate!r}", *(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in more.items())]
+        name = ",".join([*labels, f"seed={seed}"])
+        given += as_overrides({**more, "output": str(self.output / "runs" / name)})
         return Point(name, config.load(RunConfig, self.base, given))
 
 
@@ -102,14 +105,31 @@ def load_study(
         raise InputError(f"there is no preset {name!r:.80}: name one of {', '.join(PRESETS)}, or a YAML file")
     preset: Preset = config.load(Preset, path)
     _require(preset, path)
+    for text in overrides:
+        if (key := text.partition("=")[0].strip()) in OWN:
+            raise InputError(f"{text}: a study sets {key} itself, for each of its runs: write a preset of your own")
     base = None if preset.config is None else find(preset.config)
     made = Study(path.stem, preset, output, overrides, data, base)
+    try:
+        _require_points(made)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return made
+
+
+def _require_points(study: Study) -> None:
+    """Make a run of each kind: a key or value that no run has is found here."""
+    preset = study.preset
     for task in preset.tasks:
         for method in preset.methods:
-            found = made.point(task, method, preset.learning_rates[0], preset.seeds[0]).config
+            found = study.point(task, method, preset.learning_rates[0], preset.seeds[0]).config
             if not found.evaluate or found.epochs is not None:
-                raise InputError(f"{path}: a study needs evaluate: true, and steps instead of epochs")
-    return made
+                raise InputError("a study needs evaluate: true, and steps instead of epochs")
+    first = (study.task, preset.method, preset.learning_rates[0], preset.seeds[0])
+    if preset.shrink_ratios:
+        study.point(*first, {RATIO: max(preset.shrink_ratios), STOP: False})
+    for rank in preset.ranks:
+        study.point(*first, {"lora.rank": rank, "lora.scaling": "rslora"})
 
 
 def _require(preset: Preset, path: Path) -> None:
@@ -120,6 +140,19 @@ def _require(preset: Preset, path: Path) -> None:
     for key in ("baseline", "method"):
         if getattr(preset, key) not in preset.methods:
             raise InputError(f"{path}: {key} {getattr(preset, key)!r} is none of methods: {', '.join(preset.methods)}")
+    if preset.baseline == preset.method:
+        raise InputError(f"{path}: baseline and method are both {preset.method!r}: name two of methods")
+    for kind, names in (("tasks", preset.tasks), ("methods", preset.methods)):
+        for name in names:
+            if not NAME.fullmatch(name) or len(name) > LONGEST:
+                text = f"use letters, digits and ._=,+-, at most {LONGEST} of them"
+                raise InputError(f"{path}: {kind}.{name!r:.80} is no name of a directory: {text}")
+    for method, keys in preset.methods.items():
+        if "learning_rate" in keys.get("optimizer", {}):
+            raise InputError(f"{path}: methods.{method}.optimizer.learning_rate: rates are those of learning_rates")
+    for key in DISTINCT:
+        if len(set(getattr(preset, key))) < len(getattr(preset, key)):
+            raise InputError(f"{path}: {key} names a value twice")
     if any(low >= high for low, high in pairwise(preset.learning_rates)):
         raise InputError(f"{path}: learning_rates must ascend")
     if len(preset.learning_rates) < 2 and preset.widen:

@@ -26,12 +26,12 @@ from stablelora_jax.runs.records import plain
 from stablelora_jax.runs.run import run
 from stablelora_jax.runs.summary import environment
 from stablelora_jax.studies import comparison, reproduce_page
-from stablelora_jax.studies.forgetting import forgetting
+from stablelora_jax.studies.forgetting import forgetting, require_tasks
 from stablelora_jax.studies.overhead import overhead
 from stablelora_jax.studies.preset import Study, load_study
 from stablelora_jax.studies.width_results import run_study
 from stablelora_jax.utils import compile_cache
-from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.errors import InputError, RunError
 from stablelora_jax.utils.files import as_path, read_json_object, require_replaceable, write_whole, writing
 from stablelora_jax.utils.outputs import require_writable
 
@@ -67,7 +67,7 @@ def reproduce(
       Interrupted: a signal came; what is finished, and the runs under way, are saved.
     """
     study = load_study(preset, as_path(output, "--output"), overrides, None if data is None else as_path(data), find)
-    settings = plain({"preset": to_dict(study.preset), "overrides": list(overrides)})
+    settings = plain({"preset": to_dict(study.preset), "overrides": list(overrides), "data": data and str(data)})
     _require_own(study.output, settings)
     compile_cache.enable()
     began = time.monotonic()
@@ -86,42 +86,59 @@ def reproduce(
 def measured(study: Study, settings: dict[str, Any], log_fn: Callable[[str], None]) -> dict[str, Any]:
     """All parts; ``runs`` and ``width-scaling`` keep themselves, the others are files of ``parts/``."""
     preset = study.preset
-    run_study(study.output / "width-scaling", preset.width_scaling)
+    require_tasks(study)
     runs = comparison.Runs(study, log_fn)
     methods = comparison.compare(runs)
     rates = {row["method"]: row["rate"] for row in methods if row["task"] == study.task}
     found: dict[str, Any] = {"methods": methods, "differences": comparison.differences(runs, methods)}
     found["shrink_ratios"] = comparison.shrink_ratios(runs, rates[preset.method])
     found["ranks"] = comparison.ranks(runs, rates)
-    alone = comparison.looked_at(study, rates)
-    for method, config in alone.items():
-        log_fn(f"terms of a step: {method}")
-        run(config, lambda text: None)
-    found["terms"] = {method: Path(str(config.output)).name for method, config in alone.items()}
+    found["terms"] = _terms(study, rates, runs)
     found["overhead"] = []
     if preset.overhead_steps:
         log_fn("overhead")
-        found["overhead"] = _part(study, settings, "overhead", lambda kept: overhead(study, rates))
+        found["overhead"] = _part(study, settings, "overhead", lambda *_: overhead(study, rates))
     found["forgetting"] = []
     if preset.forgetting:
-        found["forgetting"] = _part(study, settings, "forgetting", lambda kept: forgetting(study, rates, log_fn, kept))
+        found["forgetting"] = _part(
+            study, settings, "forgetting", lambda *given: forgetting(study, rates, log_fn, *given)
+        )
+    log_fn("widths")
+    run_study(study.output / "width-scaling", preset.width_scaling)
     found["failed"] = runs.failed
     return found
 
 
-def _part(study: Study, settings: dict[str, Any], name: str, make: Callable[[dict[str, Any]], Any]) -> Any:
-    """What the file of a part holds; it is made, and kept also where it is interrupted, where it is not there."""
+def _terms(study: Study, rates: dict[str, float], runs: comparison.Runs) -> dict[str, str]:
+    """The name of the run of each method whose terms were measured; one that fails is left out."""
+    found = {}
+    for method, config in comparison.looked_at(study, rates).items():
+        runs.log_fn(f"terms of a step: {method}")
+        name = Path(str(config.output)).name
+        try:
+            run(config, lambda text: None)
+            found[method] = name
+        except RunError as error:
+            runs.failed[name] = str(error)
+            runs.log_fn(f"{name} failed: {error}")
+    return found
+
+
+def _part(study: Study, settings: dict[str, Any], name: str, make: Callable[..., Any]) -> Any:
+    """What the file of a part holds; where it is not there, ``make(kept, save)``, whose ``save()`` writes ``kept``."""
     path = study.output / "parts" / f"{name}.json"
     own = read_json_object(path) if path.is_file() else {}
     if "result" in own:
         return own["result"]
     kept = own.get("kept", {})
     head = {"study": "stablelora_jax: reproduce", "settings": settings}
-    try:
-        own = {**head, "result": make(kept)}
-    finally:
-        _write(path, to_text(plain({**head, "kept": kept, **own})))
-    return own["result"]
+
+    def save(**more: Any) -> None:
+        _write(path, to_text(plain({**head, "kept": kept, **more})))
+
+    result = make(kept, save)
+    save(result=result)
+    return result
 
 
 def _require_own(output: Path, settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from stablelora_jax.studies.width_panels import signed
 
 Row = Mapping[str, Any]
 UNKNOWN = "\N{EN DASH}"
+UNMEASURED = "Not measured by this preset."
 
 
 class Cell(NamedTuple):
@@ -43,7 +44,7 @@ def shown(results: Row, row: Row) -> Cell:
     times, _ = charts.factor(results)
     digits = 1 if times == 100 else 4
     if row["mean"] is None:
-        return Cell("not finite", tuple(row.get("runs", ())))
+        return Cell("failed", tuple(row.get("runs", ())))
     spread = "" if row["std"] is None else f" ± {times * row['std']:.{digits}f}"
     return Cell(f"{times * row['mean']:.{digits}f}{spread}", tuple(row.get("runs", ())))
 

@@ -85,7 +85,7 @@ def _log_x(axes: Any, ticks: Sequence[float], label: str) -> None:
     from matplotlib.ticker import NullLocator
 
     axes.set(xscale="log", xlabel=label)
-    chosen = ticks[:: -(-len(ticks) // MOST_TICKS)]
+    chosen = ticks[:: max(1, -(-len(ticks) // MOST_TICKS))]
     axes.set_xticks(chosen, [f"{tick:g}" for tick in chosen])
     axes.xaxis.set_minor_locator(NullLocator())
 
@@ -130,7 +130,7 @@ def _seeds(axes: Any, results: Row, task: str) -> None:
 def shrink_ratios(results: Row) -> list[Chart]:
     """The metric against the shrink ratio."""
     seen = (
-        "Mean over the seeds, vertical lines: one standard deviation. The dashed line is a ratio of 0, which is AdamW. "
+        "Mean over the seeds, vertical lines: one standard deviation. The dashed line is a ratio of 0. "
         "Without the stop rule A shrinks to the end."
     )
     return [chart("shrink", "Shrink ratio and stop rule", seen, partial(_shrink, results=results))]

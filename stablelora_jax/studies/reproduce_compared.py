@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from stablelora_jax.studies import reproduce_charts as charts
-from stablelora_jax.studies.reproduce_cells import UNKNOWN, Cell, Part, Row, Table, about, first_task, sentence, shown
+from stablelora_jax.studies.reproduce_cells import (
+    UNKNOWN,
+    UNMEASURED,
+    Cell,
+    Part,
+    Row,
+    Table,
+    about,
+    first_task,
+    sentence,
+    shown,
+)
 from stablelora_jax.studies.width_panels import signed
 
 SCALINGS = {"lora": "LoRA", "rslora": "rsLoRA"}
@@ -17,7 +28,8 @@ def methods(results: Row) -> Part:
     said += [
         f"Each method takes the learning rate with the best mean over the seeds that choose ({chooses}); a grid whose "
         "best rate is at an end is widened. No seed is chosen. The validation set also chooses the rates, so all means "
-        "are a little high."
+        "are a little high. Each p-value is of one comparison, on the questions that chose the rates: of several "
+        "comparisons some give a small one by chance."
     ]
     edges = [f"{row['method']} on {row['task']}" for row in rows if row["edge"]]
     said += [f"Still best at the end of its grid: {', '.join(edges)}."] if edges else []
@@ -39,14 +51,18 @@ def methods(results: Row) -> Part:
 def _differences(results: Row) -> Table:
     times, _ = charts.factor(results)
     digits = 1 if times == 100 else 4
-    rows = []
+    rows, by_key = [], {(row["task"], row["method"]): row for row in results["methods"]}
     for found in results["differences"]:
         numbers = [found[key] for key in ("mean", "std", "low", "high")]
         mean, std, low, high = (UNKNOWN if x is None else signed(times * x, digits) for x in numbers)
         beyond = {None: UNKNOWN, True: "yes", False: "no"}[found["beyond"]]
         p_value = UNKNOWN if found["p_value"] is None else f"{found['p_value']:.2g}"
         name = f"{found['method']}, {found['task']}"
-        rows.append([Cell(text) for text in (name, mean, std.lstrip("+"), beyond, f"{low} to {high}", p_value)])
+        runs = tuple(by_key[found["task"], found["baseline"]]["runs"]) + tuple(
+            by_key[found["task"], found["method"]]["runs"]
+        )
+        rest = (std.lstrip("+"), beyond, f"{low} to {high}", p_value)
+        rows.append([Cell(name), Cell(mean, runs), *map(Cell, rest)])
     head = ["method, task", "difference", "std over seeds", "beyond 2 std", "95 % over questions", "p"]
     baseline = results["settings"]["preset"]["baseline"]
     return Table(f"Minus {baseline}; interval and p: paired over questions, for these seeds", head, rows)
@@ -72,10 +88,11 @@ def shrink(results: Row) -> Part:
     cells = [[Cell(f"{r:g}"), *(by_key.get((r, stop), Cell(UNKNOWN)) for stop in (True, False))] for r in ratios]
     table = Table(about(results), ["shrink ratio", "with stop rule", "without"], cells)
     preset = results["settings"]["preset"]
-    said = [
-        f"{preset['method']} on {first_task(results)}, at its best learning rate; a ratio of 0 is AdamW at that rate."
-    ]
-    return Part("shrink", "Shrink ratio and stop rule", said, charts.shrink_ratios(results) if rows else [], [table])
+    said = [f"{preset['method']} on {first_task(results)}, at its best learning rate; a ratio of 0 is no shrink."]
+    if not rows:
+        return Part("shrink", "Shrink ratio and stop rule", [UNMEASURED], [], [])
+    drawn = charts.shrink_ratios(results) if any(row["mean"] is not None for row in rows) else []
+    return Part("shrink", "Shrink ratio and stop rule", said, drawn, [table])
 
 
 def ranks(results: Row) -> Part:
@@ -89,5 +106,7 @@ def ranks(results: Row) -> Part:
         f"{first_task(results)}, at each method's best learning rate for the rank of the comparison above; the rate is "
         "not searched again for each rank, which favours that rank."
     ]
+    if not rows:
+        return Part("ranks", "Ranks", [UNMEASURED], [], [])
     table = Table(about(results), ["method, scaling", *(f"r = {rank}" for rank in names)], cells)
-    return Part("ranks", "Ranks", said, charts.ranks(results) if rows else [], [table])
+    return Part("ranks", "Ranks", said, charts.ranks(results), [table])

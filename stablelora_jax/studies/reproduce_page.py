@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def text(results: Mapping[str, Any], output: Path) -> str:
             lines += ["", paragraph]
         for table in part.tables:
             lines += ["", f"{table.caption}:", "", *_lines(table)]
+    lines += ["", "## Runs", "", "`results.json` has the name and the value of every run.", ""]
+    lines += [f"- failed: {name}: {why}" for name, why in results["failed"].items()]
     lines += ["", "## Environment", "", *(f"- {key}: {value}" for key, value in environment(results))]
     return "\n".join(lines) + "\n"
 
@@ -60,10 +63,14 @@ def _parts(results: Mapping[str, Any], output: Path) -> list[Part]:
 
 
 def _lines(table: Table) -> Iterator[str]:
-    yield f"| {' | '.join(table.head)} |"
+    yield f"| {' | '.join(map(_escaped, table.head))} |"
     yield f"|{' --- |' * len(table.head)}"
     for row in table.rows:
-        yield f"| {' | '.join(cell.text.replace('|', chr(92) + '|') for cell in row)} |"
+        yield f"| {' | '.join(_escaped(cell.text) for cell in row)} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _title(results: Mapping[str, Any]) -> str:
@@ -78,7 +85,7 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("methods", str(len(preset["methods"]))),
         ("runs", str(len(list(_runs(results))))),
         ("seeds", str(len(preset["seeds"]))),
-        ("time", f"{results['seconds'] / 60:.1f} minutes"),
+        ("time of calls that ended", f"{results['seconds'] / 60:.1f} minutes"),
     ]
 
 
@@ -107,16 +114,10 @@ def _runs(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _anchor(runs: Sequence[str]) -> str:
     """Of the rows of :func:`_groups`; the same runs have one."""
-    return "runs-" + quote(runs[0], safe="")[:200].replace("%", "-") if len(runs) == 1 else f"group-{_number(runs)}"
-
-
-def _number(runs: Sequence[str]) -> str:
-    import hashlib
-
-    return hashlib.sha256("\n".join(runs).encode()).hexdigest()[:12]
+    return "runs-" + hashlib.sha256("\n".join(runs).encode()).hexdigest()[:12]
 
 
 def _groups(made: Sequence[Part]) -> list[Cell]:
     """Every value of several runs, or of one, once."""
     cells = [cell for part in made for table in part.tables for row in table.rows for cell in row if cell.runs]
-    return list({cell.runs: cell for cell in cells}.values())
+    return list({cell.runs: cell for cell in reversed(cells)}.values())[::-1]

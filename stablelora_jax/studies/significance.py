@@ -59,7 +59,7 @@ def difference(
 
 
 def _paired(differences: np.ndarray) -> tuple[Any, Any, Any]:
-    """(low, high, p) of the mean of ``differences`` (questions,); a constant difference has no spread to test with."""
+    """(low, high, p) of the mean of ``differences`` (questions,); p is None where all are equal."""
     from scipy.special import stdtr, stdtrit
 
     n = len(differences)
@@ -68,6 +68,6 @@ def _paired(differences: np.ndarray) -> tuple[Any, Any, Any]:
     error = float(differences.std(ddof=1)) / math.sqrt(n)
     mean = float(differences.mean())
     if error == 0:
-        return mean, mean, 1.0 if mean == 0 else 0.0
+        return mean, mean, None
     half = float(stdtrit(n - 1, 0.975)) * error
     return mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean) / error))

@@ -14,7 +14,8 @@ from scipy import stats
 
 from stablelora_jax.cli import configs
 from stablelora_jax.config import to_dict
-from stablelora_jax.studies import comparison, reproduce
+from stablelora_jax.runs.records import plain
+from stablelora_jax.studies import comparison, reproduce, reproduce_page
 from stablelora_jax.studies.preset import FOLDER, PRESETS, load_study
 from stablelora_jax.studies.significance import difference, mean_std
 
@@ -180,6 +181,17 @@ MISTAKES = {
     "shrink_ratios: [0, ": ("shrink_ratios: [1, ", r"shrink_ratios must be in \[0, 1\)"),
     "  AdamW: ": ("  Adam: ", "baseline 'AdamW' is none of methods: Adam"),
     "steps: 4,": ("stepz: 4,", "stepz"),
+    "seeds: [0, 1]": ("seeds: [0, 0]", "seeds names a value twice"),
+    "LoRA+: {": ("../LoRA: {", "methods.'../LoRA' is no name of a directory"),
+    "LoRA+: {o": ("'L oRA': {o", "methods.'L oRA' is no name of a directory"),
+    "{name: lora_plus}": ("{name: lora_plus, learning_rate: 0.1}", r"methods.LoRA\+.optimizer.learning_rate"),
+    "\nwiden": ("\nmethod: LoRA+\nwiden", r"shrink_ratio"),
+    "\nwiden: 2": ("\nmethod: AdamW\nwiden: 2", "baseline and method are both 'AdamW'"),
+    "ranks: [2, 4]": ("ranks: [2, 4]\nforgetting: [helaswag]", "forgetting: helaswag is none of hellaswag"),
+    "{train_limit: 64, validation_limit: 8}": (
+        "{name: jsonl, path: DATA}",
+        "tasks.compare_sizes is not multiple choice, so there is no accuracy: set metric: loss",
+    ),
     "warmup_steps: 1}": ("warmup_steps: 1}, evaluate: false", "evaluate: true"),
 }
 
@@ -187,7 +199,10 @@ MISTAKES = {
 @pytest.mark.parametrize("text", MISTAKES)
 def test_mistakes_are_one_line(text, tmp_path, stablelora):
     new, said = MISTAKES[text]
-    path = write(tmp_path, TEXT.replace(text, new))
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 8)
+    path = write(tmp_path, TEXT.replace(text, new).replace("DATA", str(tmp_path / "data")))
     code, _, err = stablelora("reproduce", path, "--output", tmp_path / "out")
     assert code == 2 and re.search(said, err) and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -216,7 +231,7 @@ def test_what_no_test_can_say():
     assert difference([0.5], [math.nan]) is None
     assert difference([0.5], [0.25])[1:] == (None,) * 5
     same = np.ones((2, 5), bool)
-    assert difference([1, 1], [1, 1], (same, same))[2:] == (False, 0.0, 0.0, 1.0)
+    assert difference([1, 1], [1, 1], (same, same))[2:] == (False, 0.0, 0.0, None)
 
 
 class Links(HTMLParser):
@@ -297,7 +312,7 @@ def test_the_same_command_repeats_nothing(made, monkeypatch):
 @pytest.mark.long
 def test_a_study_of_other_settings_is_not_mixed_in(made, stablelora):
     before = (made.output / "results.json").read_bytes()
-    code, _, err = stablelora("reproduce", made.path, "--output", made.output, "seed=3")
+    code, _, err = stablelora("reproduce", made.path, "--output", made.output, "max_length=63")
     assert code == 2 and "has other settings than this command: choose another --output" in err
     assert (made.output / "results.json").read_bytes() == before
 
@@ -314,13 +329,14 @@ def test_a_file_of_another_origin_is_refused(name, tmp_path, stablelora):
 def test_a_part_that_is_interrupted_keeps_what_it_has(tmp_path):
     study = study_of(tmp_path)
 
-    def interrupted(kept):
+    def interrupted(kept, save):
         kept["one"] = {"acc": 0.5}
+        save()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         reproduce._part(study, {}, "forgetting", interrupted)
-    assert reproduce._part(study, {}, "forgetting", lambda kept: [kept]) == [{"one": {"acc": 0.5}}]
+    assert reproduce._part(study, {}, "forgetting", lambda kept, save: [kept]) == [{"one": {"acc": 0.5}}]
     assert reproduce._part(study, {}, "forgetting", None) == [{"one": {"acc": 0.5}}]
 
 
@@ -329,3 +345,67 @@ def test_a_failed_run_is_said_and_not_counted(compared):
     assert rows["AdamW"]["mean"] is None and rows["AdamW"]["rate"] == 0.02
     found = comparison.differences(runs, list(rows.values()))
     assert [row["mean"] for row in found] == [None, None]
+
+
+WIDTHS = Path(__file__).parents[2] / "experiments" / "results" / "width-scaling.json"
+SHORT = ("two_tasks", "a_method_fails", "no_ablations")
+WORLDS = {  # text of the preset, and the accuracy or loss of a configuration
+    "whole": (TEXT, lambda own: peak(0.02)(own) + own.seed / 50),
+    "one_seed": (TEXT.replace("seeds: [0, 1]", "seeds: [0]"), peak(0.02)),
+    "two_tasks": (TEXT.replace("limit: 8}}}", "limit: 8}}, two: {task: {validation_limit: 8}}}"), peak(0.02)),
+    "no_ablations": (TEXT.replace("shrink_ratios: [0, 0.05]\nranks: [2, 4]\n", ""), peak(0.02)),
+    "no_shrink": (TEXT.replace("[0, 0.05]", "[0]"), peak(0.02)),
+    "a_method_fails": (TEXT, lambda own: None if own.optimizer.name == "stable_lora" else peak(0.02)(own)),
+    "all_fail": (TEXT, lambda own: None),
+    "loss": (TEXT.replace("widen: 2", "widen: 2\nmetric: loss"), lambda own: 2 - peak(0.02)(own)),
+}
+
+
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in WORLDS])
+def test_pages_of_all_kinds_of_results(name, compared, tmp_path, monkeypatch):
+    text, value = WORLDS[name]
+    monkeypatch.setattr(comparison, "_both_correct", lambda *given: None)
+    if name == "loss":
+        monkeypatch.setattr(comparison.Runs, "value", lambda runs, point: value(point.config))
+    rows, _, runs = compared(value, text)
+    study = runs.study
+    rates = {row["method"]: row["rate"] for row in rows.values()}
+    tasks = [row for task in study.preset.tasks for row in comparison.compare(runs) if row["task"] == task]
+    made = {"methods": tasks, "differences": comparison.differences(runs, tasks)}
+    made |= {
+        "shrink_ratios": comparison.shrink_ratios(runs, rates["Stable-LoRA"]),
+        "ranks": comparison.ranks(runs, rates),
+    }
+    made |= {"terms": {}, "overhead": [], "forgetting": [], "failed": runs.failed, "name": "<own>", "seconds": 60.0}
+    made |= {
+        "command": "c",
+        "date": "d",
+        "environment": {"devices": "e"},
+        "settings": {"preset": to_dict(study.preset)},
+    }
+    (tmp_path / "out" / "width-scaling").mkdir(parents=True)
+    (tmp_path / "out" / "width-scaling" / "results.json").write_bytes(WIDTHS.read_bytes())
+    results = json.loads(json.dumps(plain(made)))
+    page, text = Links(reproduce_page.page(results, study.output)), reproduce_page.text(results, study.output)
+    assert {link.removeprefix("#") for link in page.inner} <= set(page.ids)
+    said = "".join(page.said)
+    assert "<own>" in said and text.count("\n## (") == 8
+    assert ("failed" in text) == name.endswith(("fails", "fail"))
+    assert ("mean of these tasks" in text) == (name == "two_tasks")
+    assert ("nats per token" in text) == (name == "loss")
+    assert (text.count("Not measured by this preset.") == 4) == (name == "no_ablations")
+
+
+def test_names_of_runs_differ_where_the_runs_do(tmp_path):
+    study = study_of(tmp_path)
+    names = {study.point("compare_sizes", "AdamW", rate, 0).name for rate in (0.01, 0.010000001)}
+    assert len(names) == 2
+    odd = load_study(str(write(tmp_path)), tmp_path / "a #b: {c}", [], None, configs.find)
+    name, config = odd.point("compare_sizes", "AdamW", 0.01, 0)
+    assert config.output == str(tmp_path / "a #b: {c}" / "runs" / name)
+
+
+@pytest.mark.parametrize("override", ["seed=3", "output=x", "optimizer.learning_rate=1", "optimizer.name=adamw"])
+def test_what_a_study_sets_itself_is_no_override(override, tmp_path, stablelora):
+    code, _, err = stablelora("reproduce", write(tmp_path), "--output", tmp_path / "out", override)
+    assert code == 2 and f"{override}: a study sets {override.split('=')[0]} itself" in err
