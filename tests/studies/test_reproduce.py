@@ -15,7 +15,7 @@ from scipy import stats
 from stablelora_jax.cli import configs
 from stablelora_jax.config import to_dict
 from stablelora_jax.runs.records import plain
-from stablelora_jax.studies import comparison, reproduce, reproduce_page
+from stablelora_jax.studies import comparison, forgetting, reproduce, reproduce_page
 from stablelora_jax.studies.preset import FOLDER, PRESETS, load_study
 from stablelora_jax.studies.significance import difference, mean_std
 
@@ -345,6 +345,27 @@ def test_a_failed_run_is_said_and_not_counted(compared):
     assert rows["AdamW"]["mean"] is None and rows["AdamW"]["rate"] == 0.02
     found = comparison.differences(runs, list(rows.values()))
     assert [row["mean"] for row in found] == [None, None]
+
+
+def test_forgetting(tmp_path, monkeypatch):
+    """The base once, each run once, also after an interruption; a run without an adapter makes its mean empty."""
+    study = study_of(tmp_path, TEXT.replace("ranks: [2, 4]", "ranks: [2, 4]\nforgetting: [hellaswag, openbookqa]"))
+    asked, saved, kept = [], [], {"": {"hellaswag": 0.5, "openbookqa": 0.25}}
+    result = {"compare_sizes,AdamW,lr=0.01,seed=0": 0.25, "compare_sizes,AdamW,lr=0.01,seed=1": 0.75}
+    monkeypatch.setattr(forgetting, "load_base", lambda config: None)
+    monkeypatch.setattr(forgetting, "has_adapter", lambda path: "Stable-LoRA,lr=0.02,seed=1" not in str(path))
+    monkeypatch.setattr(forgetting, "_subject", lambda study, base, name: asked.append(name) or name)
+    monkeypatch.setattr(
+        forgetting, "_accuracies", lambda study, name: {"hellaswag": result.get(name, 1.0), "openbookqa": 0.0}
+    )
+    rates = {"AdamW": 0.01, "Stable-LoRA": 0.02}
+    found = forgetting.forgetting(study, rates, lambda text: None, kept, lambda: saved.append(len(kept)))
+    assert len(asked) == 3 == len(set(asked)) and "" not in asked and saved == [2, 3, 4]
+    first, second = found[:2]
+    assert (first["task"], first["method"], first["before"], first["mean"]) == ("hellaswag", "AdamW", 0.5, 0.5)
+    assert math.isclose(first["std"], np.std([0.25, 0.75], ddof=1)) and first["runs"] == result
+    assert (second["method"], second["mean"], second["std"]) == ("Stable-LoRA", None, None)
+    assert [row["task"] for row in found] == ["hellaswag"] * 2 + ["openbookqa"] * 2 and found[2]["before"] == 0.25
 
 
 WIDTHS = Path(__file__).parents[2] / "experiments" / "results" / "width-scaling.json"
