@@ -40,11 +40,11 @@ def _widths(results: Row, found: Row) -> Part:
         "One LoRA layer is trained at several widths n. A step changes the layer's output by delta1 = s x A dB, "
         "delta2 = s x dA B and delta3 = s x dA dB. Learning carries over from narrow to wide layers where none of them "
         "grows or vanishes with n.",
-        "Theory: with Adam, delta1 grows with n where the initial A is too large for the learning rate, and goes on "
-        "dominating; Stable-LoRA shrinks A until the terms are balanced, longer in wider layers. Where the table "
-        "differs: at small n, what A has learnt outweighs what it began with, so that late exponents are between theory's "
-        "and those of a small A; and where the learning rate is small A shrinks too far, which takes the late exponents "
-        "of Stable-LoRA below theory's.",
+        "Theory: with Adam, delta1 grows with n where the initial A is too large for the learning rate, and goes "
+        "on dominating; Stable-LoRA shrinks A until the terms are balanced, longer in wider layers. Where the "
+        "table differs: at small n, what A has learnt outweighs what it began with, so that late exponents are "
+        "between theory's and those of a small A; and where the learning rate is small A shrinks too far, which "
+        "takes the late exponents of Stable-LoRA below theory's.",
     ]
     names = [name for name in found["slopes"] if name.startswith("R3 ")]
     columns = (("early", "delta1"), ("late", "delta1"), ("late", "ratio"), ("late", "az"))
