@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax.jobs.sweep import Point, label
+from stablelora_jax.runs.records import plain
 from stablelora_jax.runs.summary import environment
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import read_json_object, write_whole, writing
@@ -133,7 +134,7 @@ def write_results(
     own |= {"best": best, "environment": environment()}
     require_own(output)
     with writing(output / RESULTS):
-        write_whole(output / RESULTS, json.dumps(_plain(own), indent=2) + "\n")
+        write_whole(output / RESULTS, json.dumps(plain(own), indent=2) + "\n")
         write_whole(output / TABLE, f"<!-- {MARK} -->\n{text}")
     return text
 
@@ -149,12 +150,3 @@ def require_own(output: Path) -> None:
         raise InputError(f"{json_file} was not made by a sweep: move it, or choose another output")
     if table.exists() and not table.read_text(errors="replace").startswith(f"<!-- {MARK} -->"):
         raise InputError(f"{table} was not made by a sweep: move it, or choose another output")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(own) for key, own in value.items()}
-    return [_plain(own) for own in value] if isinstance(value, list | tuple) else value

@@ -78,8 +78,9 @@ def reproduce(
     results = plain({**header, "settings": settings, **results})
     _write(study.output / RESULTS, to_text(results))
     shown = json.loads((study.output / RESULTS).read_text())
-    _write(study.output / TEXT, reproduce_page.text(shown, study.output))
-    _write(study.output / INDEX, reproduce_page.page(shown, study.output))
+    sections = reproduce_page.sections(shown, study.output)
+    _write(study.output / TEXT, reproduce_page.text(shown, sections))
+    _write(study.output / INDEX, reproduce_page.page(shown, sections))
     return study.output / INDEX
 
 

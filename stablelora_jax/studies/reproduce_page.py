@@ -18,14 +18,13 @@ MARK = "<!doctype html>\n<!-- stablelora_jax: page of a study -->\n"  # how the 
 TEXT_MARK = "<!-- stablelora_jax: page of a study -->\n"
 
 
-def page(results: Mapping[str, Any], output: Path) -> str:
+def page(results: Mapping[str, Any], made: Sequence[Part]) -> str:
     """The HTML page.
 
     Args:
       results: the content of ``results.json``.
-      output: the directory of the study.
+      made: its sections, of :func:`sections`.
     """
-    made = _parts(results, output)
     return render(
         "reproduce.html.jinja",
         title=_title(results),
@@ -42,11 +41,11 @@ def page(results: Mapping[str, Any], output: Path) -> str:
     )
 
 
-def text(results: Mapping[str, Any], output: Path) -> str:
+def text(results: Mapping[str, Any], made: Sequence[Part]) -> str:
     """The same in Markdown, without charts."""
     lines = [TEXT_MARK + f"# {_title(results)}", ""]
     lines += [f"- {term}: {value}" for term, value in facts(results)]
-    for letter, part in zip("abcdefgh", _parts(results, output), strict=True):
+    for letter, part in zip("abcdefgh", made, strict=True):
         lines += ["", f"## ({letter}) {part.title}"]
         for paragraph in part.said:
             lines += ["", paragraph]
@@ -58,7 +57,13 @@ def text(results: Mapping[str, Any], output: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parts(results: Mapping[str, Any], output: Path) -> list[Part]:
+def sections(results: Mapping[str, Any], output: Path) -> list[Part]:
+    """The sections of both pages, with their charts drawn.
+
+    Args:
+      results: the content of ``results.json``.
+      output: the directory of the study.
+    """
     return parts(results, read_json_object(output / "width-scaling" / "results.json"), output)
 
 

@@ -407,7 +407,8 @@ def test_pages_of_all_kinds_of_results(name, compared, tmp_path, monkeypatch):
     (tmp_path / "out" / "width-scaling").mkdir(parents=True)
     (tmp_path / "out" / "width-scaling" / "results.json").write_bytes(WIDTHS.read_bytes())
     results = json.loads(json.dumps(plain(made)))
-    page, text = Links(reproduce_page.page(results, study.output)), reproduce_page.text(results, study.output)
+    sections = reproduce_page.sections(results, study.output)
+    page, text = Links(reproduce_page.page(results, sections)), reproduce_page.text(results, sections)
     assert {link.removeprefix("#") for link in page.inner} <= set(page.ids)
     said = "".join(page.said)
     assert "<own>" in said and text.count("\n## (") == 8
