@@ -226,6 +226,12 @@ def test_differences_over_seeds_and_questions():
     assert found.beyond == (abs(found.mean) > 2 * std)
 
 
+@pytest.mark.parametrize(("shift", "beyond"), [(0.2, True), (0.13, False), (-0.2, True)])
+def test_two_standard_deviations_are_the_bound(shift, beyond):
+    """The deviation of both is 0.0707: shifts of 2.8 and of 1.8 of it."""
+    assert difference([0.5 + shift, 0.6 + shift], [0.5, 0.6]).beyond is beyond
+
+
 def test_what_no_test_can_say():
     assert mean_std([0.5, math.nan]) == (None, None) and mean_std([0.5]) == (0.5, None)
     assert difference([0.5], [math.nan]) is None
