@@ -1,8 +1,8 @@
 """``adapted(model, spec)``: any JAX model seen through a spec, with the words of a Linen module.
 
 ``lora.init(key, params, *args)`` makes adapters, ``lora.apply({"params": params, "lora": adapters}, *args)`` computes
-``x W0 + s (x A) B`` without forming the sum, and ``lora.merge(params, adapters)`` folds them in. There are two paths. At
-Flax Linen's own Dense, DenseGeneral, Conv, Einsum and Embed the modules are intercepted
+``x W0 + s (x A) B`` without forming the sum, and ``lora.merge(params, adapters)`` folds them in. There are two paths.
+At Flax Linen's own Dense, DenseGeneral, Conv, Einsum and Embed the modules are intercepted
 (:mod:`stablelora_jax.lora.intercept`); every other model is read by its computation (:mod:`stablelora_jax.lora.trace`).
 
 Dropout (on x, before A) acts iff ``rngs={"dropout": key}`` is passed. With one key for each row of the batch, shape
@@ -22,7 +22,8 @@ from jax.typing import DTypeLike
 
 from stablelora_jax.lora.callables import function_of, take_apart
 from stablelora_jax.lora.dropout import split_rngs
-from stablelora_jax.lora.intercept import Intercepted, Observer, apply_intercepted
+from stablelora_jax.lora.intercept import Intercepted, apply_intercepted
+from stablelora_jax.lora.intercept import Observer as Observer
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, find_target_modules, own_params

@@ -43,8 +43,8 @@ def function_of(model: Any, variables: Mapping[str, Any], rngs: Any) -> Function
 
     Args:
       model: of any kind.
-      variables: the collections of a Linen model; of an NNX module ``"rest"``, its state but for the parameters (default:
-        as it was when it was adapted). What is ours is not handed on.
+      variables: the collections of a Linen model; of an NNX module ``"rest"``, its state but for the parameters
+        (default: as it was when it was adapted). What is ours is not handed on.
       rngs: for a Linen model.
     """
     others = {name: value for name, value in variables.items() if name not in ("params", *OWN)}

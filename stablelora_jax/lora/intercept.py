@@ -1,10 +1,10 @@
 """The low-rank path at Flax's own modules: a Linen model computes ``x W0 + s (x A) B`` without a change to its code.
 
 :func:`apply_intercepted` lays the adapters into ``params`` beside the kernels they change and runs the model under
-``flax.linen.intercept_methods``. The interceptor finds ``lora_a`` and ``lora_b`` among the module's own parameters, where
-every ``nn.scan``, ``nn.vmap`` and ``nn.remat`` has already sliced them. (A separate collection would be ignored, without
-an error, by a model whose scan does not list it; a Python closure would not be sliced.) The scale and, when dropout acts,
-its rate and keys take the same way in.
+``flax.linen.intercept_methods``. The interceptor finds ``lora_a`` and ``lora_b`` among the module's own parameters,
+where every ``nn.scan``, ``nn.vmap`` and ``nn.remat`` has already sliced them. (A separate collection would be ignored,
+without an error, by a model whose scan does not list it; a Python closure would not be sliced.) The scale and, when
+dropout acts, its rate and keys take the same way in.
 
 Beside :mod:`stablelora_jax.lora.trace`, which reads any model, this is the path of this package's decoder: it is traced
 once and not twice, and gives each row of a batch its own adapter.

@@ -38,10 +38,17 @@ from stablelora_jax.utils.tree import Path
 class Subject(Protocol):
     """What is read of an :class:`~stablelora_jax.lora.apply.Adapted`."""
 
-    model: Any
-    spec: LoraSpec
-    merged: tuple[str, ...]
-    found: dict[Path, TargetModule]
+    @property
+    def model(self) -> Any: ...  # noqa: D102
+
+    @property
+    def spec(self) -> LoraSpec: ...  # noqa: D102
+
+    @property
+    def merged(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def found(self) -> dict[Path, TargetModule]: ...  # noqa: D102
 
 
 def find_targets(lora: Subject, variables: Mapping[str, Any], args: Any, kwargs: Any) -> dict[Path, TargetModule]:

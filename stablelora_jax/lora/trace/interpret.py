@@ -33,7 +33,7 @@ def trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Traced,
     """``function(params, *args, **kwargs)`` traced, and the arrays among ``args``, a tuple ``(args, kwargs)``.
 
     Everything in ``args`` that has a shape and a dtype is an input of the jaxpr; the rest (flags, strings, numbers) is
-    fixed, as it would be under ``jax.jit`` with static arguments. A quantised leaf is traced as the kernel it stands for.
+    fixed, as it would be under ``jax.jit`` with static arguments. A quantised leaf is traced as its dense kernel.
     """
     leaves, structure_of = jax.tree.flatten(args)
     traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]

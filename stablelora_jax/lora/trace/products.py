@@ -143,7 +143,7 @@ def ragged_dot(context: Context, eqn: Equation, values: Sequence[Any]) -> list[A
     if weight.leaf.rows != axes[1] or not (shared or weight.leaf.stack == axes[0]):
         refused(weight.leaf, "is contracted over other axes than its adapters were made for")
     if gain_of(context, weight) is not None or "lora_bias" in weight.adapter:
-        refused(weight.leaf, "is read by a ragged product, where a parametrisation may train nothing beside the pair,")
+        refused(weight.leaf, "is read by a ragged product and trains more than a pair (DoRA, lora_bias)")
     own, x = weight.adapter, dropped_input(context, weight, x)
     a, b, scale = own["lora_a"], own["lora_b"], own["lora_scale"]
     groups = size_of(axes[0])

@@ -167,9 +167,7 @@ def scaled(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     if value.shape != weight.value.shape:
         return refuse(context, eqn, values, f"enters a {eqn.primitive.name} that adds axes")
     if set(adapter) - SCALABLE:
-        return refuse(
-            context, eqn, values, "is multiplied by a number under a parametrisation that trains more than a pair"
-        )
+        return refuse(context, eqn, values, "is multiplied by a number and trains more than a pair (DoRA, lora_bias)")
     if adapter:
         number = jnp.reshape(numbers[0], ()).astype(adapter["lora_scale"].dtype) if numbers else -1.0
         adapter["lora_scale"] = adapter["lora_scale"] / number if divides else adapter["lora_scale"] * number

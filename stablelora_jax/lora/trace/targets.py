@@ -1,7 +1,7 @@
 """Where a spec puts adapters in a model that is read by tracing: leaves by name, axes by what the computation does.
 
-A leaf called ``kernel``, ``embedding``, ``w`` or ``weight`` has its module's name and its pair at its module's path; any
-other leaf (``gating_einsum``, the bare weights of experts) has its own name and path. Patterns select by these names.
+A leaf called ``kernel``, ``embedding``, ``w`` or ``weight`` has its module's name and its pair at its module's path;
+any other leaf (``gating_einsum``, the bare weights of experts) has its own name and path. Patterns select by these.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A frozen leaf on its way through a computation, with its adapter: what the interpreter carries in place of an array.
+"""A frozen leaf on its way through a computation, with its adapter: what the interpreter carries, not an array.
 
-The axes of an array derived from a leaf are followed as tuples of *atoms*. An atom is an axis of the leaf, or a factor of
-one that a reshape has split; a reshape that merges axes gives one axis of several atoms. A ``Leaf`` says which atoms the
-pair sees as its stack, its rows (in) and its columns (out), so that reshapes and transposes cost nothing: the arrays of
+The axes of an array derived from a leaf are followed as tuples of *atoms*. An atom is an axis of the leaf, or a factor
+of one that a reshape has split; a reshape that merges axes gives one axis of several atoms. A ``Leaf`` says which atoms
+the pair sees as its stack, its rows (in) and its columns (out), so that reshapes and transposes cost nothing: the arrays of
 the adapter stay ``lora_a`` (stack..., in, r) and ``lora_b`` (stack..., r, out).
 """
 
@@ -110,8 +110,8 @@ def split(weight: Weight, atom: Atom, first: int) -> tuple[Weight, Atom, Atom]:
 def resized(weight: Weight, atom: Atom, size: int, cut: Callable[[Any, int], Any]) -> Weight:
     """``weight`` after ``cut(array, axis)`` has left ``size`` of an atom; with one left the atom is gone.
 
-    ``cut`` is made on all arrays of the adapter that have the atom: all of them for an atom of the stack, ``lora_a`` for
-    one of the rows, those with an axis ``out`` for one of the columns.
+    ``cut`` is made on all arrays of the adapter that have the atom: all of them for an atom of the stack, ``lora_a``
+    for one of the rows, those with an axis ``out`` for one of the columns.
     """
     leaf, adapter = weight.leaf, dict(weight.adapter)
     if adapter and atom in leaf.stack:
