@@ -1,8 +1,8 @@
 """Both paths of ``adapted`` on one model: ``python experiments/trace_cost.py [key=value ...]``.
 
 A Llama of 15M parameters with random weights is trained by the path at Flax's own modules and by the path through the
-computation (:mod:`stablelora_jax.lora.trace`), in turns. What is compared: seconds to trace and to compile a step, FLOPs
-and temporary memory of the compiled step, seconds of a step; and the values of one step.
+computation (:mod:`stablelora_jax.lora.trace`), in turns. What is compared: seconds to trace and to compile a step,
+FLOPs and temporary memory of the compiled step, seconds of a step; and the values of one step.
 """
 
 from __future__ import annotations
