@@ -52,7 +52,7 @@ def recorded_targets(record: Mapping[str, Any], spec: LoraSpec, params: Mapping[
     for pair in record.get(PAIRS) or ():
         try:
             path, stack, size = (tuple(pair[key]) for key in ("path", "stack", "size"))
-            target = make_target_module(path, stack, size, spec, leaf_name(params, path))
+            target = make_target_module(path, stack, size, spec, leaf_name(params, path), looked_up=False)
         except (KeyError, TypeError, ValueError, IndexError):
             raise InputError("its pairs are damaged") from None
         require_fitting(target, params)
