@@ -53,7 +53,7 @@ def layer(weights, x):
     return x + jax.nn.gelu(x @ weights["up"]) @ weights["down"]
 
 
-def transformer_params():
+def transformer_params(number):
     """Every layer's parameters stacked in front, as JAX's tutorials have them."""
     shapes = {
         "norm": (WIDTH,),
@@ -62,17 +62,21 @@ def transformer_params():
         "up": (WIDTH, HIDDEN),
         "down": (HIDDEN, WIDTH),
     }
-    layers = {name: normal(i, LAYERS, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    layers = {name: normal(i, number, *shape) for i, (name, shape) in enumerate(shapes.items())}
     return {"embed": normal(20, VOCAB, WIDTH), "layers": layers, "unembed": normal(21, WIDTH, VOCAB)}
 
 
-def transformer(loop):
+def transformer(loop, number=LAYERS):
     """A decoder over a plain dict; ``loop`` (layers, x) -> x runs its stacked layers."""
 
     def fn(params, tokens):
         return loop(params["layers"], params["embed"][tokens]) @ params["unembed"]
 
-    return fn, transformer_params(), (token_ids(),)
+    return fn, transformer_params(number), (token_ids(),)
+
+
+def depth(layers):
+    return len(layers["norm"])
 
 
 def by_scan(layers, x):
@@ -88,14 +92,14 @@ def by_scan_reversed(layers, x):
 
 
 def by_python_loop(layers, x):
-    for i in range(LAYERS):
+    for i in range(depth(layers)):
         x = layer(jax.tree.map(lambda leaf, i=i: leaf[i], layers), x)
     return x
 
 
 def by_fori_loop(layers, x):
     """``W[i]`` with an index that is traced."""
-    return jax.lax.fori_loop(0, LAYERS, lambda i, x: layer(jax.tree.map(lambda leaf: leaf[i], layers), x), x)
+    return jax.lax.fori_loop(0, depth(layers), lambda i, x: layer(jax.tree.map(lambda leaf: leaf[i], layers), x), x)
 
 
 def by_scan_over_numbers(layers, x):
@@ -105,7 +109,7 @@ def by_scan_over_numbers(layers, x):
         at = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
         return layer(jax.tree.map(at, layers), x), None
 
-    return jax.lax.scan(step, x, jnp.arange(LAYERS))[0]
+    return jax.lax.scan(step, x, jnp.arange(depth(layers)))[0]
 
 
 LOOPS = {f.__name__: f for f in (by_scan, by_scan_of_remat, by_python_loop, by_fori_loop, by_scan_over_numbers)}
@@ -114,37 +118,7 @@ LOOPS = {f.__name__: f for f in (by_scan, by_scan_of_remat, by_python_loop, by_f
 def by_while_loop(layers, x):
     """A loop whose length is not known: no reverse mode, in the base either."""
     body = lambda state: (state[0] + 1, layer(jax.tree.map(lambda leaf: leaf[state[0]], layers), state[1]))
-    return jax.lax.while_loop(lambda state: state[0] < LAYERS, body, (0, x))[1]
-
-
-def dense_rows():
-    """One product in every way that people write it: name -> (fn, params, args, in, out)."""
-    x, w = normal(1, 8, 5, WIDTH), {"w": {"kernel": normal(2, WIDTH, HIDDEN)}}
-    wt = {"w": {"kernel": normal(2, HIDDEN, WIDTH)}}
-    heads = {"w": {"kernel": normal(2, WIDTH, 3, 4)}}
-    joined = {"w": {"kernel": normal(2, WIDTH, HIDDEN)}}
-
-    def cast(params, x):
-        kernel = params["w"]["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
-        return x @ kernel
-
-    return {
-        "matmul": (lambda p, x: x @ p["w"]["kernel"], w, (x,), WIDTH, HIDDEN),
-        "transposed": (lambda p, x: x @ p["w"]["kernel"].T, wt, (x,), WIDTH, HIDDEN),
-        "kernel_first": (lambda p, x: p["w"]["kernel"] @ x[0, 0], wt, (x,), WIDTH, HIDDEN),
-        "vmapped": (lambda p, x: jax.vmap(jax.vmap(lambda v: p["w"]["kernel"] @ v))(x), wt, (x,), WIDTH, HIDDEN),
-        "reshaped": (
-            lambda p, x: jnp.einsum("btd,dnh->btnh", x, p["w"]["kernel"].reshape(8, 3, 4)),
-            joined,
-            (x,),
-            8,
-            12,
-        ),
-        "heads": (lambda p, x: jnp.einsum("btd,dnh->bnth", x, p["w"]["kernel"]), heads, (x,), WIDTH, HIDDEN),
-        "rounded": (cast, w, (x,), WIDTH, HIDDEN),
-        "squeezed": (lambda p, x: x @ jnp.squeeze(p["w"]["kernel"][None], 0), w, (x,), WIDTH, HIDDEN),
-        "jitted": (lambda p, x: jax.jit(jnp.matmul)(x, p["w"]["kernel"]), w, (x,), WIDTH, HIDDEN),
-    }
+    return jax.lax.while_loop(lambda state: state[0] < depth(layers), body, (0, x))[1]
 
 
 def conditional():

@@ -179,7 +179,7 @@ class Scanned(nnx.Module):
     def __init__(self, *, num_layers=3, rngs):
         self.embedder = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         make = nnx.vmap(lambda rngs: QwenLayer(rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = make(rngs.fork(split=num_layers))
+        self.layers = make(rngs.split(num_layers))
         self.lm_head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
 
     def __call__(self, tokens):
