@@ -26,7 +26,7 @@ from stablelora_jax.lora.intercept import Intercepted, apply_intercepted
 from stablelora_jax.lora.intercept import Observer as Observer
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, find_target_modules, own_params
+from stablelora_jax.lora.target_modules import as_dict, find_target_modules, own_params, require_adapters
 from stablelora_jax.lora.trace.apply import apply_traced, find_targets, layouts_table, merge_traced
 from stablelora_jax.lora.transform import checked_dtype, make_adapters, merge, require_key
 from stablelora_jax.utils.checked import checked
@@ -185,6 +185,7 @@ class Adapted:
         del rngs
         try:
             self.found.update(find_targets(self, variables, args, kwargs))
+            require_adapters(self.found, variables["lora"], self.spec)
             return True
         except InputError:
             self.found.clear()

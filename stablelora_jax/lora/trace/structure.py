@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -88,7 +88,11 @@ def _size_at(weight: Weight, at: int) -> int | None:
 
 
 def _cut_axes(
-    context: Context, eqn: Equation, values: Sequence[Any], value: Any, cuts: dict[int, tuple[int, Callable[..., Any]]]
+    context: Context,
+    eqn: Equation,
+    values: Sequence[Any],
+    value: Any,
+    cuts: Mapping[int, tuple[int, Callable[..., Any]]],
 ) -> Any:
     """The weight whose array is ``value`` after cuts, ``{axis: (new size, cut(array, axis))}``; None if refused."""
     weight: Weight = values[0]

@@ -90,10 +90,9 @@ def _layout(name: str, shape: tuple[int, ...], uses: Sequence[Use], spec: LoraSp
         if not any(use.kind in PRODUCTS for use in uses):
             depth = max([depth, *(axis + 1 for use in uses for axis in use.stack)])
             return Layout(shape, tuple(range(depth)), first_match(items(spec.in_axes), name, (depth,)), False)
-    declared = first_match(items(spec.in_axes), name)
+    declared: Any = first_match(items(spec.in_axes), name)
     if declared is None:
         return layout_of(shape, uses, depth, False)
-    found: Any = ""
     for share_a in (True, False):
         found = layout_of(shape, uses, depth, share_a)
         if isinstance(found, str) or _own(found) == tuple(declared):

@@ -2,8 +2,8 @@
 
 The axes of an array derived from a leaf are followed as tuples of *atoms*. An atom is an axis of the leaf, or a factor
 of one that a reshape has split; a reshape that merges axes gives one axis of several atoms. A ``Leaf`` says which atoms
-the pair sees as its stack, its rows (in) and its columns (out), so that reshapes and transposes cost nothing: the arrays of
-the adapter stay ``lora_a`` (stack..., in, r) and ``lora_b`` (stack..., r, out).
+the pair sees as its stack, its rows (in) and its columns (out), so that reshapes and transposes cost nothing: the
+arrays of the adapter stay ``lora_a`` (stack..., in, r) and ``lora_b`` (stack..., r, out).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def split(weight: Weight, atom: Atom, first: int) -> tuple[Weight, Atom, Atom]:
     if atom in weight.leaf.stack:
         sizes = [part.size for part in parts]
         adapter = on_stack(weight, atom, lambda x, axis: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :]))
-    return Weight(weight.value, adapter, _mapped(weight.leaf, {atom: parts})), *parts
+    return Weight(weight.value, adapter, _mapped(weight.leaf, {atom: parts})), parts[0], parts[1]
 
 
 def resized(weight: Weight, atom: Atom, size: int, cut: Callable[[Any, int], Any]) -> Weight:
