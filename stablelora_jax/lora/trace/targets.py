@@ -93,11 +93,12 @@ def _layout(name: str, shape: tuple[int, ...], uses: Sequence[Use], spec: LoraSp
     declared: Any = first_match(items(spec.in_axes), name)
     if declared is None:
         return layout_of(shape, uses, depth, False)
-    for share_a in (True, False):
-        found = layout_of(shape, uses, depth, share_a)
-        if isinstance(found, str) or _own(found) == tuple(declared):
-            return found
-    return f"is contracted over its axes {_own(found)}, and in_axes of the spec says {tuple(declared)}"
+    both = [layout_of(shape, uses, depth, share_a) for share_a in (True, False)]
+    found = [layout for layout in both if not isinstance(layout, str)]
+    fitting = [layout for layout in found if _own(layout) == tuple(declared)]
+    if fitting or not found:
+        return fitting[0] if fitting else both[0]
+    return f"is contracted over its axes {_own(found[-1])}, and in_axes of the spec says {tuple(declared)}"
 
 
 def _own(layout: Layout) -> tuple[int, ...]:
@@ -138,8 +139,9 @@ def _check(spec: LoraSpec, names: Sequence[str], targets: Mapping[Path, TargetMo
         kind = "target_modules" if entry in spec.target_modules else "exclude_modules"
         require_match(kind, entry, entry in there, names)
     if not targets:
+        layers = f" in layers_to_transform {spec.layers_to_transform}" if spec.layers_to_transform is not None else ""
         raise InputError(
-            f"the spec selects no leaf that the model multiplies: target_modules {spec.target_modules!r:.200}"
+            f"the spec selects no leaf that the model multiplies: target_modules {spec.target_modules!r:.200}{layers}"
         )
     chosen = [unindexed(name) for target in targets.values() for name in target.names]
     for kind, table in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
