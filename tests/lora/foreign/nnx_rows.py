@@ -124,7 +124,6 @@ SMALL = {
     ),
     "conv": small(lambda r: nnx.Conv(4, 6, (3, 3), strides=2, rngs=r), (x(6, 6, 4),), pair(36, 6)),
     "conv_dilated": small(lambda r: nnx.Conv(4, 6, (3,), kernel_dilation=2, rngs=r), (x(9, 4),), pair(12, 6)),
-    "conv_groups": small(lambda r: nnx.Conv(4, 6, (3,), feature_group_count=2, rngs=r), (x(7, 4),), pair(6, 6)),
     "conv_causal": small(lambda r: nnx.Conv(4, 6, (3,), padding="CAUSAL", rngs=r), (x(7, 4),), pair(12, 6)),
     "conv_transpose": small(lambda r: nnx.ConvTranspose(4, 6, (3,), strides=2, rngs=r), (x(5, 4),), pair(12, 6)),
     "einsum": small(lambda r: nnx.Einsum("btd,dnh->btnh", (6, 2, 4), (2, 4), rngs=r), (x(5, 6),), pair(6, 8)),

@@ -14,7 +14,7 @@ from stablelora_jax import InputError, LoraSpec, adapted
 from tests.helpers import jit
 from tests.lora.foreign import function_models as models
 from tests.lora.foreign import laws
-from tests.lora.foreign.function_rows import DECODER, LAYER, R, conditional, decoder, haiku, pair, product, row
+from tests.lora.foreign.function_rows import DECODER, LAYER, ROWS, R, conditional, decoder, haiku, pair, product, row
 from tests.lora.foreign.laws import Row, perturbed, relative_difference
 from tests.lora.foreign.product_models import IDS, X
 
@@ -144,6 +144,68 @@ def test_one_layer(name):
     laws.apply_is_merge(found, "lora")
 
 
+def test_a_module_is_saved():
+    """``modules_to_save`` names a module of Haiku's, whose leaves are then trained in full."""
+    found = row(models.haiku_like(), {}, ["net/~/mlp/~/linear_0"], modules_to_save=("net/~/mlp/~/linear_1",))
+    adapters = perturbed(found.fresh())
+    assert adapters["net/~/mlp/~/linear_1"]["lora_full"].keys() == {"w", "b"}
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1 * models.normal(leaf.size, *leaf.shape), adapters)
+    y = found.run(found.lora(), found.params, adapters, *found.args)
+    assert relative_difference(y, found.base(found.lora().merge(found.params, adapters), *found.args)) < 1e-5
+
+
+def half(tree):
+    """``tree`` in bfloat16."""
+    cast = lambda leaf: leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    return jax.tree.map(cast, tree)
+
+
+@pytest.mark.parametrize("name", ["by_scan", "haiku_table", "second_axis"])
+def test_bfloat16(name):
+    """A base in bfloat16: outputs and merged parameters have its dtypes, adapters are float32, and B = 0 is exact."""
+    found = ROWS[name]()
+    found = dataclasses.replace(found, params=half(found.params), args=half(found.args))
+    laws.fresh_adapters_change_nothing(found)
+    lora, adapters = found.lora(), perturbed(found.fresh())
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(adapters))
+    y, merged = jit(partial(found.run, lora, found.params))(adapters, *found.args), lora.merge(found.params, adapters)
+    kinds = partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    assert kinds(merged) == kinds(found.params)
+    assert kinds(y) == kinds(jax.eval_shape(found.base, found.params, *found.args))
+    assert relative_difference(y.astype(jnp.float32), jit(found.base)(merged, *found.args).astype(jnp.float32)) < 0.05
+
+
+def sizes(jaxpr):
+    """How many numbers each array has that a jaxpr computes, at every depth."""
+    for eqn in jaxpr.eqns:
+        yield from (getattr(variable.aval, "size", 0) for variable in eqn.outvars)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            yield from sizes(inner) if hasattr(inner, "eqns") else ()
+
+
+FORMS = {
+    "matmul": (lambda p, x: x @ p["w"], (64, 48)),
+    "transposed": (lambda p, x: x @ p["w"].T, (48, 64)),
+    "scan": (lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0], (3, 64, 64)),
+    "table": (lambda p, x: p["w"][jnp.argmax(x, -1)], (100, 48)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_array_of_the_size_of_a_kernel(name):
+    """Neither values nor gradients form ``A B``, nor anything else of the kernel's size."""
+    fn, shape = FORMS[name]
+    params, x = {"w": models.normal(1, *shape)}, models.normal(2, 4, 64)
+    lora = adapted(fn, LoraSpec(target_modules=["w"], rank=R))
+    adapters = lora.init(jax.random.key(0), params, x)
+    loss = lambda a: lora.apply({"params": params, "lora": a}, x).sum()
+    closed = jax.make_jaxpr(jax.value_and_grad(loss))(adapters)
+    kernel = shape[-1] * shape[-2]
+    views = kernel if name == "transposed" else 0  # the base's own transpose
+    assert max(size for size in sizes(closed.jaxpr) if size != views) < kernel
+
+
 def test_experts_by_index():
     """Matrices that are looked up by each token's expert: a pair for each expert."""
     fn = lambda p, x: jnp.einsum("btd,btdf->btf", x, p["w"]["kernel"][IDS])
@@ -166,7 +228,6 @@ CHANGES = {
     "rank_and_alpha": {"rank_pattern": {"up": 1}, "alpha_pattern": {"down": 5}},
     "some_layers": {"layers_to_transform": (0, 2)},
     "one_layer": {"target_modules": ["layers.1.up"]},
-    "saved": {"modules_to_save": ("embed",)},
 }
 
 

@@ -59,6 +59,21 @@ def test_merged_inside_apply(name):
     assert relative_difference(found, want) < 1e-5
 
 
+def test_grouped_convolution():
+    """Refused by name; merged, it has a pair over the channels of a group."""
+    params, x = {"conv": {"kernel": models.normal(1, 3, 2, 6)}}, models.normal(2, 8, 7, 4)
+    numbers = {"dimension_numbers": ("NWC", "WIO", "NWC"), "feature_group_count": 2}
+    fn = lambda p, x: jax.lax.conv_general_dilated(x, p["conv"]["kernel"], (1,), "SAME", **numbers)
+    spec = LoraSpec(target_modules=["conv"], rank=R, in_axes={"conv": (0, 1)})
+    with pytest.raises(InputError, match="conv .*grouped.*merged"):
+        adapted(fn, spec).init(jax.random.key(0), params, x)
+    lora = adapted(fn, spec, merged=("conv",))
+    adapters = perturbed(lora.init(jax.random.key(0), params, x))
+    assert adapters["conv"]["lora_a"].shape == (6, R) and adapters["conv"]["lora_b"].shape == (R, 6)
+    y = lora.apply({"params": params, "lora": adapters}, x)
+    assert relative_difference(y, fn(lora.merge(params, adapters), x)) < 1e-5
+
+
 def test_own_gradient():
     """A product with a ``custom_vjp`` is refused by name; merged, it keeps its own gradient."""
     params, x = {"a": {"kernel": models.normal(1, 8, 6)}}, models.normal(2, 8, 8)
