@@ -59,7 +59,7 @@ def traced_targets(
         by_merging, name = matches(tuple(merged), names[path]), names[path]
         layout = _layout(name, leaves[path].shape, uses, spec, by_merging)
         if isinstance(layout, str):
-            if not free.selects(name) or _passed_over(spec, uses):
+            if not free.selects(name) or _passed_over(spec, path, uses):
                 continue
             raise InputError(
                 f"{name} {layout}: put it in exclude_modules"
@@ -127,8 +127,11 @@ def _is_expression(spec: LoraSpec) -> bool:
     return isinstance(spec.target_modules, str) and spec.target_modules != "all-linear"
 
 
-def _passed_over(spec: LoraSpec, uses: Sequence[Use]) -> bool:
+def _passed_over(spec: LoraSpec, path: Path, uses: Sequence[Use]) -> bool:
     """Whether a leaf without a layout is only not selected: expressions mean leaves that are multiplied."""
+    embeds = path[-1].endswith("embedding") or any(use.kind == "gather" for use in uses)
+    if spec.target_modules == "all-linear" and embeds:
+        return True
     return isinstance(spec.target_modules, str) and not any(use.kind in PRODUCTS for use in uses)
 
 
