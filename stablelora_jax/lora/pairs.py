@@ -96,7 +96,7 @@ def make_target_module(
     names = module_names(path, stack, spec.stacked)
     plain = [unindexed(name) for name in names]
     own = path[-1] in spec.stacked and spec.selects(".".join(path))  # a leaf that is its own stack has one name
-    embeds = looked_up or leaf == "embedding" or path[-1].endswith("embedding")
+    embeds = looked_up or (leaf or path[-1]).endswith("embedding")
     chosen = [(own or spec.selects(name)) and not (embeds and spec.target_modules == "all-linear") for name in plain]
     ranks = tuple(spec.rank_of(n) if c else 0 for n, c in zip(plain, chosen, strict=True))
     scales = tuple(spec.scale_of(n) if c else 0.0 for n, c in zip(plain, chosen, strict=True))

@@ -16,6 +16,9 @@ from stablelora_jax.lora.trace.weight import Weight, dense
 
 Evaluate = Callable[[Context, Any, Sequence[Any], Sequence[Any]], list[Any]]  # (context, jaxpr, consts, values)
 
+NESTED = ("jit", "pjit", "closed_call", "core_call")
+CHECKPOINT = ("checkpoint", "remat", "remat2")
+
 
 def nested(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """``jit`` and other calls: written out."""
@@ -43,6 +46,7 @@ def scan(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[A
     if any(isinstance(values[of_consts + at], Weight) for at in moving):
         return refuse(context, eqn, values, "is carried from step to step of a scan and changed")
     handed = _unchanged(closed.jaxpr, values, range(of_carry, len(closed.jaxpr.outvars)), of_consts + of_carry)
+    unread = {at for at, out in enumerate(eqn.outvars) if isinstance(out, core.DropVar)} | set(handed)
     xs = [_scanned(context, x) for x in values[of_consts + of_carry :]]
 
     def body(carry: Any, sliced: Any) -> Any:
@@ -50,7 +54,7 @@ def scan(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[A
         for at, value in zip(moving, carry, strict=True):
             whole[of_consts + at] = value
         found = evaluate(context, closed.jaxpr, closed.consts, [*whole, *map(_one, sliced)])
-        ys = [None if at in handed else returned(found[at]) for at in range(of_carry, len(found))]
+        ys = [None if at in unread else returned(found[at]) for at in range(of_carry, len(found))]
         return [returned(found[at]) for at in moving], ys
 
     start = [values[of_consts + at] for at in moving]
@@ -77,15 +81,35 @@ def _unchanged(jaxpr: Any, values: Sequence[Any], outputs: Any, first: int = 0) 
       outputs: numbers of outputs; a dict says which input each must be.
       first: of the inputs that may be handed on.
     """
-    numbers = {variable: at for at, variable in enumerate(jaxpr.invars)}
     found = {}
     for output in outputs:
-        variable = jaxpr.outvars[output]
-        at = None if isinstance(variable, core.Literal) else numbers.get(variable)
+        at = _origin(jaxpr, jaxpr.outvars[output])
         wanted = outputs[output] == at if isinstance(outputs, dict) else at is not None and at >= first
         if at is not None and wanted and isinstance(values[at], Weight):
             found[output] = values[at]
     return found
+
+
+def _origin(jaxpr: Any, variable: Any) -> int | None:
+    """The number of the input that ``variable`` is, also where inner computations hand it on; None if it is another."""
+    if isinstance(variable, core.Literal):
+        return None
+    if variable in jaxpr.invars:
+        return int(jaxpr.invars.index(variable))
+    producers = (eqn for eqn in jaxpr.eqns if variable in eqn.outvars)
+    for eqn in producers:
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if inner is None or eqn.primitive.name not in (*NESTED, *CHECKPOINT, "scan"):
+            return None
+        inner = getattr(inner, "jaxpr", inner)
+        output = eqn.outvars.index(variable)
+        at = _origin(inner, inner.outvars[output])
+        if at is not None and eqn.primitive.name == "scan":
+            of_consts, of_carry = _counts(eqn.params)
+            same = at == of_consts + output if output < of_carry else at >= of_consts + of_carry
+            at = at if same else None
+        return None if at is None else _origin(jaxpr, eqn.invars[at])
+    return None
 
 
 def _scanned(context: Context, x: Any) -> Any:
@@ -174,8 +198,8 @@ def returned(value: Any) -> Any:
 
 
 RULES: dict[str, Any] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "custom_lin"), nested),
-    **dict.fromkeys(("checkpoint", "remat", "remat2"), checkpoint),
+    **dict.fromkeys(NESTED, nested),
+    **dict.fromkeys(CHECKPOINT, checkpoint),
     "scan": scan,
     "cond": cond,
     "while": while_loop,
