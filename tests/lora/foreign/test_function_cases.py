@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted
-from tests.helpers import jit
+from tests.helpers import jit, long
 from tests.lora.foreign import function_models as models
 from tests.lora.foreign import laws
 from tests.lora.foreign.function_rows import DECODER, LAYER, ROWS, R, conditional, decoder, haiku, pair, product, row
@@ -134,7 +134,7 @@ def shapes_of(*args):
     return jax.eval_shape(lambda *x: x, *args)
 
 
-@pytest.mark.parametrize("name", models.LOOPS)
+@pytest.mark.parametrize("name", [name if name == "by_fori_loop" else long(name) for name in models.LOOPS])
 def test_one_layer(name):
     """A stack of one layer is a stack."""
     fn, params, args = models.transformer(models.LOOPS[name], 1)
@@ -150,8 +150,9 @@ def test_a_module_is_saved():
     adapters = perturbed(found.fresh())
     assert adapters["net/~/mlp/~/linear_1"]["lora_full"].keys() == {"w", "b"}
     adapters = jax.tree.map(lambda leaf: leaf + 0.1 * models.normal(leaf.size, *leaf.shape), adapters)
-    y = found.run(found.lora(), found.params, adapters, *found.args)
-    assert relative_difference(y, found.base(found.lora().merge(found.params, adapters), *found.args)) < 1e-5
+    lora = found.lora()
+    y = found.run(lora, found.params, adapters, *found.args)
+    assert relative_difference(y, found.base(lora.merge(found.params, adapters), *found.args)) < 1e-5
 
 
 def half(tree):
@@ -160,7 +161,7 @@ def half(tree):
     return jax.tree.map(cast, tree)
 
 
-@pytest.mark.parametrize("name", ["by_scan", "haiku_table", "second_axis"])
+@pytest.mark.parametrize("name", [long("by_scan"), "haiku_table", "second_axis"])
 def test_bfloat16(name):
     """A base in bfloat16: outputs and merged parameters have its dtypes, adapters are float32, and B = 0 is exact."""
     found = ROWS[name]()
@@ -231,7 +232,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [name if "layer" in name else long(name) for name in CHANGES])
 def test_fields_of_the_spec(name):
     """Patterns, layers and parameters trained in full, on a stack that a scan goes over."""
     spec = {"target_modules": ["up", "down"], **CHANGES[name]}

@@ -23,8 +23,9 @@ def test_adapters_are_as_expected(name):
     laws.adapters_are_as_expected(ROWS[name]())
 
 
-VARIANTS = [("lora", name) if name not in ("unrolled", "gemma3_tables") else long("lora", name) for name in ROWS]
-VARIANTS += [("dora", name) if name in QUICK else long("dora", name) for name in ROWS]
+VARIED = (*QUICK, "linear_general_batch", "conv_transpose", "einsum", "embed_and_attend", "shared", "remat", "cond")
+VARIANTS = [("lora", name) if name in VARIED else long("lora", name) for name in ROWS]
+VARIANTS += [("dora", name) if name in ("conv", "llama", "scanned") else long("dora", name) for name in ROWS]
 VARIANTS += [long("rslora", name) for name in QUICK]
 
 
