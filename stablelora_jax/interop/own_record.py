@@ -52,7 +52,7 @@ def recorded_targets(record: Mapping[str, Any], spec: LoraSpec, params: Mapping[
     for pair in record.get(PAIRS) or ():
         try:
             path, stack, size = (tuple(pair[key]) for key in ("path", "stack", "size"))
-            target = make_target_module(path, stack, size, spec)
+            target = make_target_module(path, stack, size, spec, leaf_name(params, path))
         except (KeyError, TypeError, ValueError, IndexError):
             raise InputError("its pairs are damaged") from None
         require_fitting(target, params)
@@ -73,11 +73,18 @@ def saved_targets(adapters: Any, spec: LoraSpec, params: Mapping[str, Any]) -> d
     except InputError as error:
         try:
             targets = adapter_target_modules(adapters, spec)
-            for target in targets.values():
+            for path, target in targets.items():
                 require_fitting(target, params)
+                targets[path] = target._replace(leaf=leaf_name(params, path))
         except InputError:
             raise error from None
         return targets
+
+
+def leaf_name(params: Mapping[str, Any], path: Path) -> str:
+    """The name of the leaf that the pair at ``path`` changes; "" where it is at ``path`` itself."""
+    node = tree.get_in(params, path)
+    return next((name for name in LEAVES if name in node), "kernel") if isinstance(node, Mapping) else ""
 
 
 def require_fitting(target: TargetModule, params: Mapping[str, Any]) -> None:

@@ -21,11 +21,12 @@ from stablelora_jax.interop.base_record import base_record, other_base
 from stablelora_jax.interop.metadata import OURS, WRITER, load_metadata, require_own
 from stablelora_jax.interop.own_record import PAIRS, own_record, recorded_spec, recorded_targets, saved_targets
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
+from stablelora_jax.interop.peft_experts import read_expert_targets
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, is_tied, layout
 from stablelora_jax.interop.peft_weights import PREFIX, WEIGHTS, assemble, check_tensors, read_weights
 from stablelora_jax.lora.full_parameters import unknown_full_parameters
 from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
-from stablelora_jax.lora.peft_config import CONFIG, read_config
+from stablelora_jax.lora.peft_config import CONFIG, from_peft, read_config
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, find_target_modules, require_leaves
 from stablelora_jax.utils import tree
@@ -117,7 +118,7 @@ def load_peft(
     tensors = read_weights(directory / WEIGHTS)
     _refuse_untied(raw, tensors, params, directory)
     try:
-        spec, targets, dropped = _read_spec(raw, load_metadata(directory), params)
+        spec, targets, dropped = _read_spec(raw, load_metadata(directory), params, tensors)
         entries = layout(targets, params, spec)
     except (InputError, TypeError) as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
@@ -134,7 +135,7 @@ def load_peft(
 
 
 def _read_spec(
-    raw: Mapping[str, Any], record: Mapping[str, Any], params: Mapping[str, Any]
+    raw: Mapping[str, Any], record: Mapping[str, Any], params: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> tuple[LoraSpec, dict[tree.Path, TargetModule], list[str]]:
     """The spec, the adapted modules, and what was dropped. The spec on record counts where the config still says it."""
     own = recorded_spec(record)
@@ -147,8 +148,21 @@ def _read_spec(
             targets = recorded_targets(record, own, params)
         if _same_config(raw, to_peft_config(own, targets.values(), None, params, ())):
             return own, targets, []
+    if raw.get("target_parameters"):
+        return *_read_experts(raw, tensors, params), []
     spec, dropped = from_peft_config(raw, params)
     return spec, find_target_modules(params, spec), dropped
+
+
+def _read_experts(
+    raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
+) -> tuple[LoraSpec, dict[tree.Path, TargetModule]]:
+    """The spec and the adapted modules of another program's adapter of experts."""
+    spec = from_peft(raw)
+    targets = read_expert_targets(raw, tensors, spec, params)
+    if modules := raw.get("target_modules"):
+        targets |= find_target_modules(params, from_peft({**raw, "target_modules": modules, "target_parameters": None}))
+    return spec, targets
 
 
 def _sizes(targets: Mapping[tree.Path, TargetModule]) -> dict[tree.Path, Any]:
