@@ -58,6 +58,9 @@ def layout_of(shape: tuple[int, ...], uses: Sequence[Use], depth: int, share_a: 
       depth: how many leading axes the spec says are a stack.
       share_a: the axes that are batch axes of a product are outputs, so that their pairs share A.
     """
+    picked = frozenset().union(*(use.taken for use in uses if use.kind == "take"))
+    if picked and any(use.refused for use in uses):  # not kernels that were picked, but rows of a table
+        uses = [Use("gather", rows=picked, columns=frozenset(range(len(shape))) - picked)]
     products = [use for use in uses if use.kind in PRODUCTS and not use.refused]
     if why := next((use.refused for use in uses if use.refused), ""):
         return why

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from stablelora_jax.lora.trace.context import Context, Equation, Use, axes_of, evaluated, refuse, refused
 from stablelora_jax.lora.trace.low_rank import SCOPE, add, dropped_input, gain_of, product, up
-from stablelora_jax.lora.trace.weight import Weight, size_of
+from stablelora_jax.lora.trace.weight import Atom, Weight, size_of, taken, with_axes
 
 
 def dot_general(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
@@ -96,6 +96,8 @@ def gather(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     if axis is None:
         return refuse(context, eqn, values, "is indexed along several axes, or in part")
     axes, leaf, numbers = weight.leaf.axes, weight.leaf, eqn.params["dimension_numbers"]
+    if len(axes) > 2 and (context.record is not None or set(axes[axis]) & set(leaf.stack)):
+        return [_taken(context, weight, ids, eqn, values, axis)]
     rest = [atoms for other, atoms in enumerate(axes) if other != axis]
     if context.record is not None:
         context.record(leaf, Use("gather", rows=axes_of(axes[axis]), columns=_axes(rest)))
@@ -125,6 +127,23 @@ def gather(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
         gain = jnp.expand_dims(as_output(gain), range(batch))
         change = (gain - 1) * inner.astype(gain.dtype) + gain * change
     return [jnp.moveaxis(add(inner, change), range(batch, y.ndim), numbers.offset_dims)]
+
+
+def _taken(context: Context, weight: Weight, ids: Any, eqn: Equation, values: Sequence[Any], axis: int) -> Any:
+    """Kernels picked by indices, as of experts: those of a stack, with their pairs."""
+    numbers, y = eqn.params["dimension_numbers"], evaluated(eqn, values)[0]
+    if context.record is not None:
+        context.record(weight.leaf, Use("take", taken=axes_of(weight.leaf.axes[axis])))
+    batch = [dim for dim in range(y.ndim) if dim not in numbers.offset_dims]
+    (atom,) = weight.leaf.axes[axis]
+    new = tuple(Atom(atom.axis, (*atom.part, -1 - i), y.shape[dim]) for i, dim in enumerate(batch))
+    numbers_of = numbers.start_index_map.index(axis)
+    found = taken(weight, atom, ids[..., numbers_of], new)
+    kept = [atoms for other, atoms in enumerate(weight.leaf.axes) if other != axis]
+    if axis not in numbers.collapsed_slice_dims:
+        kept.insert(axis, ())
+    rest, picked = iter(kept), iter(new)
+    return with_axes(found, y, [(next(picked),) if dim in batch else next(rest) for dim in range(y.ndim)])
 
 
 def _looked_up(eqn: Equation, shape: tuple[int, ...]) -> int | None:

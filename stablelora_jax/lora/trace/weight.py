@@ -124,6 +124,14 @@ def resized(weight: Weight, atom: Atom, size: int, cut: Callable[[Any, int], Any
     return Weight(weight.value, adapter, _mapped(leaf, {atom: (atom._replace(size=size),)}))
 
 
+def taken(weight: Weight, atom: Atom, ids: Any, new: tuple[Atom, ...]) -> Weight:
+    """``weight`` after indices (any shape) have picked along an atom; ``new`` are the axes of the indices."""
+    adapter = weight.adapter
+    if adapter:
+        adapter = on_stack(weight, atom, lambda array, axis: jnp.take(array, ids, axis, mode="clip"))
+    return Weight(weight.value, adapter, _mapped(weight.leaf, {atom: new}))
+
+
 def with_axes(weight: Weight, value: Any, axes: Iterable[tuple[Atom, ...]]) -> Weight:
     """``weight`` whose array is ``value`` with these axes; atoms of size 1 that have none are dropped."""
     axes = tuple(axes)
