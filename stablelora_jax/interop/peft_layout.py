@@ -89,9 +89,7 @@ def is_tied(params: Mapping[str, Any]) -> bool:
 
 def _pair_entries(target: TargetModule, spec: LoraSpec) -> Iterator[Entry]:
     a, b = (*target.stack, target.size[0], target.rank), (*target.stack, target.rank, target.size[1])
-    kinds = (
-        ("lora_embedding_A", "lora_embedding_B") if target.leaf == "embedding" else ("lora_A.weight", "lora_B.weight")
-    )
+    kinds = ("lora_embedding_A", "lora_embedding_B") if target.looked_up else ("lora_A.weight", "lora_B.weight")
     for i, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
         if not rank:
             continue

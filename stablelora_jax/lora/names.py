@@ -10,6 +10,7 @@ Patterns mean what they mean in PEFT (``peft/tuners/tuners_utils.py:check_target
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -47,6 +48,17 @@ def _name(path: Path, index: tuple[int, ...], stacked: Sequence[str]) -> str:
         if key in stacked and not after.isdigit() and left:
             parts.append(str(left.pop(0)))
     return ".".join(parts) + "".join(f"[{i}]" for i in left)
+
+
+def unindexed(name: str) -> str:
+    """A module's name without the indices at its end, by which patterns select it.
+
+    Example::
+
+        >>> unindexed("blocks.dense[2]")
+        'blocks.dense'
+    """
+    return re.sub(r"(\[\d+\])+$", "", name)
 
 
 def layer_number(name: str, stacked: Sequence[str]) -> int | None:

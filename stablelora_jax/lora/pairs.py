@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from stablelora_jax.lora.names import module_names
+from stablelora_jax.lora.names import module_names, unindexed
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
@@ -40,8 +40,15 @@ class TargetModule(NamedTuple):
     ranks: tuple[int, ...]  # one for each name; 0 where the layer is not adapted
     scales: tuple[float, ...]  # likewise
     size: tuple[int, int]  # (in, out) with all contracted and all other kernel axes flattened
-    leaf: str = "kernel"  # the parameter that the pair changes: "kernel", or "embedding" (vocabulary, features)
+    leaf: str = "kernel"  # the parameter of the module that the pair changes; "": the one at ``path`` itself
     in_axes: tuple[int, ...] = (0,)  # that the kernel contracts, after the stack; adapters alone do not tell
+    looked_up: bool = False  # an embedding (vocabulary, features), read by indices
+    stack_axes: tuple[int, ...] | None = None  # of the parameter; None: the leading ones
+
+    @property
+    def leaf_path(self) -> Path:
+        """The path of the parameter."""
+        return (*self.path, self.leaf) if self.leaf else self.path
 
     @property
     def rank(self) -> int:
@@ -79,18 +86,19 @@ def make_target_module(
     spec: LoraSpec,
     leaf: str = "kernel",
     in_axes: tuple[int, ...] = (0,),
+    looked_up: bool | None = None,
 ) -> TargetModule:
     """The target module at ``path`` under ``spec``; its ranks are all 0 where nothing is selected.
 
     ``all-linear`` means kernels, as in PEFT: an embedding has to be named.
     """
+    looked_up = leaf == "embedding" if looked_up is None else looked_up
     names = module_names(path, stack, spec.stacked)
-    chosen = [
-        spec.selects(name) and not (leaf == "embedding" and spec.target_modules == "all-linear") for name in names
-    ]
-    ranks = tuple(spec.rank_of(n) if c else 0 for n, c in zip(names, chosen, strict=True))
-    scales = tuple(spec.scale_of(n) if c else 0.0 for n, c in zip(names, chosen, strict=True))
-    return TargetModule(path, names, stack, ranks, scales, size, leaf, in_axes)
+    plain = [unindexed(name) for name in names]
+    chosen = [spec.selects(name) and not (looked_up and spec.target_modules == "all-linear") for name in plain]
+    ranks = tuple(spec.rank_of(n) if c else 0 for n, c in zip(plain, chosen, strict=True))
+    scales = tuple(spec.scale_of(n) if c else 0.0 for n, c in zip(plain, chosen, strict=True))
+    return TargetModule(path, names, stack, ranks, scales, size, leaf, in_axes, looked_up)
 
 
 def adapter_target_modules(adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:

@@ -18,7 +18,7 @@ from stablelora_jax.utils.checked import checked
 
 
 @checked
-def describe(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec) -> str:
+def describe(params: Any, adapters: Mapping[str, Any], spec: LoraSpec) -> str:
     """The table of adapted modules and, as its last line, PEFT's count of trained and of all parameters.
 
     A stack of layers is one row; ranks and scales that differ between its layers are shown as ranges, and padding is

@@ -8,6 +8,7 @@ module contracts with its input and some that it adds to its output. Pairs see i
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from stablelora_jax.lora.names import first_match, hits, layer_number, matches, 
 from stablelora_jax.lora.pairs import FULL, TargetModule, make_target_module, pair_shapes, require_rank
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec, items, shown
-from stablelora_jax.quantization import dequantize_tree
+from stablelora_jax.quantization import dequantize_tree, is_quantized
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
@@ -61,7 +62,16 @@ def match_target_modules(params: Any, adapters: Any, spec: LoraSpec) -> dict[Pat
     Raises:
       InputError: adapters at a path that the model or the spec does not have, missing ones, or ones of another shape.
     """
-    wanted, found = find_target_modules(params, spec), pair_shapes(adapters)
+    return require_adapters(find_target_modules(params, spec), adapters, spec)
+
+
+def require_adapters(wanted: dict[Path, TargetModule], adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
+    """``wanted``, the target modules of a model, checked against ``adapters``.
+
+    Raises:
+      InputError: as :func:`match_target_modules`.
+    """
+    found = pair_shapes(adapters)
     for path, (stack, rank, size) in found.items():
         if path not in wanted:
             if not make_target_module(path, stack, size, spec).rank:
@@ -91,7 +101,7 @@ def extra_leaves(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, .
     number = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     kernel, scale = (jax.ShapeDtypeStruct((*target.stack, *rest), np.float32) for rest in (target.size, ()))
     made = jax.eval_shape(PARAMETRIZATIONS[spec.parametrization].leaves, kernel, number, scale)
-    if spec.lora_bias and target.leaf == "embedding":
+    if spec.lora_bias and target.looked_up:
         raise InputError(f"{'.'.join(target.path)} is an embedding, which takes no lora_bias: leave one of them out")
     bias = {"lora_bias": (*target.stack, target.size[1])} if spec.lora_bias else {}
     return {name: leaf.shape for name, leaf in made.items()} | bias
@@ -145,6 +155,26 @@ def to_matrix(kernel: jax.Array, depth: int, in_axes: tuple[int, ...]) -> jax.Ar
     return moved.reshape(*moved.shape[:depth], rows, -1)
 
 
+def target_matrix(params: Any, target: TargetModule) -> jax.Array:
+    """The kernel of ``target`` in ``params``, nested dicts, as (stack..., in, out); dequantised."""
+    kernel = dequantize_tree(tree.get_in(params, target.leaf_path))
+    depth = len(target.stack)
+    if target.stack_axes is not None:
+        kernel = jnp.moveaxis(kernel, target.stack_axes, range(depth))
+    return to_matrix(kernel, depth, target.in_axes)
+
+
+def with_matrix(params: Any, target: TargetModule, matrix: jax.Array) -> dict[str, Any]:
+    """``params`` whose kernel of ``target`` is ``matrix``: the inverse of :func:`target_matrix`."""
+    shape, stack_axes = (
+        tree.get_in(params, target.leaf_path).shape,
+        target.stack_axes or tuple(range(len(target.stack))),
+    )
+    own = (*target.stack, *(size for axis, size in enumerate(shape) if axis not in stack_axes))
+    kernel = from_matrix(matrix, own, len(target.stack), target.in_axes)
+    return tree.set_in(params, target.leaf_path, jnp.moveaxis(kernel, range(len(stack_axes)), stack_axes))
+
+
 def from_matrix(matrix: jax.Array, shape: tuple[int, ...], depth: int, in_axes: tuple[int, ...]) -> jax.Array:
     """The inverse of :func:`to_matrix` for a kernel of ``shape``."""
     order = [*in_axes, *(axis for axis in range(len(shape) - depth) if axis not in in_axes)]
@@ -153,8 +183,63 @@ def from_matrix(matrix: jax.Array, shape: tuple[int, ...], depth: int, in_axes: 
 
 
 def as_dict(params: Any) -> dict[str, Any]:
-    """Plain nested dicts, also from a ``FrozenDict``."""
-    return unfreeze(params) if isinstance(params, FrozenDict) else params
+    """Plain nested dicts with string keys, from any tree of parameters: ``FrozenDict``, ``nnx.State``, lists, Equinox.
+
+    Of an ``nnx.Module`` they are its ``nnx.Param``.
+
+    Raises:
+      InputError: it is no tree.
+    """
+    if isinstance(params, FrozenDict):
+        return unfreeze(params)  # type: ignore[no-any-return]
+    if _is_plain(params):
+        return params  # type: ignore[no-any-return]
+    nested: dict[str, Any] = {}
+    for path, leaf in tree.leaves_by_path(own_params(params), _is_whole).items():
+        if not path:
+            raise InputError(f"params must be a tree of arrays, not {params!r:.60}")
+        nested = tree.set_in(nested, path, leaf)
+    return nested
+
+
+def like(params: Any, nested: Mapping[str, Any]) -> Any:
+    """``nested``, as :func:`as_dict` gives it, as a tree of the kind of ``params``; of a module, a new module."""
+    if isinstance(params, FrozenDict) or _is_plain(params):
+        return nested
+    own = own_params(params)
+    paths = tree.leaves_by_path(own, _is_whole)
+    state = tree.with_leaves(own, {path: tree.get_in(nested, path) for path in paths}, _is_whole)
+    if own is params:
+        return state
+    from flax import nnx
+
+    graphdef, _, rest = nnx.split(params, nnx.Param, ...)
+    return nnx.merge(graphdef, state, rest)
+
+
+def own_params(params: Any) -> Any:
+    """``params``, or the parameters of an ``nnx.Module`` as an ``nnx.State``."""
+    nnx = sys.modules.get("flax.nnx")  # whoever has a module of it has imported it
+    return nnx.state(params, nnx.Param) if nnx is not None and isinstance(params, nnx.Module) else params
+
+
+def _is_plain(params: Any) -> bool:
+    """Whether ``params`` are dicts with string keys all through."""
+    if not isinstance(params, dict):
+        return False
+    return all(
+        isinstance(key, str) and (_is_plain(value) if isinstance(value, dict) else _is_whole(value) or _is_array(value))
+        for key, value in params.items()
+    )
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") or jax.tree_util.treedef_is_leaf(jax.tree.structure(x))
+
+
+def _is_whole(x: Any) -> bool:
+    """A leaf that is a pytree itself: a quantised kernel, or a box."""
+    return is_quantized(x) or _is_box(x)
 
 
 def kernel_leaf(module: Mapping[str, Any]) -> str | None:

@@ -29,20 +29,20 @@ from stablelora_jax.lora.target_modules import (
     as_dict,
     extra_leaves,
     find_target_modules,
-    from_matrix,
+    like,
     match_target_modules,
     require_leaves,
-    to_matrix,
+    target_matrix,
+    with_matrix,
 )
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import as_dtype, checked
 from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import Path
 
 
 @checked
-def init_adapters(
-    key: jax.Array, params: Mapping[str, Any], spec: LoraSpec, *, dtype: DTypeLike = jnp.float32
-) -> dict[str, Any]:
+def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """Make the adapters that ``spec`` asks for.
 
     A pair's draw depends on the key and its module's name alone, so a stack of layers starts as its separate layers
@@ -63,15 +63,18 @@ def init_adapters(
     Raises:
       InputError: a pattern matches nothing, or the dtype is narrower than float32.
     """
-    dtype = as_dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
-        raise InputError(f"adapters are float32 or wider, not {jnp.dtype(dtype).name}")
-    _require_key(key)
-    if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
-        raise InputError("float64 adapters need jax.config.update('jax_enable_x64', True)")
+    dtype = checked_dtype(dtype)
+    require_key(key)
     params = as_dict(params)
+    return make_adapters(key, params, find_target_modules(params, spec), spec, dtype)
+
+
+def make_adapters(
+    key: jax.Array, params: Mapping[str, Any], targets: Mapping[Path, TargetModule], spec: LoraSpec, dtype: DTypeLike
+) -> dict[str, Any]:
+    """Adapters at ``targets`` of ``params``, nested dicts, beside them what ``spec`` trains in full."""
     adapters: dict[str, Any] = {}
-    for path, target in find_target_modules(params, spec).items():
+    for path, target in targets.items():
         pair = _init_pair(key, target, spec, dtype)
         adapters = tree.set_in(adapters, path, pair | _init_extra(params, pair, target, spec))
     for leaf in trained_parameters(params, spec).values():
@@ -80,9 +83,7 @@ def init_adapters(
 
 
 @checked
-def merge(
-    params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True
-) -> dict[str, Any]:
+def merge(params: Any, adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True) -> Any:
     """Parameters with the adapters folded in: ``W0 + s A B``, computed at least in float32, in the base's dtype.
 
     This is the definition of what adapters mean. A parameter that two modules share (an embedding that is the head,
@@ -99,15 +100,15 @@ def merge(
     Raises:
       InputError: adapters that do not fit the parameters or the spec; a kernel that is not finite (``safe``).
     """
-    params = as_dict(params)
-    leaves = match_trained_parameters(params, adapters, spec)
-    return _fold(apply_full_parameters(params, adapters, leaves, cast=True), adapters, spec, +1.0, safe)
+    nested = as_dict(params)
+    leaves = match_trained_parameters(nested, adapters, spec)
+    targets = match_target_modules(nested, adapters, spec)
+    whole = apply_full_parameters(nested, adapters, leaves, cast=True)
+    return like(params, fold(whole, adapters, targets, spec, +1.0, safe))
 
 
 @checked
-def unmerge(
-    params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True
-) -> dict[str, Any]:
+def unmerge(params: Any, adapters: Mapping[str, Any], spec: LoraSpec, *, safe: bool = True) -> Any:
     """The inverse of :func:`merge` up to rounding: keep the base itself where bits matter.
 
     Raises:
@@ -139,7 +140,26 @@ def lora_scales(numbers: Any) -> Any:
     return {name: lora_scales(node) for name, node in numbers.items()}
 
 
-def _require_key(key: jax.Array) -> None:
+def checked_dtype(dtype: DTypeLike) -> Any:
+    """``dtype`` as one that adapters may have.
+
+    Raises:
+      InputError: it is narrower than float32, or not enabled.
+    """
+    dtype = as_dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        raise InputError(f"adapters are float32 or wider, not {jnp.dtype(dtype).name}")
+    if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
+        raise InputError("float64 adapters need jax.config.update('jax_enable_x64', True)")
+    return dtype
+
+
+def require_key(key: jax.Array) -> None:
+    """Check that ``key`` is one PRNG key.
+
+    Raises:
+      InputError: it is not.
+    """
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not (typed and key.shape == ()) and not (key.dtype == jnp.uint32 and key.ndim == 1 and key.shape[0] in (2, 4)):
         raise InputError(f"key must be one PRNG key, such as jax.random.key(0), not {key.dtype} {key.shape}")
@@ -148,7 +168,7 @@ def _require_key(key: jax.Array) -> None:
 def _init_pair(key: jax.Array, target: TargetModule, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
     keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names])
     kernel = jax.ShapeDtypeStruct(target.size, dtype)
-    start = INITIALIZERS[spec.init] if target.leaf == "kernel" else embedding
+    start = embedding if target.looked_up else INITIALIZERS[spec.init]
     make: Any = jax.vmap(lambda k: start(k, kernel, target.rank, dtype)[0])
     pair = {name: leaf.reshape(*target.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
     mask = jnp.asarray(target.mask(), dtype)
@@ -161,12 +181,12 @@ def _init_extra(params: Any, pair: dict[str, jax.Array], target: TargetModule, s
     zeros = {"lora_bias": jnp.zeros(wanted.pop("lora_bias"), pair["lora_b"].dtype)} if "lora_bias" in wanted else {}
     if not wanted:
         return zeros
-    module = tree.get_in(params, target.path)
-    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(module[target.leaf])):
+    kernel = tree.get_in(params, target.leaf_path)
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(kernel)):
         raise InputError(
             f"{spec.parametrization} starts from the values of {'.'.join(target.path)}, not only its shape"
         )
-    matrix = to_matrix(module[target.leaf], len(target.stack), target.in_axes)
+    matrix = target_matrix(params, target)
     made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, target.scale())
     used = np.array(target.ranks).reshape(target.stack) > 0
     return {
@@ -175,24 +195,27 @@ def _init_extra(params: Any, pair: dict[str, jax.Array], target: TargetModule, s
     }
 
 
-def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> dict[str, Any]:
-    params = as_dict(params)
-    targets = match_target_modules(params, adapters, spec)
+def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> Any:
+    nested = as_dict(params)
+    return like(params, fold(nested, adapters, match_target_modules(nested, adapters, spec), spec, sign, safe))
+
+
+def fold(
+    params: dict[str, Any], adapters: Any, targets: Mapping[Path, TargetModule], spec: LoraSpec, sign: float, safe: bool
+) -> dict[str, Any]:
+    """``params``, nested dicts, with ``sign`` times the change of each pair added at ``targets``."""
     require_leaves(targets, adapters, spec)
     for path, target in targets.items():
-        module, pair = tree.get_in(params, path), tree.get_in(adapters, path)
-        depth, in_axes = len(target.stack), target.in_axes
-        matrix = to_matrix(module[target.leaf], depth, in_axes)
+        pair = tree.get_in(adapters, path)
+        matrix = target_matrix(params, target)
         merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * target.scale())
         if safe:
             _require_finite(merged, target)
-        kernel = from_matrix(merged, module[target.leaf].shape, depth, in_axes)
-        params = tree.set_in(params, path, {**module, target.leaf: kernel})
+        params = with_matrix(params, target, merged)
         if "lora_bias" in pair:
             bias = _with_lora_bias(params, pair["lora_bias"], sign * target.scale(), target)
             params = tree.set_in(params, (*path, "bias"), bias)
-    found: dict[str, Any] = params
-    return found
+    return params
 
 
 def _with_lora_bias(params: Any, lora_bias: jax.Array, scale: jax.Array, target: TargetModule) -> jax.Array:
