@@ -83,8 +83,8 @@ def apply_is_merge(row: Row, variant: str) -> None:
 def fresh_adapters_change_nothing(row: Row) -> None:
     """With B = 0 the output is the base's, to the bit."""
     lora, adapters = row.lora(), row.fresh()
-    found = exact_jit(lambda *args: row.run(lora, row.params, adapters, *args))(*row.args)
-    expected = exact_jit(lambda *args: row.base(row.params, *args))(*row.args)
+    found = exact_jit(partial(row.run, lora))(row.params, adapters, *row.args)
+    expected = exact_jit(row.base)(row.params, *row.args)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -113,16 +113,18 @@ def training_lowers_the_loss(row: Row, steps: int = 20) -> None:
     assert relative_difference(row.params, before) == 0
 
 
-def stacked_is_separate(stacked: Row, separate: Row, split: Callable[[Any], Any]) -> None:
+def stacked_is_separate(
+    stacked: Row, separate: Row, split: Callable[[Any], Any], split_params: Callable[[Any], Any] | None = None
+) -> None:
     """A scanned model equals its unrolled twin; ``split`` makes the twin's tree of the scanned model's.
 
-    It is applied to the base's parameters and to the adapters.
+    It is applied to the adapters, and to the base's parameters if ``split_params`` is not given.
     """
     adapters = perturbed(stacked.fresh())
-    twin = split(adapters)
+    twin, params = split(adapters), (split_params or split)(stacked.params)
     assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, separate.fresh())
     found = jit(partial(stacked.run, stacked.lora()))(stacked.params, adapters, *stacked.args)
-    expected = jit(partial(separate.run, separate.lora()))(split(stacked.params), twin, *stacked.args)
+    expected = jit(partial(separate.run, separate.lora()))(params, twin, *stacked.args)
     assert relative_difference(found, expected) < stacked.tolerance
 
 

@@ -95,4 +95,4 @@ class DenseMixture(nn.Module):
         down = self.param("down", NORMAL, (self.number, self.hidden, width))
         fused = jnp.einsum("btd,edgf->btegf", x, gate_up)
         hidden = nn.silu(fused[..., 0, :]) * fused[..., 1, :]
-        return x + jnp.einsum("btef,efd,bte->btd", hidden, down, probabilities)
+        return x + jnp.einsum("btef,efd->btd", hidden * probabilities[..., None], down)

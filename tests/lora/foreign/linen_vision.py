@@ -29,7 +29,9 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(self.mlp_dim)(x)))
+        width = x.shape[-1]
+        x = nn.gelu(nn.Dense(self.mlp_dim)(x))
+        return nn.Dense(width)(x)
 
 
 class MapHead(nn.Module):
