@@ -171,7 +171,8 @@ def perturbed(adapters: Any, seed: int = 5, size: float = 0.3) -> Any:
 
     def draw(path, leaf):
         noise = jnp.asarray(rng.normal(size=leaf.shape) * size, leaf.dtype)
-        return noise if path[-1].key == "lora_b" else leaf
+        zero = path[-1].key in ("lora_a", "lora_b") and not np.any(leaf)  # A of a look-up table starts with zeros
+        return noise if path[-1].key == "lora_b" or zero else leaf
 
     return jax.tree_util.tree_map_with_path(draw, adapters)
 
