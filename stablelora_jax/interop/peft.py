@@ -19,20 +19,23 @@ import numpy as np
 from stablelora_jax.interop.base_record import KEY as BASE
 from stablelora_jax.interop.base_record import base_record, other_base
 from stablelora_jax.interop.metadata import OURS, WRITER, load_metadata, require_own
+from stablelora_jax.interop.own_record import PAIRS, own_record, recorded_spec, recorded_targets, saved_targets
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
+from stablelora_jax.interop.peft_experts import read_expert_targets
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, is_tied, layout
 from stablelora_jax.interop.peft_weights import PREFIX, WEIGHTS, assemble, check_tensors, read_weights
 from stablelora_jax.lora.full_parameters import unknown_full_parameters
 from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
-from stablelora_jax.lora.peft_config import CONFIG, read_config
+from stablelora_jax.lora.peft_config import CONFIG, from_peft, read_config
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, find_target_modules, match_target_modules, require_leaves
+from stablelora_jax.lora.target_modules import as_dict, find_target_modules, require_leaves
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, write_bytes_whole
 
 SHOWN = 10  # names in a warning
+NOT_OF_SPEC = ("base_model_name_or_path", "task_type", "inference_mode", "ensure_weight_tying")
 UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
 
 
@@ -43,7 +46,7 @@ def save_peft(
     spec: LoraSpec,
     *,
     base_model: str | None = None,
-    params: Mapping[str, Any] | None = None,
+    params: Any = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``adapters`` as a directory that ``peft.PeftModel.from_pretrained`` and vLLM load.
@@ -66,7 +69,7 @@ def save_peft(
 
     directory = as_path(directory, "the adapter's directory")
     require_own(directory, (CONFIG, WEIGHTS, OURS))
-    params = None if params is None else as_dict(params)
+    params, adapters = None if params is None else as_dict(params), as_dict(adapters)
     targets = require_peft_form(adapters, spec, params)
     entries = layout(targets, params, spec)
     tensors = {PREFIX + e.name: e.take(np.asarray(tree.get_in(adapters, e.path))) for e in entries}
@@ -75,7 +78,7 @@ def save_peft(
             raise InputError(f"{name} holds NaN or infinity: nothing was written to {directory}")
     tensors |= {PREFIX + name: array for name, array in _base_weights(targets, params).items()}
     config = to_peft_config(spec, targets.values(), base_model, params, [e.name for e in entries])
-    own = {"written_by": WRITER, **(metadata or {})}
+    own = {"written_by": WRITER, **own_record(adapters, spec), **(metadata or {})}
     if params is not None and BASE not in (metadata or {}):
         own[BASE] = base_record(params, base_model)
     ours = json.dumps(own, indent=2, default=str) + "\n"
@@ -90,7 +93,7 @@ def save_peft(
 
 @checked
 def load_peft(
-    directory: str | Path, params: Mapping[str, Any], *, base_model: str | None = None, strict: bool = False
+    directory: str | Path, params: Any, *, base_model: str | None = None, strict: bool = False
 ) -> tuple[dict[str, Any], LoraSpec]:
     """Read a PEFT adapter for the model whose parameters are ``params``.
 
@@ -115,8 +118,7 @@ def load_peft(
     tensors = read_weights(directory / WEIGHTS)
     _refuse_untied(raw, tensors, params, directory)
     try:
-        spec, dropped = from_peft_config(raw, params)
-        targets = find_target_modules(params, spec)
+        spec, targets, dropped = _read_spec(raw, load_metadata(directory), params, tensors)
         entries = layout(targets, params, spec)
     except (InputError, TypeError) as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
@@ -132,6 +134,59 @@ def load_peft(
     return assemble(entries, tensors), spec
 
 
+def _read_spec(
+    raw: Mapping[str, Any], record: Mapping[str, Any], params: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> tuple[LoraSpec, dict[tree.Path, TargetModule], list[str]]:
+    """The spec, the adapted modules, and what was dropped. The spec on record counts where the config still says it."""
+    own = recorded_spec(record)
+    if own is not None:
+        try:
+            targets = find_target_modules(params, own)
+        except InputError:
+            targets = {}
+        if _sizes(targets) != _recorded_sizes(record):  # not told by names and shapes
+            targets = recorded_targets(record, own, params)
+        if _same_config(raw, to_peft_config(own, targets.values(), None, params, ())):
+            return own, targets, []
+    if raw.get("target_parameters"):
+        return *_read_experts(raw, tensors, params), []
+    spec, dropped = from_peft_config(raw, params)
+    return spec, find_target_modules(params, spec), dropped
+
+
+def _read_experts(
+    raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
+) -> tuple[LoraSpec, dict[tree.Path, TargetModule]]:
+    """The spec and the adapted modules of another program's adapter of experts."""
+    spec = from_peft(raw)
+    targets = read_expert_targets(raw, tensors, spec, params)
+    if modules := raw.get("target_modules"):
+        targets |= find_target_modules(params, from_peft({**raw, "target_modules": modules, "target_parameters": None}))
+    return spec, targets
+
+
+def _sizes(targets: Mapping[tree.Path, TargetModule]) -> dict[tree.Path, Any]:
+    return {path: (target.stack, target.size) for path, target in targets.items()}
+
+
+def _recorded_sizes(record: Mapping[str, Any]) -> dict[tree.Path, Any]:
+    """What :func:`_sizes` gives of the adapter on record; {} if it is damaged."""
+    try:
+        return {tuple(p["path"]): (tuple(p["stack"]), tuple(p["size"])) for p in record.get(PAIRS) or ()}
+    except (KeyError, TypeError):
+        return {}
+
+
+def _same_config(raw: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
+    """Whether a config says of the adapter what was written for it; lists may be in another order."""
+    ours = {key: value for key, value in written.items() if key not in NOT_OF_SPEC}
+    return set(raw) == set(written) and all(_unordered(raw[key]) == _unordered(value) for key, value in ours.items())
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
 def require_peft_form(
     adapters: Mapping[str, Any], spec: LoraSpec, params: Mapping[str, Any] | None = None
 ) -> dict[tree.Path, TargetModule]:
@@ -141,7 +196,7 @@ def require_peft_form(
       InputError: as :func:`save_peft`.
     """
     if params is not None:
-        targets = match_target_modules(params, adapters, spec)
+        targets = saved_targets(adapters, spec, params)
     else:
         targets = adapter_target_modules(adapters, spec)
         needs = spec.modules_to_save or spec.bias != "none" or any(path[-1] == EMBEDDING for path in targets)

@@ -13,6 +13,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from stablelora_jax.interop.peft_experts import is_experts, parameter_names, without_experts
 from stablelora_jax.interop.peft_layout import HEAD, is_tied
 from stablelora_jax.lora.names import hits, layer_number, matches, module_names, stack_depth, suffixes
 from stablelora_jax.lora.pairs import TargetModule
@@ -55,13 +56,18 @@ def to_peft_config(
         >>> to_peft_config(spec, find_target_modules(params, spec).values(), None, params, [])["target_modules"]
         ['a', 'b']
     """
-    chosen = [name for target in targets for name, rank in zip(target.names, target.ranks, strict=True) if rank]
+    targets = list(targets)
+    experts = [target for target in targets if is_experts(target, spec)]
+    single = [target for target in targets if target not in experts]
+    chosen = [name for target in single for name, rank in zip(target.names, target.ranks, strict=True) if rank]
     # PEFT adapts a module that is named whole whatever layers_to_transform says
     whole = isinstance(spec.target_modules, tuple) and any(
         "." in entry or entry == HEAD for entry in spec.target_modules
     )
     listed = isinstance(spec.target_modules, tuple) and not (whole and spec.layers_to_transform is not None)
     target = list(spec.target_modules) if listed else chosen
+    if experts and listed:
+        target = without_experts(target, targets, spec)
     tied = params is not None and is_tied(params) and any(name.startswith(f"{HEAD}.") for name in tensors)
     return {
         "peft_type": "LORA",
@@ -72,8 +78,9 @@ def to_peft_config(
         "lora_alpha": spec.alpha,
         "use_rslora": spec.scaling == "rslora",
         "use_dora": spec.parametrization == "dora",
-        "lora_dropout": spec.dropout,
+        "lora_dropout": 0.0 if experts else spec.dropout,  # PEFT has no dropout before experts
         "target_modules": target,
+        **({"target_parameters": [n for one in experts for n in parameter_names(one, spec)]} if experts else {}),
         "exclude_modules": _plain(spec.exclude_modules) if listed and spec.exclude_modules else None,
         "layers_to_transform": list(spec.layers_to_transform)
         if listed and spec.layers_to_transform is not None

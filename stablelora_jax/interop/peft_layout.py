@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stablelora_jax.interop.peft_experts import expert_entries, is_experts
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
@@ -58,15 +59,17 @@ class Entry(NamedTuple):
         return leaf.reshape(-1, *leaf.shape[len(leaf.shape) - len(self.shape) :])
 
 
-def layout(targets: Mapping[Path, TargetModule], params: Mapping[str, Any] | None, spec: LoraSpec) -> list[Entry]:
-    """Every tensor that PEFT stores for adapters of ``spec``.
+def layout(targets: Mapping[Path, TargetModule], params: Mapping[str, Any] | None, spec: LoraSpec) -> list[Any]:
+    """Every tensor that PEFT stores for adapters of ``spec``: an :class:`Entry` or an ``ExpertEntry`` each.
 
     Args:
       targets: the adapted modules, by path.
       params: the base, or None where nothing is trained in full and no embedding is adapted.
       spec: the spec of the adapters.
     """
-    entries = [entry for target in targets.values() for entry in _pair_entries(target, spec)]
+    single = [target for target in targets.values() if not is_experts(target, spec)]
+    entries: list[Any] = [entry for target in single for entry in _pair_entries(target, spec)]
+    entries += expert_entries(targets.values(), spec)
     if params is None:
         return entries
     adapted = {

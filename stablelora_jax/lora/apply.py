@@ -26,8 +26,8 @@ from stablelora_jax.lora.intercept import Intercepted, apply_intercepted
 from stablelora_jax.lora.intercept import Observer as Observer
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, find_target_modules, own_params
-from stablelora_jax.lora.trace.apply import apply_traced, find_targets, layouts_table, merge_traced
+from stablelora_jax.lora.target_modules import as_dict, find_target_modules, own_params, require_adapters
+from stablelora_jax.lora.trace.apply import apply_traced, check_traced, find_targets, layouts_table, merge_traced
 from stablelora_jax.lora.transform import checked_dtype, make_adapters, merge, require_key
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -76,9 +76,12 @@ class Adapted:
         by_name = self._by_name(params, others, args, kwargs)
         if by_name is not None:
             return make_adapters(key, as_dict(params), by_name, self.spec, dtype)
+        variables = {**others, "params": own_params(params)}
         self.found.clear()
-        self.found.update(find_targets(self, {**others, "params": own_params(params)}, args, kwargs))
-        return make_adapters(key, as_dict(params), self.found, self.spec, dtype)
+        self.found.update(find_targets(self, variables, args, kwargs))
+        adapters = make_adapters(key, as_dict(params), self.found, self.spec, dtype)
+        check_traced(self, {**variables, "lora": adapters}, args, kwargs)
+        return adapters
 
     @checked
     def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
@@ -141,7 +144,10 @@ class Adapted:
             if self._by_name(params, others, args, kwargs) is None:
                 self.found.update(find_targets(self, {**others, "params": own_params(params)}, args, kwargs))
         if not self.found:
-            return merge(params, as_dict(adapters), self.spec, safe=safe)
+            try:
+                return merge(params, as_dict(adapters), self.spec, safe=safe)
+            except InputError as error:
+                raise InputError(f"{error}; or give example arguments, merge(params, adapters, *args)") from None
         return merge_traced(self, params, as_dict(adapters), safe)
 
     @checked
@@ -176,7 +182,7 @@ class Adapted:
         try:
             targets = find_target_modules(nested, self.spec)
             jax.eval_shape(run)
-        except (InputError, IndexError, TypeError, ValueError):
+        except Exception:  # whatever the model raises, it raises again when it is traced
             return None
         return targets
 
@@ -185,6 +191,7 @@ class Adapted:
         del rngs
         try:
             self.found.update(find_targets(self, variables, args, kwargs))
+            require_adapters(self.found, variables["lora"], self.spec)
             return True
         except InputError:
             self.found.clear()

@@ -31,7 +31,7 @@ def take_apart(model: Any) -> Any:
     from flax import nnx
 
     if isinstance(model, nnx.Module):
-        graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+        graphdef, _, rest = _split(model)
         return NnxModel(graphdef, rest)
     if not callable(model):
         raise InputError(f"model must be a Linen or NNX module, or a function of (params, ...), not {model!r:.60}")
@@ -67,6 +67,14 @@ def function_of(model: Any, variables: Mapping[str, Any], rngs: Any) -> Function
 
         whole = nnx.merge(model.graphdef, params, others.get("rest", model.rest), copy=True)
         out = getattr(whole, method)(*args, **kwargs)
-        return (out, nnx.split(whole, nnx.Param, ...)[2]) if mutable else out
+        return (out, _split(whole)[2]) if mutable else out
 
     return module
+
+
+def _split(module: Any) -> tuple[Any, Any, Any]:
+    """The graph of an NNX module, its parameters, and the rest of its state."""
+    from flax import nnx
+
+    found: Any = nnx.split(module, nnx.Param, ...)
+    return found  # type: ignore[no-any-return]

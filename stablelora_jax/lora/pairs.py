@@ -95,7 +95,9 @@ def make_target_module(
     looked_up = leaf == "embedding" if looked_up is None else looked_up
     names = module_names(path, stack, spec.stacked)
     plain = [unindexed(name) for name in names]
-    chosen = [spec.selects(name) and not (looked_up and spec.target_modules == "all-linear") for name in plain]
+    own = path[-1:] and path[-1] in spec.stacked and spec.selects(".".join(path))  # a leaf that is its own stack
+    embeds = looked_up or (leaf or path[-1]).endswith("embedding")
+    chosen = [(own or spec.selects(name)) and not (embeds and spec.target_modules == "all-linear") for name in plain]
     ranks = tuple(spec.rank_of(n) if c else 0 for n, c in zip(plain, chosen, strict=True))
     scales = tuple(spec.scale_of(n) if c else 0.0 for n, c in zip(plain, chosen, strict=True))
     return TargetModule(path, names, stack, ranks, scales, size, leaf, in_axes, looked_up)

@@ -31,6 +31,7 @@ RENAMED = {
 # Neither what an adapter computes nor its shapes depend on these.
 IGNORED = """peft_version auto_mapping base_model_name_or_path revision inference_mode runtime_config eva_config
     megatron_core qalora_group_size ensure_weight_tying""".split()
+JOINED = ("target_parameters",)  # with target_modules: a spec names modules and leaves alike
 # Accepted where they change nothing, and refused otherwise with the reason.
 NEUTRAL = {
     "peft_type": "only LORA is read",
@@ -48,7 +49,6 @@ NEUTRAL = {
     "use_qalora": "QALoRA is not implemented",
     "monteclora_config": "MonteCLoRA is not implemented",
     "layer_replication": "layers cannot be repeated",
-    "target_parameters": "pairs change kernels and embeddings: name their modules in target_modules",
     "use_bdlora": "block-diagonal factors are not implemented",
     "arrow_config": "Arrow routing is not implemented; a bank holds many adapters",
     "kasa_config": "KaSA is not implemented",
@@ -99,7 +99,7 @@ def spec_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": raw.get("lora_dropout") or 0.0,
         "scaling": "rslora" if raw.get("use_rslora") else "lora",
         "parametrization": "dora" if raw.get("use_dora") else "lora",
-        "target_modules": raw["target_modules"],
+        "target_modules": _targets(raw),
         "exclude_modules": raw.get("exclude_modules") or (),
         "layers_to_transform": None if layers == [] else layers,
         "rank_pattern": raw.get("rank_pattern") or {},
@@ -138,7 +138,7 @@ def _plain(value: Any) -> Any:
 
 
 def _require_neutral(raw: Mapping[Any, Any]) -> None:
-    known = [*SAME, *RENAMED, *IGNORED, *NEUTRAL]
+    known = [*SAME, *RENAMED, *IGNORED, *NEUTRAL, *JOINED]
     for key, value in raw.items():
         if key in NEUTRAL and not _is_neutral(key, value, raw):
             raise InputError(f"{key} = {shown(value)} is not supported: {NEUTRAL[key]}")
@@ -157,6 +157,16 @@ def _is_neutral(key: str, value: Any, raw: Mapping[Any, Any]) -> bool:
     return not value or (key == "layers_pattern" and value in ("layers", ["layers"]))
 
 
+def _targets(raw: Mapping[Any, Any]) -> Any:
+    """PEFT's ``target_modules`` and ``target_parameters``: a spec names modules and leaves alike."""
+    modules, parameters = raw.get("target_modules"), raw.get("target_parameters")
+    if not parameters:
+        return modules
+    if not isinstance(parameters, list | tuple) or isinstance(modules, str):
+        raise InputError("target_parameters must be a list, and target_modules beside it too")
+    return [*(modules or ()), *parameters]
+
+
 def _hint(key: Any, known: list[str]) -> str:
     theirs = {ours: name for name, ours in RENAMED.items()}
     close = [theirs[key]] if key in theirs else difflib.get_close_matches(str(key)[:80], known, n=1)
@@ -164,7 +174,7 @@ def _hint(key: Any, known: list[str]) -> str:
 
 
 def _require_kinds(raw: Mapping[Any, Any]) -> None:
-    if raw.get("target_modules") is None:
+    if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise InputError(
             "target_modules is missing: PEFT would choose by the type of the model, for most decoders q_proj and "
             "v_proj; name modules, or say all-linear"
@@ -181,7 +191,7 @@ def _require_kinds(raw: Mapping[Any, Any]) -> None:
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if not _are_names(raw.get(key) or (), key):
             raise InputError(f"{key} must be names, not {shown(raw[key])}")
-    if isinstance(raw["target_modules"], str) and raw.get("layers_to_transform") not in (None, []):
+    if isinstance(raw.get("target_modules"), str) and raw.get("layers_to_transform") not in (None, []):
         raise InputError("layers_to_transform needs target_modules as a list: PEFT refuses it beside a string")
 
 

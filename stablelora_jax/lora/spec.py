@@ -15,7 +15,8 @@ from stablelora_jax.lora.names import first_match, layer_number, lists_one, matc
 from stablelora_jax.utils import patterns
 from stablelora_jax.utils.errors import InputError
 
-HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "unembed")  # never part of "all-linear"
+# never part of "all-linear"
+HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "logits_dense", "unembed")
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
 

@@ -34,8 +34,11 @@ def require_stacks(
         name = ".".join(path)
         shapes = f"{name}: its kernel is {whole} in the parameters and {seen} inside the model"
         if len(seen) == len(whole) - depth:
-            raise InputError(f"{shapes}: stacks are read along axis 0: scan with variable_axes={{'params': 0}}")
-        raise InputError(f"{shapes}: name the module that nn.scan or nn.vmap stacks in stacked, {_stacked(path)}")
+            raise InputError(f"{shapes}: make adapters with adapted(model, spec).init(key, params, *args)")
+        raise InputError(
+            f"{shapes}: make adapters with adapted(model, spec).init(key, params, *args), or name the module that "
+            f"nn.scan or nn.vmap stacks in stacked, {_stacked(path)}"
+        )
 
 
 def _stacked(path: Path) -> str:

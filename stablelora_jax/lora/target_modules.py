@@ -38,7 +38,7 @@ def find_target_modules(params: Any, spec: LoraSpec) -> dict[Path, TargetModule]
       InputError: naming the pattern that matches nothing, with near misses.
     """
     params = as_dict(params)
-    _require_unboxed(params)
+    require_unboxed(params)
     modules = tree.find_dicts(params, lambda node: kernel_leaf(node) is not None)
     targets = {path: _target(path, module, spec) for path, module in modules.items()}
     _check_patterns([name for target in targets.values() for name in target.names], spec)
@@ -46,7 +46,12 @@ def find_target_modules(params: Any, spec: LoraSpec) -> dict[Path, TargetModule]
     return {path: target for path, target in targets.items() if target.rank}
 
 
-def _require_unboxed(params: Any) -> None:
+def require_unboxed(params: Any) -> None:
+    """Check that no leaf is in a box of Flax's partitioning.
+
+    Raises:
+      InputError: one is.
+    """
     boxed = [x for x in jax.tree.leaves(params, is_leaf=_is_box) if _is_box(x)]
     if boxed:
         raise InputError(f"parameters are boxed ({type(boxed[0]).__name__}): call flax.linen.unbox(params) first")
@@ -191,10 +196,11 @@ def as_dict(params: Any) -> dict[str, Any]:
       InputError: it is no tree.
     """
     if isinstance(params, FrozenDict):
-        return unfreeze(params)  # type: ignore[no-any-return]
-    if _is_plain(params):
-        return params  # type: ignore[no-any-return]
+        return unfreeze(params)
     nested: dict[str, Any] = {}
+    if _is_plain(params):
+        nested = params
+        return nested
     for path, leaf in tree.leaves_by_path(own_params(params), _is_whole).items():
         if not path:
             raise InputError(f"params must be a tree of arrays, not {params!r:.60}")
@@ -213,8 +219,8 @@ def like(params: Any, nested: Mapping[str, Any]) -> Any:
         return state
     from flax import nnx
 
-    graphdef, _, rest = nnx.split(params, nnx.Param, ...)
-    return nnx.merge(graphdef, state, rest)
+    parts: Any = nnx.split(params, nnx.Param, ...)
+    return nnx.merge(parts[0], state, parts[2])
 
 
 def own_params(params: Any) -> Any:

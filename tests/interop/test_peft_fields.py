@@ -57,7 +57,7 @@ FIELDS = {
     "use_qalora": Field(NEUTRAL, True),
     "monteclora_config": Field(NEUTRAL, {"num_samples": 8}),
     "layer_replication": Field(NEUTRAL, [[0, 2], [1, 3]]),
-    "target_parameters": Field(NEUTRAL, ["experts.gate_up_proj"]),
+    "target_parameters": Field("target_modules", ["experts.gate_up_proj"], ("experts.gate_up_proj", "q_proj")),
     "use_bdlora": Field(NEUTRAL, {"nblocks": 2}),
     "arrow_config": Field(NEUTRAL, {"top_k": 3}),
     "kasa_config": Field(NEUTRAL, {"beta": 0.1}),
@@ -91,6 +91,7 @@ def test_the_documentation_says_the_same():
     text = (ROOT / "docs" / "coming-from-peft.md").read_text().split("## Every field")[1]
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", text, re.MULTILINE)
     tables = [*peft_config.SAME, *peft_config.RENAMED, *peft_config.IGNORED, *peft_config.NEUTRAL]
+    tables += peft_config.JOINED
     assert sorted(tables) == sorted(FIELDS), "each field is in one table"
     assert [(name, here.strip("`")) for name, here in rows] == [(name, field.here) for name, field in FIELDS.items()]
 

@@ -197,13 +197,27 @@ class Hand(nn.Module):
         return Unread(name="own")(x)
 
 
-def test_an_adapter_that_no_module_reads_is_an_error():
+def test_an_adapter_that_nothing_reads_is_an_error():
+    x = jnp.ones((2, 4))
+    params = random_params(Hand(), x)
+    params["idle"] = {"kernel": jnp.ones((4, 4))}
+    spec = LoraSpec(target_modules=["idle"])
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    with pytest.raises(InputError, match="read the adapters at idle"):
+        adapted(Hand(), spec).apply({"params": params, "lora": adapters}, x)
+    with pytest.raises(InputError, match="idle is never multiplied with an activation"):
+        adapted(Hand(), spec).init(jax.random.key(0), params, x)
+
+
+def test_a_module_of_ones_own_is_read_by_its_computation():
     x = jnp.ones((2, 4))
     params = random_params(Hand(), x)
     spec = LoraSpec(target_modules=["own"])
     adapters = init_adapters(jax.random.key(0), params, spec)
-    with pytest.raises(InputError, match="read the adapters at own"):
-        adapted(Hand(), spec).apply({"params": params, "lora": adapters}, x)
+    changed = trained(adapters, spec)
+    expected = Hand().apply({"params": merge(params, changed, spec)}, x)
+    found = adapted(Hand(), spec).apply({"params": params, "lora": changed}, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrong_guess_of_contracted_axes_is_an_error_with_the_way_out():
@@ -311,13 +325,14 @@ def test_scale_and_rate_are_traced():
     assert largest_difference(apply(numbers, key), expected) > 1e-3
 
 
-def test_a_base_parameter_with_our_name_is_refused():
-    model, params, x, spec = FOREIGN["dense"][0], None, jnp.ones((2, 5, 6)), FOREIGN["dense"][2]
+def test_a_base_parameter_with_our_name_stays_the_bases():
+    model, x, spec = FOREIGN["dense"][0], jnp.ones((2, 5, 6)), FOREIGN["dense"][2]
     params = random_params(model, x)
-    adapters = init_adapters(jax.random.key(0), params, spec)
-    params["split"]["lora_scale"] = jnp.ones(())
-    with pytest.raises(InputError, match="split of the base already has a parameter called lora_scale"):
-        adapted(ForeignMLP(), spec).apply({"params": params, "lora": adapters}, x)
+    adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
+    expected = adapted(ForeignMLP(), spec).apply({"params": params, "lora": adapters}, x)
+    params["split"]["lora_scale"] = jnp.zeros(())
+    found = adapted(ForeignMLP(), spec).apply({"params": params, "lora": adapters}, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 class Doubling(nn.Dense):

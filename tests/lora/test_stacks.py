@@ -40,7 +40,7 @@ def run(model, spec):
 CASES = {
     "scan": (Scanned("blocks", 0), {}, r"blocks.fc: its kernel is \(3, 16, 16\) .* \(16, 16\) inside .*'blocks'"),
     "vmap": (Mapped(), {}, r"experts.fc: .*stacked=\('experts',\)"),
-    "axis 1": (Scanned("layers", 1), {}, r"layers.fc: its kernel is \(16, 3, 16\).*variable_axes=\{'params': 0\}"),
+    "axis 1": (Scanned("layers", 1), {}, r"layers.fc: its kernel is \(16, 3, 16\).*init\(key, params"),
 }
 
 

@@ -8,6 +8,6 @@ hand a weight on (:mod:`.structure`, :mod:`.control`); ``dot_general``, ``conv_g
 The same interpreter, with weights that have no adapter yet, finds which axes of a leaf are contracted (:mod:`.layout`).
 
 Compared with peers: qwix replaces ``jax.lax.dot_general`` and ``jnp.einsum`` in the process while a model runs, and
-needs its modules to hold the pair; lorax and quax carry a low-rank array through a function, too, but merge it with a warning
-where they do not know the operation, and do not enter ``scan`` with stacked pairs.
+needs its modules to hold the pair; lorax and quax carry a low-rank array through a function, too, but merge it with a
+warning where they do not know the operation, and do not enter ``scan`` with stacked pairs.
 """

@@ -21,6 +21,7 @@ from stablelora_jax.lora.target_modules import (
     like,
     require_adapters,
     require_leaves,
+    require_unboxed,
     target_matrix,
     with_matrix,
 )
@@ -32,6 +33,7 @@ from stablelora_jax.lora.trace.weight import Weight, start
 from stablelora_jax.lora.transform import fold
 from stablelora_jax.quantization import is_quantized
 from stablelora_jax.utils import tree
+from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
 
 
@@ -69,10 +71,11 @@ def apply_traced(
     params, spec = variables["params"], lora.spec
     traced, arrays = trace(function_of(lora.model, variables, rngs), params, (args, kwargs))
     leaves = _leaves(params)
-    if not lora.found or any(target.leaf_path not in leaves for target in lora.found.values()):
+    adapters = variables["lora"]
+    if not _fit(lora, leaves, adapters):
         lora.found.clear()
         lora.found.update(traced_targets(traced, leaves, arrays, spec, lora.merged))
-    adapters, targets = variables["lora"], dict(lora.found)
+    targets = dict(lora.found)
     require_adapters(targets, adapters, spec)
     require_leaves(targets, adapters, spec)
     nested = as_dict(params)
@@ -90,6 +93,34 @@ def apply_traced(
         values[target.leaf_path] = _weight(tree.get_in(nested, target.leaf_path), adapter, target)
     context = Context(PARAMETRIZATIONS[spec.parametrization], None if keys is None else jax.random.key_impl(keys))
     return traced.run(context, list(values.values()), arrays)
+
+
+def check_traced(lora: Subject, variables: Mapping[str, Any], args: Any, kwargs: Any) -> None:
+    """Trace the model with its low-rank path; nothing is run.
+
+    Raises:
+      InputError: a leaf is read in a way that no pair of this spec can follow.
+    """
+    leaves, structure = jax.tree.flatten((variables, args, kwargs))
+    arrays = {at: leaf for at, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+
+    def run(arrays: Any) -> Any:
+        whole = [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]
+        variables, args, kwargs = jax.tree.unflatten(structure, whole)
+        return apply_traced(lora, variables, args, kwargs, None, None)
+
+    jax.eval_shape(run, arrays)
+
+
+def _fit(lora: Subject, leaves: Mapping[Path, Any], adapters: Any) -> bool:
+    """Whether what a trace has found before is about these leaves and adapters."""
+    if not lora.found or any(target.leaf_path not in leaves for target in lora.found.values()):
+        return False
+    try:
+        require_adapters(dict(lora.found), adapters, lora.spec)
+    except InputError:
+        return False
+    return True
 
 
 def merge_traced(lora: Subject, params: Any, adapters: Any, safe: bool) -> Any:
@@ -124,7 +155,11 @@ def _axes(layout: Layout | str) -> tuple[str, str, str, str]:
 
 
 def _leaves(params: Any) -> dict[Path, Any]:
-    return tree.leaves_by_path(params, is_quantized)
+    require_unboxed(params)
+    found = tree.leaves_by_path(params, is_quantized)
+    if () in found:
+        raise InputError("params must be a tree of named arrays, not one array")
+    return found
 
 
 def _frozen(path: Path, leaf: Any) -> Any:

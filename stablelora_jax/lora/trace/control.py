@@ -9,11 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from stablelora_jax.lora.trace.context import Context, Equation, Use, axes_of, refuse, refused
 from stablelora_jax.lora.trace.weight import Weight, dense
 
 Evaluate = Callable[[Context, Any, Sequence[Any], Sequence[Any]], list[Any]]  # (context, jaxpr, consts, values)
+
+NESTED = ("jit", "pjit", "closed_call", "core_call")
+CHECKPOINT = ("checkpoint", "remat", "remat2")
 
 
 def nested(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
@@ -30,28 +34,82 @@ def checkpoint(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequ
         prevent_cse=prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse),
         policy=eqn.params["policy"],
     )
-    found = wrap(lambda *given: _arrays(evaluate(context, eqn.params["jaxpr"], (), given)))(*values)
-    return list(found)
+    return list(wrap(lambda *given: evaluate(context, eqn.params["jaxpr"], (), given))(*values))
 
 
 def scan(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """``jax.lax.scan``: weights among the scanned arrays are sliced with their adapters."""
-    params = eqn.params
-    consts = values[: params["num_consts"]]
-    carry = values[params["num_consts"] : params["num_consts"] + params["num_carry"]]
-    if any(isinstance(x, Weight) for x in carry):
-        return refuse(context, eqn, values, "is carried from step to step of a scan")
-    xs = [_scanned(context, x) for x in values[params["num_consts"] + params["num_carry"] :]]
-    closed = params["jaxpr"]
+    params, closed = eqn.params, eqn.params["jaxpr"]
+    of_consts, of_carry = _counts(params)
+    kept = _unchanged(closed.jaxpr, values, {at: of_consts + at for at in range(of_carry)})
+    moving = [at for at in range(of_carry) if at not in kept]
+    if any(isinstance(values[of_consts + at], Weight) for at in moving):
+        return refuse(context, eqn, values, "is carried from step to step of a scan and changed")
+    handed = _unchanged(closed.jaxpr, values, range(of_carry, len(closed.jaxpr.outvars)), of_consts + of_carry)
+    unread = {at for at, out in enumerate(eqn.outvars) if isinstance(out, core.DropVar)} | set(handed)
+    xs = [_scanned(context, x) for x in values[of_consts + of_carry :]]
 
     def body(carry: Any, sliced: Any) -> Any:
-        given = [*consts, *carry, *map(_one, sliced)]
-        found = _arrays(evaluate(context, closed.jaxpr, closed.consts, given))
-        return found[: params["num_carry"]], found[params["num_carry"] :]
+        whole = list(values[: of_consts + of_carry])
+        for at, value in zip(moving, carry, strict=True):
+            whole[of_consts + at] = value
+        found = evaluate(context, closed.jaxpr, closed.consts, [*whole, *map(_one, sliced)])
+        ys = [None if at in unread else returned(found[at]) for at in range(of_carry, len(found))]
+        return [returned(found[at]) for at in moving], ys
 
+    start = [values[of_consts + at] for at in moving]
     length, reverse, unroll = params["length"], params["reverse"], params["unroll"]
-    carry, ys = jax.lax.scan(body, carry, xs, length=length, reverse=reverse, unroll=unroll)
-    return [*carry, *ys]
+    carry, ys = jax.lax.scan(body, start, xs, length=length, reverse=reverse, unroll=unroll)
+    after = kept | dict(zip(moving, carry, strict=True)) | {of_carry + i: y for i, y in enumerate(ys)} | handed
+    return [after[at] for at in range(len(after))]
+
+
+def _counts(params: Any) -> tuple[int, int]:
+    """How many constants and carried values a scan has."""
+    if "ft_in" in params:  # jax 0.12
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+def _unchanged(jaxpr: Any, values: Sequence[Any], outputs: Any, first: int = 0) -> dict[int, Any]:
+    """Weights that a computation gives back as it took them, by the number of the output.
+
+    Args:
+      jaxpr: of the computation.
+      values: of its inputs.
+      outputs: numbers of outputs; a dict says which input each must be.
+      first: of the inputs that may be handed on.
+    """
+    found = {}
+    for output in outputs:
+        at = _origin(jaxpr, jaxpr.outvars[output])
+        wanted = outputs[output] == at if isinstance(outputs, dict) else at is not None and at >= first
+        if at is not None and wanted and isinstance(values[at], Weight):
+            found[output] = values[at]
+    return found
+
+
+def _origin(jaxpr: Any, variable: Any) -> int | None:
+    """The number of the input that ``variable`` is, also where inner computations hand it on; None if it is another."""
+    if isinstance(variable, core.Literal):
+        return None
+    if variable in jaxpr.invars:
+        return int(jaxpr.invars.index(variable))
+    producers = (eqn for eqn in jaxpr.eqns if variable in eqn.outvars)
+    for eqn in producers:
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if inner is None or eqn.primitive.name not in (*NESTED, *CHECKPOINT, "scan"):
+            return None
+        inner = getattr(inner, "jaxpr", inner)
+        output = eqn.outvars.index(variable)
+        at = _origin(inner, inner.outvars[output])
+        if at is not None and eqn.primitive.name == "scan":
+            of_consts, of_carry = _counts(eqn.params)
+            same = at == of_consts + output if output < of_carry else at >= of_consts + of_carry
+            at = at if same else None
+        return None if at is None else _origin(jaxpr, eqn.invars[at])
+    return None
 
 
 def _scanned(context: Context, x: Any) -> Any:
@@ -84,12 +142,17 @@ def _one(x: Any) -> Any:
 
 def cond(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """``jax.lax.cond`` and ``switch``."""
+    operands, closed = values[1:], eqn.params["branches"]
+    outputs = range(len(eqn.outvars))
+    handed = [_unchanged(branch.jaxpr, operands, outputs) for branch in closed]
+    same = {at: x for at, x in handed[0].items() if all(one.get(at) is x for one in handed)}
 
     def branch(closed: Any, *given: Any) -> list[Any]:
-        return _arrays(evaluate(context, closed.jaxpr, closed.consts, given))
+        found = evaluate(context, closed.jaxpr, closed.consts, given)
+        return [None if at in same else returned(value) for at, value in enumerate(found)]
 
-    branches = [partial(branch, closed) for closed in eqn.params["branches"]]
-    return list(jax.lax.switch(values[0], branches, *values[1:]))
+    found = jax.lax.switch(values[0], [partial(branch, one) for one in closed], *operands)
+    return [same.get(at, value) for at, value in enumerate(found)]
 
 
 def while_loop(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
@@ -97,29 +160,30 @@ def while_loop(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequ
     params = eqn.params
     of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = values[:of_cond], values[of_cond : of_cond + of_body], values[of_cond + of_body :]
-    if any(isinstance(x, Weight) for x in carry):
-        return refuse(context, eqn, values, "is carried from step to step of a loop")
+    inner, last = params["body_jaxpr"], params["cond_jaxpr"]
+    kept = _unchanged(inner.jaxpr, [*body_consts, *carry], {at: of_body + at for at in range(len(carry))})
+    moving = [at for at in range(len(carry)) if at not in kept]
+    if any(isinstance(carry[at], Weight) for at in moving):
+        return refuse(context, eqn, values, "is carried from step to step of a loop and changed")
 
-    def again(carry: Any) -> Any:
-        closed = params["cond_jaxpr"]
-        return _arrays(evaluate(context, closed.jaxpr, closed.consts, [*cond_consts, *carry]))[0]
+    def whole(state: Any) -> list[Any]:
+        after = kept | dict(zip(moving, state, strict=True))
+        return [after[at] for at in range(len(carry))]
 
-    def body(carry: Any) -> Any:
-        closed = params["body_jaxpr"]
-        return _arrays(evaluate(context, closed.jaxpr, closed.consts, [*body_consts, *carry]))
+    def again(state: Any) -> Any:
+        return returned(evaluate(context, last.jaxpr, last.consts, [*cond_consts, *whole(state)])[0])
 
-    return list(jax.lax.while_loop(again, body, list(carry)))
+    def body(state: Any) -> Any:
+        found = evaluate(context, inner.jaxpr, inner.consts, [*body_consts, *whole(state)])
+        return [returned(found[at]) for at in moving]
+
+    return whole(jax.lax.while_loop(again, body, [carry[at] for at in moving]))
 
 
 def custom(evaluate: Evaluate, context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """A function with derivatives of its own, which would be lost: refused."""
     del evaluate
     return refuse(context, eqn, values, "is read by a function with derivatives of its own (custom_jvp or custom_vjp)")
-
-
-def _arrays(values: Sequence[Any]) -> list[Any]:
-    """What a computation gives back: arrays, not weights."""
-    return [returned(value) for value in values]
 
 
 def returned(value: Any) -> Any:
@@ -134,8 +198,8 @@ def returned(value: Any) -> Any:
 
 
 RULES: dict[str, Any] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "custom_lin"), nested),
-    **dict.fromkeys(("checkpoint", "remat", "remat2"), checkpoint),
+    **dict.fromkeys(NESTED, nested),
+    **dict.fromkeys(CHECKPOINT, checkpoint),
     "scan": scan,
     "cond": cond,
     "while": while_loop,

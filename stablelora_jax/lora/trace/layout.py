@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     """How a pair sees a leaf."""
 
     shape: tuple[int, ...]  # of the leaf
-    stack_axes: tuple[int, ...]  # that index independent pairs
+    stack_axes: tuple[int, ...]  # that index independent pairs, in the order of the adapter's leading axes
     in_axes: tuple[int, ...]  # contracted; the others are outputs
     looked_up: bool  # by indices, as an embedding is
 
@@ -64,20 +64,30 @@ def layout_of(shape: tuple[int, ...], uses: Sequence[Use], depth: int, share_a: 
     if not products:
         return "is never multiplied with an activation"
     inner = frozenset().union(*(use.rows for use in products))
-    scanned = frozenset().union(*(use.stack for use in uses if not share_a or use.kind == "scan"))
-    taken = frozenset().union(*(use.taken for use in uses)) - inner
-    stack = scanned | taken | frozenset(range(depth))
+    stack = _stack(uses, inner, depth, share_a)
     first = next((use for use in products if use.kind == "gather"), products[0])
-    rows = first.rows - stack
-    columns = frozenset(range(len(shape))) - rows - stack
+    rows = first.rows - set(stack)
+    columns = frozenset(range(len(shape))) - rows - set(stack)
     if not rows or not columns:
         return "has no axis that a product contracts" if not rows else "has no axis that a product keeps"
     for use in products:
         if use.rows & use.columns:
             return "is reshaped into axes that are partly contracted"
-        if _wide(shape, use.rows - stack) not in (_wide(shape, rows), _wide(shape, columns)):
+        if _wide(shape, use.rows - set(stack)) not in (_wide(shape, rows), _wide(shape, columns)):
             return "is contracted over other axes in one product than in another"
-    return Layout(shape, tuple(sorted(stack)), tuple(sorted(rows)), first.kind == "gather")
+    return Layout(shape, stack, tuple(sorted(rows)), first.kind == "gather")
+
+
+def _stack(uses: Sequence[Use], inner: frozenset[int], depth: int, share_a: bool) -> tuple[int, ...]:
+    """The axes of the stack: those of scans, outermost first, then batch axes and indices, then as many as are said."""
+    scanned = [axis for use in uses if use.kind == "scan" for axis in sorted(use.stack)]
+    batch = [axis for use in uses if use.kind != "scan" and not share_a for axis in sorted(use.stack)]
+    taken = [axis for use in uses for axis in sorted(use.taken - inner)]
+    found = list(dict.fromkeys([*scanned, *sorted({*batch, *taken})]))
+    leading = (axis for axis in range(depth + len(found)) if axis not in found)
+    while len(found) < depth:
+        found.append(next(leading))
+    return tuple(found)
 
 
 def _wide(shape: tuple[int, ...], axes: frozenset[int]) -> frozenset[int]:

@@ -2,8 +2,8 @@
 
 A product is described as in an einsum: each axis of the activation and of the output is a tuple of labels, which are
 atoms of the weight or ``("x", axis)`` for an axis of the activation alone. Where the rows of the pair are contracted
-the path is ``(x A) B``; where the columns are, ``(x B^T) A^T`` (a tied head). Atoms of the stack may be batch axes of the
-product, its outputs, or contracted too.
+the path is ``(x A) B``; where the columns are, ``(x B^T) A^T`` (a tied head). Atoms of the stack may be batch axes of
+the product, its outputs, or contracted too.
 """
 
 from __future__ import annotations

@@ -92,36 +92,51 @@ def _with_gain(
 def gather(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """A look-up of rows: ``A[ids] B``."""
     weight, ids = values
-    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], weight.value.shape
-    looked_up = numbers.collapsed_slice_dims
-    whole = all(sizes[axis] == shape[axis] for axis in range(len(shape)) if axis not in looked_up)
-    plain = len(looked_up) == 1 and numbers.start_index_map == looked_up and not numbers.operand_batching_dims
-    if isinstance(ids, Weight) or not plain or not whole or ids.shape[-1:] != (1,):
+    axis = None if isinstance(ids, Weight) else _looked_up(eqn, weight.value.shape)
+    if axis is None:
         return refuse(context, eqn, values, "is indexed along several axes, or in part")
-    axes, leaf = weight.leaf.axes, weight.leaf
-    rest = [atoms for axis, atoms in enumerate(axes) if axis != looked_up[0]]
+    axes, leaf, numbers = weight.leaf.axes, weight.leaf, eqn.params["dimension_numbers"]
+    rest = [atoms for other, atoms in enumerate(axes) if other != axis]
     if context.record is not None:
-        context.record(leaf, Use("gather", rows=axes_of(axes[looked_up[0]]), columns=_axes(rest)))
+        context.record(leaf, Use("gather", rows=axes_of(axes[axis]), columns=_axes(rest)))
     y = evaluated(eqn, values)[0]
     if not weight.adapter:
         return [y]
-    if leaf.stack or tuple(axes[looked_up[0]]) != leaf.rows:
+    if leaf.stack or tuple(axes[axis]) != leaf.rows:
         refused(leaf, "is looked up along another axis than its adapters were made for")
-    own, batch = weight.adapter, ids.ndim - 1
+    own, batch, column = weight.adapter, ids.ndim - 1, numbers.start_index_map.index(axis)
     with jax.named_scope(SCOPE):
         pick = jax.lax.GatherDimensionNumbers((batch,), (0,), (0,))
-        a = own["lora_a"].astype(y.dtype)
-        z = jax.lax.gather(a, ids, pick, (1, a.shape[-1]), mode=eqn.params["mode"], fill_value=0)
+        a, rows = own["lora_a"].astype(y.dtype), ids[..., column : column + 1]
+        z = jax.lax.gather(a, rows, pick, (1, a.shape[-1]), mode=eqn.params["mode"], fill_value=0)
         change = up(context, z, own)
-    gain = gain_of(context, weight)
+    # the axes of y as batch, then those of the leaf; so that the features can be reordered
+    inner = jnp.moveaxis(y, numbers.offset_dims, range(batch, y.ndim))
+    order = [leaf.columns.index(atom) for atoms in rest for atom in atoms]
+    sizes = [atom.size for atom in leaf.columns]
+
+    def as_output(change: jax.Array) -> jax.Array:
+        lead = change.shape[:-1]
+        spread = change.reshape(*lead, *sizes).transpose(*range(len(lead)), *(len(lead) + i for i in order))
+        return spread.reshape(*lead, *inner.shape[batch:])
+
+    change, gain = as_output(change), gain_of(context, weight)
     if gain is not None:
-        inner = jnp.moveaxis(y, numbers.offset_dims, range(batch, y.ndim)).reshape(change.shape)
+        gain = jnp.expand_dims(as_output(gain), range(batch))
         change = (gain - 1) * inner.astype(gain.dtype) + gain * change
-    change = change.reshape(*change.shape[:-1], *(atom.size for atom in leaf.columns))
-    inner_order = [atom for atoms in rest for atom in atoms]
-    change = jnp.transpose(change, [*range(batch), *(batch + leaf.columns.index(atom) for atom in inner_order)])
-    change = change.reshape(*change.shape[:batch], *(size_of(atoms) for atoms in rest))
-    return [add(y, jnp.moveaxis(change, range(batch, change.ndim), numbers.offset_dims))]
+    return [jnp.moveaxis(add(inner, change), range(batch, y.ndim), numbers.offset_dims)]
+
+
+def _looked_up(eqn: Equation, shape: tuple[int, ...]) -> int | None:
+    """The one axis that a gather looks up; None where it does something else."""
+    numbers, sizes, mode = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.params["mode"]
+    indexed = [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis] or shape[axis] == 1]
+    indexed = indexed if len(indexed) == 1 else [axis for axis in indexed if axis in numbers.collapsed_slice_dims]
+    if len(indexed) != 1 or numbers.operand_batching_dims or sizes[indexed[0]] != 1:
+        return None
+    whole = all(sizes[axis] == shape[axis] for axis in range(len(shape)) if axis != indexed[0])
+    inside = mode != jax.lax.GatherScatterMode.FILL_OR_DROP or len(numbers.start_index_map) == 1
+    return indexed[0] if whole and inside and set(numbers.collapsed_slice_dims) <= {indexed[0]} else None
 
 
 def ragged_dot(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:

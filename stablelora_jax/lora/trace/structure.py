@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,10 +35,12 @@ def transpose(context: Context, eqn: Equation, values: Sequence[Any]) -> list[An
 
 
 def squeeze(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """Axes of size 1 go."""
-    del context
+    """Axes of size 1 go; one that the leaf itself has is a stack of one."""
     (weight,) = values
     gone = eqn.params["dimensions"]
+    if context.record is not None:
+        for atom in (atom for axis in gone for atom in weight.leaf.axes[axis]):
+            context.record(weight.leaf, Use("slice", taken=frozenset((atom.axis,))))
     axes = [atoms for axis, atoms in enumerate(weight.leaf.axes) if axis not in gone]
     return [with_axes(weight, evaluated(eqn, values)[0], axes)]
 
@@ -88,7 +90,11 @@ def _size_at(weight: Weight, at: int) -> int | None:
 
 
 def _cut_axes(
-    context: Context, eqn: Equation, values: Sequence[Any], value: Any, cuts: dict[int, tuple[int, Callable[..., Any]]]
+    context: Context,
+    eqn: Equation,
+    values: Sequence[Any],
+    value: Any,
+    cuts: Mapping[int, tuple[int, Callable[..., Any]]],
 ) -> Any:
     """The weight whose array is ``value`` after cuts, ``{axis: (new size, cut(array, axis))}``; None if refused."""
     weight: Weight = values[0]
@@ -98,8 +104,6 @@ def _cut_axes(
         if len(wide) != 1:
             return None
         (atom,) = wide
-        if context.record is not None and size == 1:
-            context.record(weight.leaf, Use("slice", taken=frozenset((atom.axis,))))
         if "lora_magnitude_vector" in weight.adapter and atom in weight.leaf.rows:
             return None
         weight = resized(weight, atom, size, cut)
@@ -155,6 +159,22 @@ def split_(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     return found
 
 
+def unstack(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """Every index of one axis."""
+    (weight,), axis = values, eqn.params["axis"]
+    axes = [atoms for other, atoms in enumerate(weight.leaf.axes) if other != axis]
+    found = []
+    for at, value in enumerate(evaluated(eqn, values)):
+        cut = partial(_sliced, start=at, limit=at + 1, step=1)
+        one = value if value is None else _cut_axes(context, eqn, values, value, {axis: (1, cut)})
+        if one is None and value is not None:
+            return refuse(context, eqn, values, "is split across its axes")
+        found.append(one if one is None else with_axes(one, value, axes))
+    if context.record is not None:
+        context.record(weight.leaf, Use("slice", taken=frozenset(atom.axis for atom in weight.leaf.axes[axis])))
+    return found
+
+
 def scaled(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """A product with, or a division by, a number."""
     weights = [value for value in values if isinstance(value, Weight)]
@@ -187,14 +207,7 @@ RULES: dict[str, Any] = {
     "slice": slice_,
     "dynamic_slice": dynamic_slice,
     "split": split_,
+    "unstack": unstack,
     **dict.fromkeys(("mul", "div", "neg"), scaled),
 }
-ALONE = {
-    "transpose",
-    "squeeze",
-    "broadcast_in_dim",
-    "reshape",
-    "slice",
-    "dynamic_slice",
-    "split",
-}  # of one weight, the first
+ALONE = {"transpose", "squeeze", "broadcast_in_dim", "reshape", "slice", "dynamic_slice", "split", "unstack"}

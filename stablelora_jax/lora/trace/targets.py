@@ -59,7 +59,7 @@ def traced_targets(
         by_merging, name = matches(tuple(merged), names[path]), names[path]
         layout = _layout(name, leaves[path].shape, uses, spec, by_merging)
         if isinstance(layout, str):
-            if not free.selects(name) or _passed_over(spec, uses):
+            if not free.selects(name) or _passed_over(spec, path, uses):
                 continue
             raise InputError(
                 f"{name} {layout}: put it in exclude_modules"
@@ -90,15 +90,15 @@ def _layout(name: str, shape: tuple[int, ...], uses: Sequence[Use], spec: LoraSp
         if not any(use.kind in PRODUCTS for use in uses):
             depth = max([depth, *(axis + 1 for use in uses for axis in use.stack)])
             return Layout(shape, tuple(range(depth)), first_match(items(spec.in_axes), name, (depth,)), False)
-    declared = first_match(items(spec.in_axes), name)
+    declared: Any = first_match(items(spec.in_axes), name)
     if declared is None:
         return layout_of(shape, uses, depth, False)
-    found: Any = ""
-    for share_a in (True, False):
-        found = layout_of(shape, uses, depth, share_a)
-        if isinstance(found, str) or _own(found) == tuple(declared):
-            return found
-    return f"is contracted over its axes {_own(found)}, and in_axes of the spec says {tuple(declared)}"
+    both = [layout_of(shape, uses, depth, share_a) for share_a in (True, False)]
+    found = [layout for layout in both if not isinstance(layout, str)]
+    fitting = [layout for layout in found if _own(layout) == tuple(declared)]
+    if fitting or not found:
+        return fitting[0] if fitting else both[0]
+    return f"is contracted over its axes {_own(found[-1])}, and in_axes of the spec says {tuple(declared)}"
 
 
 def _own(layout: Layout) -> tuple[int, ...]:
@@ -127,8 +127,11 @@ def _is_expression(spec: LoraSpec) -> bool:
     return isinstance(spec.target_modules, str) and spec.target_modules != "all-linear"
 
 
-def _passed_over(spec: LoraSpec, uses: Sequence[Use]) -> bool:
+def _passed_over(spec: LoraSpec, path: Path, uses: Sequence[Use]) -> bool:
     """Whether a leaf without a layout is only not selected: expressions mean leaves that are multiplied."""
+    embeds = path[-1].endswith("embedding") or any(use.kind == "gather" for use in uses)
+    if spec.target_modules == "all-linear" and embeds:
+        return True
     return isinstance(spec.target_modules, str) and not any(use.kind in PRODUCTS for use in uses)
 
 
@@ -139,8 +142,9 @@ def _check(spec: LoraSpec, names: Sequence[str], targets: Mapping[Path, TargetMo
         kind = "target_modules" if entry in spec.target_modules else "exclude_modules"
         require_match(kind, entry, entry in there, names)
     if not targets:
+        layers = f" in layers_to_transform {spec.layers_to_transform}" if spec.layers_to_transform is not None else ""
         raise InputError(
-            f"the spec selects no leaf that the model multiplies: target_modules {spec.target_modules!r:.200}"
+            f"the spec selects no leaf that the model multiplies: target_modules {spec.target_modules!r:.200}{layers}"
         )
     chosen = [unindexed(name) for target in targets.values() for name in target.names]
     for kind, table in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):

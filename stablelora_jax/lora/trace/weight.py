@@ -2,8 +2,8 @@
 
 The axes of an array derived from a leaf are followed as tuples of *atoms*. An atom is an axis of the leaf, or a factor
 of one that a reshape has split; a reshape that merges axes gives one axis of several atoms. A ``Leaf`` says which atoms
-the pair sees as its stack, its rows (in) and its columns (out), so that reshapes and transposes cost nothing: the arrays of
-the adapter stay ``lora_a`` (stack..., in, r) and ``lora_b`` (stack..., r, out).
+the pair sees as its stack, its rows (in) and its columns (out), so that reshapes and transposes cost nothing: the
+arrays of the adapter stay ``lora_a`` (stack..., in, r) and ``lora_b`` (stack..., r, out).
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ def split(weight: Weight, atom: Atom, first: int) -> tuple[Weight, Atom, Atom]:
     if atom in weight.leaf.stack:
         sizes = [part.size for part in parts]
         adapter = on_stack(weight, atom, lambda x, axis: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :]))
-    return Weight(weight.value, adapter, _mapped(weight.leaf, {atom: parts})), *parts
+    return Weight(weight.value, adapter, _mapped(weight.leaf, {atom: parts})), parts[0], parts[1]
 
 
 def resized(weight: Weight, atom: Atom, size: int, cut: Callable[[Any, int], Any]) -> Weight:
-    """``weight`` after ``cut(array, axis)`` has left ``size`` of an atom; with one left the atom is gone.
+    """``weight`` after ``cut(array, axis)`` has left ``size`` of an atom.
 
     ``cut`` is made on all arrays of the adapter that have the atom: all of them for an atom of the stack, ``lora_a``
     for one of the rows, those with an axis ``out`` for one of the columns.
@@ -116,16 +116,12 @@ def resized(weight: Weight, atom: Atom, size: int, cut: Callable[[Any, int], Any
     leaf, adapter = weight.leaf, dict(weight.adapter)
     if adapter and atom in leaf.stack:
         adapter = on_stack(weight, atom, cut)
-        if size == 1:
-            axis = leaf.stack.index(atom)
-            adapter = {name: jnp.squeeze(array, axis) for name, array in adapter.items()}
     elif adapter:
         names = ("lora_a",) if atom in leaf.rows else ("lora_b", "lora_magnitude_vector", "lora_bias")
         group = leaf.rows if atom in leaf.rows else leaf.columns
         for name in set(names) & set(adapter):
             adapter[name] = _cut(adapter[name], -2 if name == "lora_a" else -1, group, atom, cut)
-    new = () if size == 1 else (atom._replace(size=size),)
-    return Weight(weight.value, adapter, _mapped(leaf, {atom: new}))
+    return Weight(weight.value, adapter, _mapped(leaf, {atom: (atom._replace(size=size),)}))
 
 
 def with_axes(weight: Weight, value: Any, axes: Iterable[tuple[Atom, ...]]) -> Weight:
