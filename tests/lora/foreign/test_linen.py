@@ -98,24 +98,14 @@ def test_scanned_t5_is_unrolled():
     laws.stacked_is_separate(linen_models.t5(True, False), linen_models.t5(False, False), split, partial(split, axis=1))
 
 
-def test_boxed_parameters_are_as_their_values():
-    """``nn.with_logical_partitioning`` leaves boxes in the tree; adapters see through them."""
-    row, model = linen_models.einsum_experts(), linen_models.einsum_experts().model
-    boxes = jax.eval_shape(model.init, jax.random.key(0), *row.args)["params"]
-    boxed = jax.tree.map(
-        lambda box, x: box.replace_boxed(x) if isinstance(box, nn.meta.AxisMetadata) else x,
-        boxes,
-        row.params,
-        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
-    )
-    inside = replace(row, params=boxed)
-    laws.adapters_are_as_expected(inside)
-    adapters = laws.perturbed(row.fresh())
-    found = jit(partial(row.run, row.lora()))(boxed, adapters, *row.args)
-    expected = jit(partial(row.run, row.lora()))(row.params, adapters, *row.args)
-    assert laws.relative_difference(found, expected) == 0
-    merged = row.lora().merge(boxed, adapters, *row.args)
-    assert jax.tree.structure(merged) == jax.tree.structure(boxed)
+def test_boxed_parameters_are_refused():
+    """``nn.with_logical_partitioning`` leaves boxes in the tree that ``init`` gives; the message says how to open them."""
+    row = linen_models.einsum_experts()
+    boxed = row.model.init(jax.random.key(0), *row.args)["params"]
+    with pytest.raises(InputError, match="boxed.*unbox"):
+        row.lora().init(jax.random.key(0), boxed, *row.args)
+    adapters = row.lora().init(jax.random.key(0), nn.meta.unbox(boxed), *row.args)
+    assert jax.tree.structure(adapters) == jax.tree.structure(row.fresh())
 
 
 def test_init_takes_shapes():
