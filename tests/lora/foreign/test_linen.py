@@ -45,7 +45,9 @@ def test_adapters_are_as_the_author_expects(name):
     laws.adapters_are_as_expected(ROWS[name]())
 
 
-@pytest.mark.parametrize("name", quick(*set(ROWS) - {"vit", "unet", "t5 n-D", "t5 unrolled", "gemma unrolled"}))
+@pytest.mark.parametrize(
+    "name", quick(*set(ROWS) - {"vit", "vit unrolled", "unet", "t5", "t5 n-D", "t5 unrolled", "gemma unrolled"})
+)
 def test_apply_is_merge(name):
     laws.apply_is_merge(ROWS[name](), "lora")
 
@@ -60,7 +62,7 @@ def test_apply_is_merge_with_dora(name):
     laws.apply_is_merge(ROWS[name](), "dora")
 
 
-@pytest.mark.parametrize("name", quick("gemma", "t5", "vit function", "unet function", "experts ragged"))
+@pytest.mark.parametrize("name", quick("gemma", "vit function", "experts ragged"))
 def test_fresh_adapters_change_nothing(name):
     laws.fresh_adapters_change_nothing(ROWS[name]())
 
@@ -75,7 +77,7 @@ def test_devices_change_nothing(name):
     laws.devices_change_nothing(ROWS[name]())
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", quick(*set(ROWS) - {"vit", "unet", "t5 n-D", "t5 unrolled", "vit unrolled"}))
 def test_peft_round_trip(name, tmp_path):
     laws.peft_round_trip(ROWS[name](), tmp_path)
 
@@ -99,7 +101,7 @@ def test_scanned_t5_is_unrolled():
 
 
 def test_boxed_parameters_are_refused():
-    """``nn.with_logical_partitioning`` leaves boxes in the tree that ``init`` gives; the message says how to open them."""
+    """``nn.with_logical_partitioning`` leaves boxes in the tree; the message says how to open them."""
     row = linen_models.einsum_experts()
     boxed = row.model.init(jax.random.key(0), *row.args)["params"]
     with pytest.raises(InputError, match="boxed.*unbox"):
