@@ -57,8 +57,16 @@ def refuse(context: Context, eqn: Equation, values: Sequence[Any], why: str) -> 
         refused(adapted[0].leaf, why)
     for weight in weights:
         if context.record is not None:
-            context.record(weight.leaf, Use(eqn.primitive.name, refused=why))
+            context.record(weight.leaf, Use("product" if _multiplies(eqn) else eqn.primitive.name, refused=why))
     return evaluated(eqn, values)
+
+
+def _multiplies(eqn: Equation) -> bool:
+    """Whether an equation is a product or holds one."""
+    if eqn.primitive.name in ("dot_general", "conv_general_dilated", "ragged_dot_general", "pallas_call"):
+        return True
+    inner = [getattr(one, "jaxpr", one) for one in core.jaxprs_in_params(eqn.params)]
+    return any(_multiplies(one) for jaxpr in inner for one in jaxpr.eqns)
 
 
 def refused(leaf: Leaf, why: str) -> NoReturn:

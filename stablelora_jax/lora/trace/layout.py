@@ -12,7 +12,7 @@ from stablelora_jax.lora.trace.interpret import Traced
 from stablelora_jax.lora.trace.weight import Leaf, start
 from stablelora_jax.utils.tree import Path
 
-PRODUCTS = ("dot", "conv", "gather", "ragged_dot")
+PRODUCTS = ("dot", "conv", "gather", "ragged_dot", "product")
 
 
 class Layout(NamedTuple):

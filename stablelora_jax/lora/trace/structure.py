@@ -101,13 +101,22 @@ def _cut_axes(
     for axis, (size, cut) in cuts.items():
         atoms = weight.leaf.axes[axis]
         wide = [atom for atom in atoms if atom.size > 1]
+        if not wide and size == 1:
+            continue
         if len(wide) != 1:
             return None
         (atom,) = wide
-        if "lora_magnitude_vector" in weight.adapter and atom in weight.leaf.rows:
+        if "lora_magnitude_vector" in weight.adapter and atom in weight.leaf.rows and size != atom.size:
             return None
         weight = resized(weight, atom, size, cut)
     return with_axes(weight, value, weight.leaf.axes)
+
+
+def rev(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """Axes reversed, as in a transposed convolution."""
+    value, dims = evaluated(eqn, values)[0], eqn.params["dimensions"]
+    found = _cut_axes(context, eqn, values, value, {axis: (value.shape[axis], jnp.flip) for axis in dims})
+    return [found] if found is not None else refuse(context, eqn, values, "is reversed across its axes")
 
 
 def slice_(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
@@ -204,10 +213,11 @@ RULES: dict[str, Any] = {
     "squeeze": squeeze,
     "broadcast_in_dim": broadcast_in_dim,
     "reshape": reshape,
+    "rev": rev,
     "slice": slice_,
     "dynamic_slice": dynamic_slice,
     "split": split_,
     "unstack": unstack,
     **dict.fromkeys(("mul", "div", "neg"), scaled),
 }
-ALONE = {"transpose", "squeeze", "broadcast_in_dim", "reshape", "slice", "dynamic_slice", "split", "unstack"}
+ALONE = {"transpose", "squeeze", "broadcast_in_dim", "reshape", "slice", "dynamic_slice", "split", "unstack", "rev"}
