@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers import long
+from tests.helpers import long, soak
 from tests.lora.foreign import laws
 from tests.lora.foreign.function_rows import NO_DORA, ROWS
 
@@ -12,8 +12,8 @@ QUICK = ("matmul", "vmapped", "by_scan", "by_fori_loop", "haiku", "conditional",
 NO_BATCH = ("kernel_first", "hessian")
 
 
-def cases(quick=QUICK, without=()):
-    return pytest.mark.parametrize("name", [n if n in quick else long(n) for n in ROWS if n not in without])
+def cases(quick=QUICK, without=(), rest=long):
+    return pytest.mark.parametrize("name", [n if n in quick else rest(n) for n in ROWS if n not in without])
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -21,10 +21,9 @@ def test_adapters_are_as_expected(name):
     laws.adapters_are_as_expected(ROWS[name]())
 
 
-HALF = [name for i, name in enumerate(ROWS) if i % 2 == 0]
-VARIANTS = [("lora", name) if name in (*QUICK, *HALF) else long("lora", name) for name in ROWS]
-VARIANTS += [("dora", name) if name in QUICK else long("dora", name) for name in ROWS if name not in NO_DORA]
-VARIANTS += [long("rslora", name) for name in QUICK]
+VARIANTS = [("lora", name) if name in QUICK else long("lora", name) for name in ROWS]
+VARIANTS += [("dora", name) if name in QUICK[:3] else long("dora", name) for name in ROWS if name not in NO_DORA]
+VARIANTS += [soak("rslora", name) for name in QUICK]
 
 
 @pytest.mark.parametrize(("variant", "name"), VARIANTS)
@@ -42,7 +41,7 @@ def test_training_lowers_the_loss(name):
     laws.training_lowers_the_loss(ROWS[name]())
 
 
-@cases(("by_scan", "equinox_mlp"), NO_BATCH)
+@cases(("by_scan", "equinox_mlp"), NO_BATCH, soak)
 def test_devices_change_nothing(name):
     laws.devices_change_nothing(ROWS[name]())
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax import LoraSpec, adapted
-from tests.helpers import jit, random_params
+from tests.helpers import jit, long, random_params
 from tests.lora.foreign import laws, linen_small
 from tests.lora.foreign.linen_models import features, linen_row, pair
 
@@ -56,7 +56,7 @@ def test_adapters_are_as_the_author_expects(name):
     laws.adapters_are_as_expected(ROWS[name]())
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", long("dora")])
 @pytest.mark.parametrize("name", ROWS)
 def test_apply_is_merge(name, variant):
     laws.apply_is_merge(ROWS[name](), variant)

@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from tests.helpers import long
+from tests.helpers import long, soak
 from tests.lora.foreign import laws
 from tests.lora.foreign.nnx_models import Unrolled
 from tests.lora.foreign.nnx_rows import ROWS, scanned, unrolled
@@ -14,8 +14,8 @@ from tests.lora.foreign.nnx_rows import ROWS, scanned, unrolled
 QUICK = ("linear", "conv", "einsum_joined", "gru", "qwen3", "llama", "scanned")  # the others are long
 
 
-def cases(quick=QUICK):
-    return pytest.mark.parametrize("name", [name if name in quick else long(name) for name in ROWS])
+def cases(quick=QUICK, rest=long):
+    return pytest.mark.parametrize("name", [name if name in quick else rest(name) for name in ROWS])
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -23,10 +23,9 @@ def test_adapters_are_as_expected(name):
     laws.adapters_are_as_expected(ROWS[name]())
 
 
-VARIED = (*QUICK, "linear_general_batch", "conv_transpose", "einsum", "embed_and_attend", "shared", "remat", "cond")
-VARIANTS = [("lora", name) if name in VARIED else long("lora", name) for name in ROWS]
+VARIANTS = [("lora", name) if name in QUICK else long("lora", name) for name in ROWS]
 VARIANTS += [("dora", name) if name in ("conv", "llama", "scanned") else long("dora", name) for name in ROWS]
-VARIANTS += [long("rslora", name) for name in QUICK]
+VARIANTS += [soak("rslora", name) for name in QUICK]
 
 
 @pytest.mark.parametrize(("variant", "name"), VARIANTS)
@@ -44,7 +43,7 @@ def test_training_lowers_the_loss(name):
     laws.training_lowers_the_loss(ROWS[name]())
 
 
-@cases(("qwen3", "scanned"))
+@cases(("scanned",), soak)
 def test_devices_change_nothing(name):
     laws.devices_change_nothing(ROWS[name]())
 
