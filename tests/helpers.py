@@ -32,11 +32,6 @@ def long(*values):
 
 
 def soak(*values):
-    """A case of ``parametrize`` that is marked ``soak``: left to ``--long`` by hand."""
-    return pytest.param(*values, marks=pytest.mark.soak)
-
-
-def soak(*values):
     """A case of ``parametrize`` that is marked ``soak``."""
     return pytest.param(*values, marks=pytest.mark.soak)
 
