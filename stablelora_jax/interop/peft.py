@@ -180,11 +180,12 @@ def _recorded_sizes(record: Mapping[str, Any]) -> dict[tree.Path, Any]:
 def _same_config(raw: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
     """Whether a config says of the adapter what was written for it; lists may be in another order."""
     ours = {key: value for key, value in written.items() if key not in NOT_OF_SPEC}
-    return set(raw) == set(written) and all(_unordered(raw[key]) == _unordered(value) for key, value in ours.items())
+    return set(raw) == set(written) and all(_text(raw[key]) == _text(value) for key, value in ours.items())
 
 
-def _unordered(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, list) else value
+def _text(value: Any) -> str:
+    """A value of a config as JSON, in which 2 is not 2.0."""
+    return json.dumps(sorted(value, key=str) if isinstance(value, list) else value)
 
 
 def require_peft_form(

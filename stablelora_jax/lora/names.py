@@ -126,4 +126,6 @@ def require_match(kind: str, pattern: str, hit: bool, candidates: Sequence[str])
     close = difflib.get_close_matches(pattern[:80], endings, n=3, cutoff=0.5)
     last = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     hint = f"did you mean {', '.join(close)}?" if close else f"modules here end in: {', '.join(last[:12])}"
+    if not last:
+        hint = "no leaf here is called kernel or embedding; adapted(model, spec).init(key, params, *args) finds others"
     raise InputError(f"{kind} {pattern!r:.80} matches no module; {hint}")

@@ -119,8 +119,8 @@ CASES = {
     "adapted": ("model", "spec"),
     "apply": ("variables",),
 }
-# None, or an empty mapping or list, means something there
-FITS = {("make_bank", "size", 0), ("make_bank", "size", 1)} | {("frozen", "patterns", i) for i in (3, 4, 5)}
+# None, or an empty mapping or list, means something there; a function is a model
+FITS = {("make_bank", "size", 0), ("make_bank", "size", 1), ("adapted", "model", 10)} | {("frozen", "patterns", i) for i in (3, 4, 5)}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -46,6 +46,6 @@ def test_devices_change_nothing(name):
     laws.devices_change_nothing(ROWS[name]())
 
 
-@pytest.mark.parametrize("name", ROWS)
+@cases()
 def test_peft_round_trip(name, tmp_path):
     laws.peft_round_trip(ROWS[name](), tmp_path)
