@@ -120,7 +120,9 @@ CASES = {
     "apply": ("variables",),
 }
 # None, or an empty mapping or list, means something there; a function is a model
-FITS = {("make_bank", "size", 0), ("make_bank", "size", 1), ("adapted", "model", 10)} | {("frozen", "patterns", i) for i in (3, 4, 5)}
+FITS = {("make_bank", "size", 0), ("make_bank", "size", 1), ("adapted", "model", 10)} | {
+    ("frozen", "patterns", i) for i in (3, 4, 5)
+}
 
 
 @pytest.mark.parametrize("name", CASES)
