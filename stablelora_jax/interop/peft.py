@@ -19,11 +19,12 @@ import numpy as np
 from stablelora_jax.interop.base_record import KEY as BASE
 from stablelora_jax.interop.base_record import base_record, other_base
 from stablelora_jax.interop.metadata import OURS, WRITER, load_metadata, require_own
-from stablelora_jax.interop.own_record import PAIRS, own_record, recorded_spec, recorded_targets, saved_targets
+from stablelora_jax.interop.own_record import PAIRS, own_record, recorded_spec, recorded_targets
 from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
 from stablelora_jax.interop.peft_experts import read_expert_targets
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, is_tied, layout
 from stablelora_jax.interop.peft_weights import PREFIX, WEIGHTS, assemble, check_tensors, read_weights
+from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.full_parameters import unknown_full_parameters
 from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
 from stablelora_jax.lora.peft_config import CONFIG, from_peft, read_config
@@ -197,7 +198,7 @@ def require_peft_form(
       InputError: as :func:`save_peft`.
     """
     if params is not None:
-        targets = saved_targets(adapters, spec, params)
+        targets = fitting_targets(adapters, spec, params)
     else:
         targets = adapter_target_modules(adapters, spec)
         needs = spec.modules_to_save or spec.bias != "none" or any(path[-1] == EMBEDDING for path in targets)

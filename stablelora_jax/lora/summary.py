@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, extra_leaves, match_target_modules
+from stablelora_jax.lora.target_modules import as_dict, extra_leaves
 from stablelora_jax.quantization import is_quantized
 from stablelora_jax.utils.checked import checked
 
@@ -24,7 +25,8 @@ def describe(params: Any, adapters: Mapping[str, Any], spec: LoraSpec) -> str:
     A stack of layers is one row; ranks and scales that differ between its layers are shown as ranges, and padding is
     not counted. ``all params`` includes the adapters, as in PEFT. Of a quantised base a further line gives the size.
     """
-    targets, leaves = match_target_modules(params, adapters, spec).values(), trained_parameters(params, spec).values()
+    params, adapters = as_dict(params), as_dict(adapters)
+    targets, leaves = fitting_targets(adapters, spec, params).values(), trained_parameters(params, spec).values()
     counts = [_count(target, spec) for target in targets]
     rows: list[tuple[str, ...]] = [("module", "layers", "in", "out", "rank", "scale", "parameters")]
     rows += [*map(_row, targets, counts), *map(_full_row, leaves)]

@@ -41,7 +41,8 @@ def find_target_modules(params: Any, spec: LoraSpec) -> dict[Path, TargetModule]
     require_unboxed(params)
     modules = tree.find_dicts(params, lambda node: kernel_leaf(node) is not None)
     targets = {path: _target(path, module, spec) for path, module in modules.items()}
-    _check_patterns([name for target in targets.values() for name in target.names], spec)
+    own_stacks = [".".join(path) for path in targets if path[-1:] and path[-1] in spec.stacked]
+    _check_patterns([*(name for target in targets.values() for name in target.names), *own_stacks], spec)
     _check_axes(list(modules), spec)
     return {path: target for path, target in targets.items() if target.rank}
 

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, lora_hyperparams
+from stablelora_jax import (
+    InputError,
+    LoraSpec,
+    adapted,
+    describe,
+    init_adapters,
+    lora_hyperparams,
+    stable_lora,
+    still_shrinking,
+)
 from stablelora_jax.lora.trace.apply import find_targets
 from stablelora_jax.quantization import quantize
 from tests.helpers import tiny_decoder
@@ -175,3 +184,29 @@ def test_describe_shows_every_leaf_and_how_it_is_read():
     assert rows["table"] == "(11, 8) - 11 8 looked up"
     assert rows["own"] == "(2, 8, 3) - 8 2x3 multiplied"
     assert rows["scale"].endswith("is read by reduce_sum")
+
+
+def experts(params, x):
+    def layer(x, own):
+        hidden = jax.nn.relu(jnp.einsum("ecd,edf->ecf", x, own["wi"]))
+        return x + jnp.einsum("ecf,efd->ecd", hidden, own["wo"]), None
+
+    return jax.lax.scan(layer, x, params["layers"])[0]
+
+
+def test_experts_have_a_pair_a_latch_and_a_count_each():
+    params, x = {"layers": {"wi": draw(0, 2, 3, 8, 6), "wo": draw(1, 2, 3, 6, 8)}}, draw(2, 3, 4, 8)
+    lora = adapted(experts, LoraSpec(rank=2, target_modules=["wi", "wo"]))
+    adapters = lora.init(jax.random.key(0), params, x)
+    assert adapters["layers"]["wi"]["lora_a"].shape == (2, 3, 8, 2)
+    latches = still_shrinking(stable_lora(1e-3).init(adapters))
+    assert len(latches) == 12 and "layers.1.wi[2]" in latches
+    table = describe(params, adapters, lora.spec).splitlines()
+    assert table[1].split() == ["layers.wi", "6", "of", "6", "8", "6", "2", "8", "168"]
+    assert table[-1].startswith("trainable params: 336 || all params: 912")
+
+
+def test_a_leaf_that_is_its_own_stack_is_found_by_its_name():
+    params = {"wi": {"kernel": jnp.ones((4, 16, 32))}}
+    adapters = init_adapters(jax.random.key(0), params, LoraSpec(rank=2, target_modules=["wi"], stacked=("wi",)))
+    assert adapters["wi"]["lora_a"].shape == (4, 16, 2)

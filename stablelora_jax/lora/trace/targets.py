@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from stablelora_jax.lora.fitting import NAMED_BY_MODULE
 from stablelora_jax.lora.names import first_match, hits, matches, require_match, stack_depth, suffixes, unindexed
 from stablelora_jax.lora.pairs import TargetModule, make_target_module
 from stablelora_jax.lora.spec import LoraSpec, items
@@ -21,8 +22,6 @@ from stablelora_jax.lora.trace.interpret import Traced
 from stablelora_jax.lora.trace.layout import PRODUCTS, Layout, layout_of, uses_of
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
-
-NAMED_BY_MODULE = ("kernel", "embedding", "w", "weight")
 
 
 def pair_paths(leaves: Mapping[Path, Any]) -> dict[Path, Path]:
