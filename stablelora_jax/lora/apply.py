@@ -22,11 +22,18 @@ from jax.typing import DTypeLike
 
 from stablelora_jax.lora.callables import function_of, take_apart
 from stablelora_jax.lora.dropout import split_rngs
+from stablelora_jax.lora.fitting import require_unambiguous
 from stablelora_jax.lora.intercept import Intercepted, apply_intercepted
 from stablelora_jax.lora.intercept import Observer as Observer
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, find_target_modules, own_params, require_adapters
+from stablelora_jax.lora.target_modules import (
+    as_dict,
+    find_target_modules,
+    match_target_modules,
+    own_params,
+    require_adapters,
+)
 from stablelora_jax.lora.trace.apply import apply_traced, check_traced, find_targets, layouts_table, merge_traced
 from stablelora_jax.lora.transform import checked_dtype, make_adapters, merge, require_key
 from stablelora_jax.utils.checked import checked
@@ -113,6 +120,8 @@ class Adapted:
         if not isinstance(self.model, nn.Module):
             if only:
                 raise InputError("lora_rows and observers need a Linen model of Flax's own modules")
+            if isinstance(rngs, Mapping) and set(rngs) - {"dropout"}:
+                raise InputError(f"rngs hold {sorted(set(rngs) - {'dropout'})[0]!r}, which only Linen models have")
             return apply_traced(self, variables, args, kwargs, keys, rngs)
         if self.found or self.merged:
             return apply_traced(self, variables, args, kwargs, keys, rngs)
@@ -132,7 +141,8 @@ class Adapted:
           params: the base; not changed.
           adapters: as made by :meth:`init`.
           *args: example arguments of the model, by which the axes of its leaves are found. They are not needed where
-            ``init`` or ``apply`` of this object has been called, nor where names and shapes say it all.
+            ``init`` or ``apply`` of this object has been called, nor where names and shapes say it all. A Linen
+            leaf called ``kernel`` is then taken to have its inputs first, as in Flax's own layers.
           safe: refuse a kernel that holds NaN or infinity.
           **kwargs: of the model.
 
@@ -145,6 +155,9 @@ class Adapted:
                 self.found.update(find_targets(self, {**others, "params": own_params(params)}, args, kwargs))
         if not self.found:
             try:
+                if not isinstance(self.model, nn.Module):  # whose layers have their inputs first
+                    nested = as_dict(params)
+                    require_unambiguous(match_target_modules(nested, as_dict(adapters), self.spec), nested)
                 return merge(params, as_dict(adapters), self.spec, safe=safe)
             except InputError as error:
                 raise InputError(f"{error}; or give example arguments, merge(params, adapters, *args)") from None

@@ -5,6 +5,7 @@ Paths and sizes of the pairs do tell the leaf; so a table, and a file, need no t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -58,3 +59,18 @@ def require_fitting(target: TargetModule, params: Mapping[str, Any]) -> None:
             f"{'.'.join(target.path)}: the pair is for a leaf of {(*target.stack, *target.size)}, which these params "
             "do not have there: they are of another model"
         )
+
+
+def require_unambiguous(targets: Mapping[Path, TargetModule], params: Mapping[str, Any]) -> None:
+    """Check that the sizes of each pair leave one way only to divide the axes of its leaf into inputs and outputs.
+
+    Raises:
+      InputError: naming a leaf, such as a square one, whose axes only the model's computation tells.
+    """
+    for target in targets.values():
+        shape = tree.get_in(params, target.leaf_path).shape[len(target.stack) :]
+        wide = [axis for axis, size in enumerate(shape) if size > 1]
+        chosen = [axes for n in range(len(wide) + 1) for axes in itertools.combinations(wide, n)]
+        fitting = [axes for axes in chosen if math.prod(shape[axis] for axis in axes) == target.size[0]]
+        if len(fitting) > 1:
+            raise InputError(f"{'.'.join(target.path)}: {shape} does not tell which axes the model contracts")

@@ -210,3 +210,35 @@ def test_a_leaf_that_is_its_own_stack_is_found_by_its_name():
     params = {"wi": {"kernel": jnp.ones((4, 16, 32))}}
     adapters = init_adapters(jax.random.key(0), params, LoraSpec(rank=2, target_modules=["wi"], stacked=("wi",)))
     assert adapters["wi"]["lora_a"].shape == (4, 16, 2)
+
+
+def test_merging_asks_for_arguments_where_a_square_leaf_does_not_tell():
+    def model(params, x):
+        return x @ params["a"]["kernel"].T
+
+    params, x, spec = {"a": {"kernel": draw(0, 8, 8)}}, draw(1, 3, 8), LoraSpec(rank=2, target_modules=["a"])
+    adapters = changed(adapted(model, spec).init(jax.random.key(0), params, x))
+    with pytest.raises(InputError, match="a: .* does not tell which axes .* example arguments"):
+        adapted(model, spec).merge(params, adapters)
+    merged = adapted(model, spec).merge(params, adapters, x)
+    found = adapted(model, spec).apply({"params": params, "lora": adapters}, x)
+    np.testing.assert_allclose(found, model(merged, x), rtol=1e-5, atol=1e-5)
+    known = adapted(model, spec)
+    known.init(jax.random.key(0), params, x)
+    for wrong in ({"a": {"kernel": draw(0, 8, 9)}}, {"b": {"kernel": draw(0, 8, 8)}}):
+        with pytest.raises(InputError, match="a: the pair is for a leaf of .* another model"):
+            known.merge(wrong, adapters)
+
+
+def test_outputs_that_are_no_arrays_are_handed_on():
+    def model(params, x, mode):
+        return {"y": x @ params["w"], "mode": mode, "none": None, "number": 3}
+
+    params, x = {"w": draw(0, 8, 4)}, draw(1, 3, 8)
+    lora = adapted(model, LoraSpec(rank=2, target_modules=["w"]))
+    adapters = lora.init(jax.random.key(0), params, x, "train")
+    found = lora.apply({"params": params, "lora": adapters}, x, "train")
+    assert found["mode"] == "train" and found["none"] is None and found["number"] == 3
+    np.testing.assert_array_equal(found["y"], model(params, x, "train")["y"])
+    with pytest.raises(InputError, match="rngs hold 'params', which only Linen models have"):
+        lora.apply({"params": params, "lora": adapters}, x, "train", rngs={"params": jax.random.key(0)})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from stablelora_jax.lora.callables import function_of
 from stablelora_jax.lora.dropout import target_keys
+from stablelora_jax.lora.fitting import require_fitting
 from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
 from stablelora_jax.lora.intercept import adapter_of
 from stablelora_jax.lora.names import matches
@@ -107,7 +108,8 @@ def check_traced(lora: Subject, variables: Mapping[str, Any], args: Any, kwargs:
     def run(arrays: Any) -> Any:
         whole = [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]
         variables, args, kwargs = jax.tree.unflatten(structure, whole)
-        return apply_traced(lora, variables, args, kwargs, None, None)
+        out = apply_traced(lora, variables, args, kwargs, None, None)
+        return [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
     jax.eval_shape(run, arrays)
 
@@ -126,6 +128,8 @@ def _fit(lora: Subject, leaves: Mapping[Path, Any], adapters: Any) -> bool:
 def merge_traced(lora: Subject, params: Any, adapters: Any, safe: bool) -> Any:
     """``params`` with ``adapters`` folded in at the targets that a trace has found."""
     nested, targets = as_dict(params), dict(lora.found)
+    for target in targets.values():
+        require_fitting(target, nested)
     require_adapters(targets, adapters, lora.spec)
     full = match_trained_parameters(nested, adapters, lora.spec)
     whole = apply_full_parameters(nested, adapters, full, cast=True)

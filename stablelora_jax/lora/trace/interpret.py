@@ -22,11 +22,18 @@ class Traced(NamedTuple):
 
     closed: Any  # jax.extend.core.ClosedJaxpr: (parameters, arrays) -> outputs
     out: Any  # the structure of its output
+    fixed: dict[int, Any]  # leaves of the output that are no arrays, by their numbers
 
     def run(self, context: Context, params: Sequence[Any], arrays: Sequence[Any]) -> Any:
         """Evaluate it; ``params`` may be weights."""
+        found = iter(self.outputs(context, params, arrays))
+        whole = [self.fixed[at] if at in self.fixed else next(found) for at in range(self.out.num_leaves)]
+        return jax.tree.unflatten(self.out, whole)
+
+    def outputs(self, context: Context, params: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+        """The arrays among the leaves of its output."""
         found = evaluate(context, self.closed.jaxpr, self.closed.consts, [*params, *arrays])
-        return jax.tree.unflatten(self.out, [control.returned(value) for value in found])
+        return [control.returned(value) for value in found]
 
 
 def trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Traced, list[Any]]:
@@ -36,19 +43,28 @@ def trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Traced,
     fixed, as it would be under ``jax.jit`` with static arguments. A quantised leaf is traced as its dense kernel.
     """
     leaves, structure_of = jax.tree.flatten(args)
-    traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    traced = [_is_array(leaf) for leaf in leaves]
 
     def flat(params: Any, arrays: Any) -> Any:
         given = iter(arrays)
         args, kwargs = jax.tree.unflatten(
             structure_of, [next(given) if is_array else leaf for leaf, is_array in zip(leaves, traced, strict=True)]
         )
-        return function(params, *args, **kwargs)
+        found, out = jax.tree.flatten(function(params, *args, **kwargs))
+        outs.append(out)
+        fixed.update({at: leaf for at, leaf in enumerate(found) if not _is_array(leaf)})
+        return [leaf for leaf in found if _is_array(leaf)]
 
+    outs: list[Any] = []
+    fixed: dict[int, Any] = {}
     arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
     whole = jax.tree.map(_as_dense, params, is_leaf=is_quantized)
-    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(whole, arrays)
-    return Traced(closed, jax.tree.structure(shapes)), arrays
+    closed = jax.make_jaxpr(flat)(whole, arrays)
+    return Traced(closed, outs[-1], fixed), arrays
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _as_dense(leaf: Any) -> Any:

@@ -42,7 +42,7 @@ def uses_of(traced: Traced, params: Mapping[Path, Any], arrays: Sequence[Any], p
         values = [
             start(path, leaf, {}, (), ()) if path in found else leaf for path, leaf in zip(params, leaves, strict=True)
         ]
-        return traced.run(Context(record=record), values, arrays)
+        return traced.outputs(Context(record=record), values, arrays)
 
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in traced.closed.jaxpr.invars[: len(params)]]
     jax.eval_shape(run, shapes, list(arrays))
