@@ -41,7 +41,10 @@ def test_both_branches(flag):
     found = conditional()
     x = found.args[0]
     adapters = perturbed(found.fresh())
-    y, merged = (found.run(found.lora(), found.params, adapters, x, flag), found.lora().merge(found.params, adapters))
+    y, merged = (
+        found.run(found.lora(), found.params, adapters, x, flag),
+        found.lora().merge(found.params, adapters, x, flag),
+    )
     assert relative_difference(y, found.base(merged, x, flag)) < 1e-5
     unused = "no" if flag else "yes"
     changed = {**adapters, unused: jax.tree.map(jnp.zeros_like, adapters[unused])}
