@@ -118,8 +118,9 @@ def load_peft(
     raw = read_config(directory)
     tensors = read_weights(directory / WEIGHTS)
     _refuse_untied(raw, tensors, params, directory)
+    record = load_metadata(directory)
     try:
-        spec, targets, dropped = _read_spec(raw, load_metadata(directory), params, tensors)
+        spec, targets, dropped = _read_spec(raw, record, params, tensors)
         entries = layout(targets, params, spec)
     except (InputError, TypeError) as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
@@ -128,7 +129,7 @@ def load_peft(
         warnings.warn(f"{directory / CONFIG}: {names} match no module of this model", stacklevel=4)
     base = _base_weights(targets, params) | _whole_layers(params)
     check_tensors(entries, tensors, base, str(directory / WEIGHTS))
-    if difference := other_base(load_metadata(directory).get(BASE), params, base_model):
+    if difference := other_base(record.get(BASE), params, base_model):
         if strict:
             raise InputError(f"{directory} {difference}: give that base, or leave strict out")
         warnings.warn(f"{directory} {difference}: the result is another model than was trained", stacklevel=4)
@@ -216,12 +217,15 @@ def _base_weights(targets: Mapping[tree.Path, TargetModule], params: Mapping[str
         return {}
     found: dict[str, np.ndarray] = {}
     for path in targets:
+        leaf = tree.get_in(params, (*path, "embedding" if path[-1:] == (EMBEDDING,) else "kernel"))
+        if leaf is None:  # not of our decoder's form
+            continue
         if path == ("model", EMBEDDING):
-            found[f"model.{EMBEDDING}.base_layer.weight"] = np.asarray(params["model"][EMBEDDING]["embedding"])
+            found[f"model.{EMBEDDING}.base_layer.weight"] = np.asarray(leaf)
             if is_tied(params):
                 found[f"{HEAD}.base_layer.weight"] = found[f"model.{EMBEDDING}.base_layer.weight"]
         elif path == (HEAD,):
-            found[f"{HEAD}.base_layer.weight"] = np.ascontiguousarray(np.asarray(params[HEAD]["kernel"]).T)
+            found[f"{HEAD}.base_layer.weight"] = np.ascontiguousarray(np.asarray(leaf).T)
     return found
 
 

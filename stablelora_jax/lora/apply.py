@@ -129,7 +129,7 @@ class Adapted:
         try:
             return apply_intercepted(self.model, how, variables, args, kwargs, keys, rngs)
         except InputError:
-            if only or not self._reads(variables, args, kwargs, rngs):
+            if only or not self._reads(variables, args, kwargs):
                 raise
         return apply_traced(self, variables, args, kwargs, keys, rngs)
 
@@ -199,9 +199,8 @@ class Adapted:
             return None
         return targets
 
-    def _reads(self, variables: Mapping[str, Any], args: Any, kwargs: Any, rngs: Any) -> bool:
+    def _reads(self, variables: Mapping[str, Any], args: Any, kwargs: Any) -> bool:
         """Whether tracing finds where ``variables["lora"]`` belong, though names and shapes do not."""
-        del rngs
         try:
             self.found.update(find_targets(self, variables, args, kwargs))
             require_adapters(self.found, variables["lora"], self.spec)

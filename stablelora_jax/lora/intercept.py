@@ -209,7 +209,7 @@ def _changed(
         change = change + _leading(bias, change.ndim)
     apart = isinstance(module, nn.Conv | nn.Einsum)
     if gain is None:
-        return _add(y, place(change), apart)
+        return add(y, place(change), apart)
     accum_dtype = jnp.promote_types(y.dtype, jnp.float32)
     gain = jnp.broadcast_to(gain.astype(accum_dtype), change.shape)
     if dropped or (apart and "bias" in own):
@@ -217,7 +217,7 @@ def _changed(
     else:
         bias = own.get("bias", jnp.zeros((), accum_dtype)).astype(accum_dtype)
         product = y.astype(accum_dtype) - _leading(bias, y.ndim)
-    return _add(y, place(gain - 1) * product + place(gain * change), apart)
+    return add(y, place(gain - 1) * product + place(gain * change), apart)
 
 
 def _leading(x: jax.Array, ndim: int) -> jax.Array:
@@ -237,7 +237,7 @@ def _attended(member: Any, next_fun: Any, x: jax.Array, own: Any) -> jax.Array:
         a, b, scale = (adapter[name] for name in ("lora_a", "lora_b", "lora_scale"))
         accum_dtype = jnp.promote_types(x.dtype, jnp.float32)
         z = jnp.matmul(x, b.astype(x.dtype).T, preferred_element_type=accum_dtype).astype(x.dtype)
-        return _add(y, member.delta(z, {**adapter, "lora_b": a.T}, scale), False)
+        return add(y, member.delta(z, {**adapter, "lora_b": a.T}, scale), False)
 
     with jax.named_scope(SCOPE):
         return each_row(changed, own, y, x, None) if "lora_rows" in own else changed(y, x, own, None)
@@ -247,7 +247,7 @@ def _kernel(own: Mapping[str, jax.Array]) -> jax.Array:
     return own["kernel"] if "kernel" in own else own["embedding"]
 
 
-def _add(y: jax.Array, delta: jax.Array, apart: bool) -> jax.Array:
+def add(y: jax.Array, delta: jax.Array, apart: bool) -> jax.Array:
     """``y + delta``, added at least in float32, in the dtype of ``y``.
 
     On CPU the change is computed apart, and with ``apart`` the module's own output too: XLA would otherwise fuse the

@@ -141,3 +141,19 @@ def test_faults_are_named(tmp_path):
     save_peft(tmp_path, adapters, SPEC, params=params)
     with pytest.raises(InputError, match=r"layers.0.experts.*another model"):
         load_peft(tmp_path, base(width=4))
+
+
+def test_a_table_and_a_head_of_another_form_than_the_decoders(tmp_path):
+    """Names are the decoder's, leaves are not: PEFT's copies of its own embedding and head are not looked for."""
+
+    def decoder(params, tokens):
+        return params["model"]["embed_tokens"]["weight"][tokens] @ params["lm_head"]
+
+    params = {"model": {"embed_tokens": {"weight": draw(0, 7, 4)}}, "lm_head": draw(1, 4, 7)}
+    spec, tokens = LoraSpec(rank=2, target_modules=["embed_tokens", "lm_head"]), jnp.arange(5)
+    lora = adapted(decoder, spec)
+    adapters = lora.init(jax.random.key(0), params, tokens)
+    save_peft(tmp_path, adapters, spec, params=params)
+    found, again = load_peft(tmp_path, params)
+    assert again == spec
+    jax.tree.map(np.testing.assert_array_equal, found, adapters)

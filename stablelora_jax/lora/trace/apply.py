@@ -27,7 +27,7 @@ from stablelora_jax.lora.target_modules import (
     with_matrix,
 )
 from stablelora_jax.lora.trace.context import Context
-from stablelora_jax.lora.trace.interpret import trace
+from stablelora_jax.lora.trace.interpret import is_array, trace
 from stablelora_jax.lora.trace.layout import Layout
 from stablelora_jax.lora.trace.targets import all_layouts, traced_targets
 from stablelora_jax.lora.trace.weight import Weight, start
@@ -103,13 +103,13 @@ def check_traced(lora: Subject, variables: Mapping[str, Any], args: Any, kwargs:
       InputError: a leaf is read in a way that no pair of this spec can follow.
     """
     leaves, structure = jax.tree.flatten((variables, args, kwargs))
-    arrays = {at: leaf for at, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+    arrays = {at: leaf for at, leaf in enumerate(leaves) if is_array(leaf)}
 
     def run(arrays: Any) -> Any:
         whole = [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]
         variables, args, kwargs = jax.tree.unflatten(structure, whole)
         out = apply_traced(lora, variables, args, kwargs, None, None)
-        return [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+        return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
 
     jax.eval_shape(run, arrays)
 

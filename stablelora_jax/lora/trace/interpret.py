@@ -43,27 +43,28 @@ def trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Traced,
     fixed, as it would be under ``jax.jit`` with static arguments. A quantised leaf is traced as its dense kernel.
     """
     leaves, structure_of = jax.tree.flatten(args)
-    traced = [_is_array(leaf) for leaf in leaves]
+    traced = [is_array(leaf) for leaf in leaves]
 
     def flat(params: Any, arrays: Any) -> Any:
         given = iter(arrays)
         args, kwargs = jax.tree.unflatten(
-            structure_of, [next(given) if is_array else leaf for leaf, is_array in zip(leaves, traced, strict=True)]
+            structure_of, [next(given) if is_input else leaf for leaf, is_input in zip(leaves, traced, strict=True)]
         )
         found, out = jax.tree.flatten(function(params, *args, **kwargs))
         outs.append(out)
-        fixed.update({at: leaf for at, leaf in enumerate(found) if not _is_array(leaf)})
-        return [leaf for leaf in found if _is_array(leaf)]
+        fixed.update({at: leaf for at, leaf in enumerate(found) if not is_array(leaf)})
+        return [leaf for leaf in found if is_array(leaf)]
 
     outs: list[Any] = []
     fixed: dict[int, Any] = {}
-    arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
+    arrays = [leaf for leaf, is_input in zip(leaves, traced, strict=True) if is_input]
     whole = jax.tree.map(_as_dense, params, is_leaf=is_quantized)
     closed = jax.make_jaxpr(flat)(whole, arrays)
     return Traced(closed, outs[-1], fixed), arrays
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an input or an output of a jaxpr, and not fixed."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax.lora.dropout import drop
+from stablelora_jax.lora.intercept import SCOPE, add
 from stablelora_jax.lora.trace.context import Context, refused
 from stablelora_jax.lora.trace.weight import Atom, Weight, matrix, size_of, transposed
 from stablelora_jax.utils.matmul import matmul
 
-SCOPE = "lora"  # in the names of operations, by which a profile tells them from the base's
 Label = Any  # an Atom, or ("x", axis)
 DROPOUT = ("lora_key", "lora_dropout")
 
@@ -54,10 +54,10 @@ def product(
     change = _change(context, transposed(weight) if backwards else weight, dropped, of_x, _labels(of_y))
     change = change.reshape(y.shape)
     if gain is None or backwards:
-        return add(y, change)
+        return add(y, change, True)
     gain = _spread(gain, weight, of_y)
     inner = y if dropped is x else base(dropped)
-    return add(y, (gain - 1) * inner.astype(gain.dtype) + gain * change)
+    return add(y, (gain - 1) * inner.astype(gain.dtype) + gain * change, True)
 
 
 def _backwards(weight: Weight, contracted: Sequence[Label], gain: Any) -> bool:
@@ -167,17 +167,6 @@ def _spread(gain: jax.Array, weight: Weight, groups: Sequence[tuple[Label, ...]]
     kept = [atom for atom in own if atom in labels]
     spread = jnp.transpose(spread, [kept.index(label) for label in labels])
     return spread.reshape([size_of([a for a in group if a in own]) if set(group) & set(own) else 1 for group in groups])
-
-
-def add(y: jax.Array, change: jax.Array) -> jax.Array:
-    """``y + change``, added at least in float32, in the dtype of ``y``.
-
-    On CPU both are computed apart: XLA would otherwise fuse the sum into the products and round those differently, so
-    that adapters with B = 0 changed the last bit. Elsewhere the fusion is worth more.
-    """
-    if jax.default_backend() == "cpu":
-        y, change = jax.lax.optimization_barrier(y), jax.lax.optimization_barrier(change)
-    return (y.astype(change.dtype) + change).astype(y.dtype)
 
 
 def _labels(groups: Sequence[tuple[Label, ...]]) -> list[Label]:

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stablelora_jax.lora.intercept import SCOPE, add
 from stablelora_jax.lora.trace.context import Context, Equation, Use, axes_of, evaluated, refuse, refused
-from stablelora_jax.lora.trace.low_rank import SCOPE, add, dropped_input, gain_of, product, up
+from stablelora_jax.lora.trace.low_rank import dropped_input, gain_of, product, up
 from stablelora_jax.lora.trace.weight import Atom, Weight, size_of, taken, with_axes
 
 
@@ -83,10 +84,10 @@ def _with_gain(
     """The sum of ``y`` and its change, where the parametrisation may have a gain for each output, along ``axis``."""
     gain = gain_of(context, weight)
     if gain is None:
-        return add(y, change)
+        return add(y, change, True)
     gain = jnp.expand_dims(gain, [i for i in range(y.ndim) if i != axis])
     inner = y if plain else evaluated(eqn, dropped)[0]
-    return add(y, (gain - 1) * inner.astype(gain.dtype) + gain * change)
+    return add(y, (gain - 1) * inner.astype(gain.dtype) + gain * change, True)
 
 
 def gather(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
@@ -126,7 +127,7 @@ def gather(context: Context, eqn: Equation, values: Sequence[Any]) -> list[Any]:
     if gain is not None:
         gain = jnp.expand_dims(as_output(gain), range(batch))
         change = (gain - 1) * inner.astype(gain.dtype) + gain * change
-    return [jnp.moveaxis(add(inner, change), range(batch, y.ndim), numbers.offset_dims)]
+    return [jnp.moveaxis(add(inner, change, True), range(batch, y.ndim), numbers.offset_dims)]
 
 
 def _taken(context: Context, weight: Weight, ids: Any, eqn: Equation, values: Sequence[Any], axis: int) -> Any:
@@ -137,8 +138,7 @@ def _taken(context: Context, weight: Weight, ids: Any, eqn: Equation, values: Se
     batch = [dim for dim in range(y.ndim) if dim not in numbers.offset_dims]
     (atom,) = weight.leaf.axes[axis]
     new = tuple(Atom(atom.axis, (*atom.part, -1 - i), y.shape[dim]) for i, dim in enumerate(batch))
-    numbers_of = numbers.start_index_map.index(axis)
-    found = taken(weight, atom, ids[..., numbers_of], new)
+    found = taken(weight, atom, ids[..., numbers.start_index_map.index(axis)], new)
     kept = [atoms for other, atoms in enumerate(weight.leaf.axes) if other != axis]
     if axis not in numbers.collapsed_slice_dims:
         kept.insert(axis, ())
@@ -190,7 +190,7 @@ def ragged_dot(context: Context, eqn: Equation, values: Sequence[Any]) -> list[A
             b = b * scale[:, None, None].astype(b.dtype)
             z = jax.lax.ragged_dot(x, a.astype(x.dtype), sizes, preferred_element_type=accum_dtype).astype(x.dtype)
         change = jax.lax.ragged_dot(z, b.astype(x.dtype), sizes, preferred_element_type=accum_dtype)
-    return [add(y, change * scale.astype(accum_dtype) if shared else change)]
+    return [add(y, change * scale.astype(accum_dtype) if shared else change, True)]
 
 
 def _standard(numbers: Any) -> bool:
