@@ -17,8 +17,11 @@ if TYPE_CHECKING:  # what type checkers and editors read; the same names are in 
     from stablelora_jax.interop.warm_start import start_adapters as start_adapters
     from stablelora_jax.lora.apply import adapted as adapted
     from stablelora_jax.lora.combine import combine as combine
+    from stablelora_jax.lora.leaves import split_frozen as split_frozen
+    from stablelora_jax.lora.leaves import with_frozen as with_frozen
     from stablelora_jax.lora.spec import LoraSpec as LoraSpec
     from stablelora_jax.lora.summary import describe as describe
+    from stablelora_jax.lora.to_lora import to_lora as to_lora
     from stablelora_jax.lora.transform import init_adapters as init_adapters
     from stablelora_jax.lora.transform import lora_hyperparams as lora_hyperparams
     from stablelora_jax.lora.transform import merge as merge
@@ -64,8 +67,10 @@ _MODULES = {
     "interop.warm_start": "start_adapters",
     "lora.apply": "adapted",
     "lora.combine": "combine",
+    "lora.leaves": "split_frozen with_frozen",
     "lora.spec": "LoraSpec",
     "lora.summary": "describe",
+    "lora.to_lora": "to_lora",
     "lora.transform": "init_adapters lora_hyperparams merge unmerge",
     "models.pretrained.load": "base_directory load_pretrained save_pretrained",
     "models.untie": "untie",

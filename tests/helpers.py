@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax import LoraSpec
-from stablelora_jax.lora.pairs import adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.models.architecture import DecoderConfig, Rope
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.utils import tree

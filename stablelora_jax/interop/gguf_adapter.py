@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.pretrained.gguf import gguf_name, permute

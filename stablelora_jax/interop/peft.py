@@ -26,10 +26,12 @@ from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, is_tied, layout
 from stablelora_jax.interop.peft_weights import PREFIX, WEIGHTS, assemble, check_tensors, read_weights
 from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.full_parameters import unknown_full_parameters
-from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules, require_leaves
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.peft_config import CONFIG, from_peft, read_config
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, find_target_modules, require_leaves
+from stablelora_jax.lora.target_modules import as_dict, find_target_modules
+from stablelora_jax.lora.to_lora import to_lora
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -54,7 +56,8 @@ def save_peft(
 
     Args:
       directory: made if needed; an adapter that this function has written there is replaced, each file atomically.
-      adapters: as made by ``init_adapters`` for ``spec``; saved in their own dtype.
+      adapters: as made by ``init_adapters`` for ``spec``; saved in their own dtype. Those that are neither LoRA nor
+        DoRA, and those whose start stays subtracted, are saved as the LoRA that :func:`.to_lora` gives.
       spec: the spec of the adapters.
       base_model: name or path of the base, for PEFT's ``base_model_name_or_path``.
       params: of the base; ``stablelora.json`` records their fingerprint, by which :func:`load_peft` detects another
@@ -70,7 +73,8 @@ def save_peft(
 
     directory = as_path(directory, "the adapter's directory")
     require_own(directory, (CONFIG, WEIGHTS, OURS))
-    params, adapters = None if params is None else as_dict(params), as_dict(adapters)
+    params = None if params is None else as_dict(params)
+    adapters, spec = to_lora(adapters, spec, params=params)
     targets = require_peft_form(adapters, spec, params)
     entries = layout(targets, params, spec)
     tensors = {PREFIX + e.name: e.take(np.asarray(tree.get_in(adapters, e.path))) for e in entries}
@@ -198,6 +202,7 @@ def require_peft_form(
     Raises:
       InputError: as :func:`save_peft`.
     """
+    adapters, spec = to_lora(adapters, spec, params=params)
     if params is not None:
         targets = fitting_targets(adapters, spec, params)
     else:

@@ -76,7 +76,7 @@ def to_peft_config(
         "inference_mode": True,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
-        "use_rslora": spec.scaling == "rslora",
+        "use_rslora": spec.scaling in ("rslora", "rora"),
         "use_dora": spec.parametrization == "dora",
         "lora_dropout": 0.0 if experts else spec.dropout,  # PEFT has no dropout before experts
         "target_modules": target,

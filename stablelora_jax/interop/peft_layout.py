@@ -26,9 +26,9 @@ import numpy as np
 
 from stablelora_jax.interop.peft_experts import expert_entries, is_experts
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
+from stablelora_jax.lora.leaves import extra_leaves
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import extra_leaves
 from stablelora_jax.models.pretrained.safetensors import LEAF
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.tree import Path

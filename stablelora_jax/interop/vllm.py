@@ -20,7 +20,8 @@ import numpy as np
 
 from stablelora_jax.interop.peft import save_peft
 from stablelora_jax.interop.peft_layout import EMBEDDING, is_tied
-from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict
 from stablelora_jax.utils import tree

@@ -21,6 +21,7 @@ from stablelora_jax.config import to_dict
 from stablelora_jax.config.optimizer import learning_rates
 from stablelora_jax.config.schedule import schedule_of
 from stablelora_jax.lora.pairs import FULL, pair_shapes, pairs
+from stablelora_jax.lora.to_lora import is_plain
 from stablelora_jax.optimizers.limits import require_numbers
 from stablelora_jax.parallel import to_host
 from stablelora_jax.runs.prepare import TrainingSetup
@@ -98,6 +99,9 @@ def require_together(names: Sequence[str], setups: Sequence[TrainingSetup]) -> N
             raise InputError(f"jobs.{name}: stability_every is for a run alone")
         if any(FULL in keys_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(setup.start.adapters)):
             raise InputError(f"jobs.{name}: lora.modules_to_save and lora.bias are for a run alone")
+        if not is_plain(setup.start.adapters, own.lora):
+            words = f"{own.lora.parametrization}, init {own.lora.init} and scaling {own.lora.scaling}"
+            raise InputError(f"jobs.{name}: lora with {words} is for a run alone")
         if own.lora.parametrization != "lora" and set(pairs(setup.start.adapters)) != set(
             pairs(setups[0].start.adapters)
         ):

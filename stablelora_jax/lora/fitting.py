@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import match_target_modules
 from stablelora_jax.utils import tree

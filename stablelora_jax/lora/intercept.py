@@ -25,12 +25,14 @@ from stablelora_jax.lora.callables import OWN
 from stablelora_jax.lora.contraction import contract
 from stablelora_jax.lora.dropout import drop, target_keys
 from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
+from stablelora_jax.lora.leaves import require_leaves
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.rows import by_number, each_row, numbered, one_of
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.stacks import require_stacks
-from stablelora_jax.lora.target_modules import as_dict, match_target_modules, require_leaves, to_matrix
+from stablelora_jax.lora.target_modules import as_dict, match_target_modules, to_matrix
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
@@ -75,9 +77,11 @@ def apply_intercepted(
     one = variables["lora"] if rows is None else one_of(variables["lora"])
     targets = match_target_modules(params, one, spec)
     params = _checked_full(how, params, one, targets)
+    plain: Any = partial(plain_adapters, targets=targets, spec=spec)
+    adapters = plain(variables["lora"]) if rows is None else jax.vmap(plain)(variables["lora"])
     off = keys is None or (spec.dropout == 0 and "lora_hp" not in variables)
     keys = None if off else keys
-    laid = _lay(params, variables["lora"], variables.get("lora_hp"), targets, keys, spec, rows)
+    laid = _lay(params, adapters, variables.get("lora_hp"), targets, keys, spec, rows)
     reads = dict.fromkeys(targets, 0)
     try:
         with nn.intercept_methods(_interceptor(how, targets, reads, keys)):

@@ -103,22 +103,6 @@ def make_target_module(
     return TargetModule(path, names, stack, ranks, scales, size, leaf, in_axes, looked_up)
 
 
-def adapter_target_modules(adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
-    """The target modules of existing ``adapters``, where the base is not at hand.
-
-    Raises:
-      InputError: there are no pairs, or a pair does not have the shape that ``spec`` gives it.
-    """
-    found = {}
-    for path, (stack, rank, size) in pair_shapes(adapters).items():
-        target = make_target_module(path, stack, size, spec)
-        if not target.rank:
-            raise InputError(f"there are adapters at {'.'.join(path)}, which the spec does not select")
-        require_rank(target, rank)
-        found[path] = target
-    return found
-
-
 def pair_shapes(adapters: Any) -> dict[Path, tuple[tuple[int, ...], int, tuple[int, int]]]:
     """``(stack axes, rank, (in, out))`` of every pair by path.
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from stablelora_jax.lora.initializers import INITIALIZERS, ONE_IS_ZERO
 from stablelora_jax.lora.names import first_match, layer_number, lists_one, matches
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.utils import patterns
 from stablelora_jax.utils.errors import InputError
 
@@ -44,7 +46,9 @@ class LoraSpec:
         "list of module-name endings, one regular expression, or all-linear (never the head)",
         was="target",
     )
-    scaling: Literal["lora", "rslora"] = _help("lora", "lora: alpha/r; rslora: alpha/sqrt(r)", peft="use_rslora")
+    scaling: Literal["lora", "rslora", "rora", "none"] = _help(
+        "lora", "lora: alpha/r; rslora, which RoRA repeats as rora: alpha/sqrt(r); none: 1", peft="use_rslora"
+    )
     dropout: float = _help(
         0.0, "dropout rate on the input of the low-rank path, during training only", peft="lora_dropout"
     )
@@ -59,8 +63,10 @@ class LoraSpec:
     modules_to_save: tuple[str, ...] = _help((), "endings of modules that are trained in full beside the adapters")
     bias: Literal["none", "all", "lora_only"] = _help("none", "biases trained: none, all, those of adapted modules")
     lora_bias: bool = _help(False, "a bias on the low-rank path, s (x A B + b), beside each pair; not with dora")
-    parametrization: Literal["lora", "dora"] = _help("lora", "how the pair changes a kernel", peft="use_dora")
-    init: Literal["kaiming"] = _help(
+    parametrization: Literal[tuple(PARAMETRIZATIONS)] = _help(  # type: ignore[valid-type]
+        "lora", "how an adapter changes a kernel", peft="use_dora"
+    )
+    init: Literal[tuple(INITIALIZERS)] = _help(  # type: ignore[valid-type]
         "kaiming", "how a pair starts; kaiming is PEFT's default", peft="init_lora_weights"
     )
 
@@ -122,13 +128,27 @@ class LoraSpec:
             allowed = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {shown(getattr(self, name))}")
+        self._check_axes()
+
+    def _check_axes(self) -> None:
+        """Refuse an initialisation that has no meaning for the parametrisation."""
+        what, pair = f"parametrization {self.parametrization!r}", PARAMETRIZATIONS[self.parametrization].PAIR
+        if pair == "none" and self.init != "kaiming":
+            raise InputError(f"{what} makes its own factors: init={self.init!r} has no meaning for it, leave init out")
+        if pair == "frozen" and self.init in ONE_IS_ZERO:
+            raise InputError(
+                f"{what} freezes the pair, of which init={self.init!r} leaves one factor at zero, so that nothing "
+                "would ever learn: say init: svd, which is LoRA-XS's, or pissa, milora, olora, orthogonal, init_ab"
+            )
+        if (self.parametrization, self.init) == ("slora", "orthogonal"):
+            raise InputError(f"{what} puts a matrix between A and B: init='orthogonal', with A B = 0, is not the base")
 
     def _check_scales(self) -> None:
         """Adapters are float32: a scale beyond its range makes every step infinite, or every one nothing."""
         ranks = (self.rank, *(rank for _, rank in items(self.rank_pattern)))
         alphas = (self.alpha, *(alpha for _, alpha in items(self.alpha_pattern)))
         for alpha, rank in ((min(alphas), max(ranks)), (max(alphas), min(ranks))):
-            scale = alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
+            scale = self._scale(alpha, rank)
             if not SMALLEST <= scale <= LARGEST:
                 raise InputError(f"alpha {alpha!r} with rank {rank} is a scale of {scale:.3g}, beyond float32's range")
 
@@ -198,8 +218,12 @@ class LoraSpec:
 
     def scale_of(self, name: str) -> float:
         """The scale s of the module called ``name``."""
-        rank = self.rank_of(name)
-        return self.alpha_of(name) / (rank if self.scaling == "lora" else math.sqrt(rank))
+        return self._scale(self.alpha_of(name), self.rank_of(name))
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        if self.scaling == "none":
+            return 1.0
+        return alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
 
 
 def items(table: Any) -> tuple[tuple[str, Any], ...]:

@@ -11,9 +11,10 @@ from flax.traverse_util import flatten_dict
 
 from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
+from stablelora_jax.lora.leaves import FACTORS, is_frozen, leaf_shapes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, extra_leaves
+from stablelora_jax.lora.target_modules import as_dict
 from stablelora_jax.quantization import is_quantized
 from stablelora_jax.utils.checked import checked
 
@@ -55,8 +56,9 @@ def _quantised(params: Any) -> list[str]:
 def _count(target: TargetModule, spec: LoraSpec) -> int:
     """Trained numbers at ``target``, padding not counted."""
     layers = sum(rank > 0 for rank in target.ranks)
-    extra = sum(int(np.prod(shape[len(target.stack) :])) for shape in extra_leaves(target, spec).values())
-    return target.parameters + layers * extra
+    own = {name: shape[len(target.stack) :] for name, shape in leaf_shapes(target, spec).items() if not is_frozen(name)}
+    pair = target.parameters if all(own.pop(name, None) for name in FACTORS) else 0
+    return pair + layers * sum(int(np.prod(shape)) for shape in own.values())
 
 
 def _full_row(leaf: TrainedParameter) -> tuple[str, ...]:

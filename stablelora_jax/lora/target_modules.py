@@ -18,9 +18,9 @@ import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.core.meta import AxisMetadata
 
+from stablelora_jax.lora.leaves import adapter_nodes, require_leaves, trains_pairs
 from stablelora_jax.lora.names import first_match, hits, layer_number, matches, require_match, stack_depth, suffixes
-from stablelora_jax.lora.pairs import FULL, TargetModule, make_target_module, pair_shapes, require_rank
-from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.pairs import TargetModule, make_target_module, pair_shapes, require_rank
 from stablelora_jax.lora.spec import LoraSpec, items, shown
 from stablelora_jax.quantization import dequantize_tree, is_quantized
 from stablelora_jax.utils import tree
@@ -77,6 +77,8 @@ def require_adapters(wanted: dict[Path, TargetModule], adapters: Any, spec: Lora
     Raises:
       InputError: as :func:`match_target_modules`.
     """
+    if not trains_pairs(spec):
+        return _require_places(wanted, adapters, spec)
     found = pair_shapes(adapters)
     for path, (stack, rank, size) in found.items():
         if path not in wanted:
@@ -98,37 +100,17 @@ def require_adapters(wanted: dict[Path, TargetModule], adapters: Any, spec: Lora
     return wanted
 
 
-def extra_leaves(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """What ``spec`` trains at ``target`` beside the pair, for its parametrisation and ``lora_bias``: shapes by name."""
-    shapes = {
-        "lora_a": (*target.stack, target.size[0], target.rank),
-        "lora_b": (*target.stack, target.rank, target.size[1]),
-    }
-    number = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    kernel, scale = (jax.ShapeDtypeStruct((*target.stack, *rest), np.float32) for rest in (target.size, ()))
-    made = jax.eval_shape(PARAMETRIZATIONS[spec.parametrization].leaves, kernel, number, scale)
-    if spec.lora_bias and target.looked_up:
-        raise InputError(f"{'.'.join(target.path)} is an embedding, which takes no lora_bias: leave one of them out")
-    bias = {"lora_bias": (*target.stack, target.size[1])} if spec.lora_bias else {}
-    return {name: leaf.shape for name, leaf in made.items()} | bias
-
-
-def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: LoraSpec) -> None:
-    """Check that each pair has beside it what the parametrisation of ``spec`` trains, and nothing else.
-
-    Raises:
-      InputError: naming a leaf that is missing, unknown or of another shape.
-    """
-    for path, target in targets.items():
-        node, wanted, name = tree.get_in(adapters, path), extra_leaves(target, spec), ".".join(path)
-        if unknown := sorted(set(node) - {"lora_a", "lora_b", FULL, *wanted}):
-            raise InputError(f"{name}: {unknown[0]} has no meaning for parametrization {spec.parametrization!r}")
-        for leaf, shape in wanted.items():
-            if leaf not in node or jnp.shape(node[leaf]) != shape:
-                found = jnp.shape(node[leaf]) if leaf in node else "missing"
-                raise InputError(
-                    f"{name}: parametrization {spec.parametrization!r} needs {leaf} of shape {shape}; it is {found}"
-                )
+def _require_places(wanted: dict[Path, TargetModule], adapters: Any, spec: LoraSpec) -> dict[Path, TargetModule]:
+    """``wanted``, checked against adapters without trained pairs; of their shapes :func:`.require_leaves` knows."""
+    there = adapter_nodes(adapters)
+    for path in [*there, *wanted]:
+        name = ".".join(path)
+        if path not in wanted:
+            raise InputError(f"adapters at {name}, but the spec selects no kernel there that the model has")
+        if path not in there:
+            raise InputError(f"{name} is selected by the spec but has no adapters; make them with init_adapters")
+    require_leaves(wanted, adapters, spec)
+    return wanted
 
 
 def kernel_axes(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> tuple[int, tuple[int, ...]]:

@@ -6,7 +6,6 @@ forming the merged kernel. Neither knows a particular model: a module is adapted
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,17 +20,17 @@ from stablelora_jax.lora.full_parameters import (
     match_trained_parameters,
     trained_parameters,
 )
-from stablelora_jax.lora.initializers import INITIALIZERS, embedding
-from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
+from stablelora_jax.lora.initializers import READ_KERNEL
+from stablelora_jax.lora.leaves import adapter_target_modules, leaf_shapes, reads_kernel, require_leaves, start_leaves
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import (
     as_dict,
-    extra_leaves,
     find_target_modules,
     like,
     match_target_modules,
-    require_leaves,
     target_matrix,
     with_matrix,
 )
@@ -75,8 +74,10 @@ def make_adapters(
     """Adapters at ``targets`` of ``params``, nested dicts, beside them what ``spec`` trains in full."""
     adapters: dict[str, Any] = {}
     for path, target in targets.items():
-        pair = _init_pair(key, target, spec, dtype)
-        adapters = tree.set_in(adapters, path, pair | _init_extra(params, pair, target, spec))
+        leaf_shapes(target, spec)  # refuses what cannot be
+        leaves = start_leaves(key, _kernel(params, target, spec), target, spec, dtype)
+        bias = {"lora_bias": jnp.zeros((*target.stack, target.size[1]), dtype)} if spec.lora_bias else {}
+        adapters = tree.set_in(adapters, path, leaves | bias)
     for leaf in trained_parameters(params, spec).values():
         adapters = tree.set_in(adapters, leaf.place, init_trained_parameter(params, leaf, dtype))
     return adapters
@@ -165,34 +166,14 @@ def require_key(key: jax.Array) -> None:
         raise InputError(f"key must be one PRNG key, such as jax.random.key(0), not {key.dtype} {key.shape}")
 
 
-def _init_pair(key: jax.Array, target: TargetModule, spec: LoraSpec, dtype: DTypeLike) -> dict[str, jax.Array]:
-    keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names])
-    kernel = jax.ShapeDtypeStruct(target.size, dtype)
-    start = embedding if target.looked_up else INITIALIZERS[spec.init]
-    make: Any = jax.vmap(lambda k: start(k, kernel, target.rank, dtype)[0])
-    pair = {name: leaf.reshape(*target.stack, *leaf.shape[1:]) for name, leaf in make(keys).items()}
-    mask = jnp.asarray(target.mask(), dtype)
-    return {"lora_a": pair["lora_a"] * mask[..., None, :], "lora_b": pair["lora_b"] * mask[..., :, None]}
-
-
-def _init_extra(params: Any, pair: dict[str, jax.Array], target: TargetModule, spec: LoraSpec) -> dict[str, jax.Array]:
-    """What the parametrisation adds to ``pair``; zero in layers that are not adapted."""
-    wanted = extra_leaves(target, spec)
-    zeros = {"lora_bias": jnp.zeros(wanted.pop("lora_bias"), pair["lora_b"].dtype)} if "lora_bias" in wanted else {}
-    if not wanted:
-        return zeros
-    kernel = tree.get_in(params, target.leaf_path)
-    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(kernel)):
-        raise InputError(
-            f"{spec.parametrization} starts from the values of {'.'.join(target.path)}, not only its shape"
-        )
-    matrix = target_matrix(params, target)
-    made = PARAMETRIZATIONS[spec.parametrization].leaves(matrix, pair, target.scale())
-    used = np.array(target.ranks).reshape(target.stack) > 0
-    return {
-        name: jnp.where(used.reshape(*target.stack, *(1,) * (leaf.ndim - used.ndim)), leaf, 0)
-        for name, leaf in made.items()
-    }
+def _kernel(params: Any, target: TargetModule, spec: LoraSpec) -> Any:
+    """The kernel of ``target`` as a matrix, where adapters start from its values; else None."""
+    if not reads_kernel(spec):
+        return None
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree.get_in(params, target.leaf_path))):
+        what = spec.parametrization if spec.init not in READ_KERNEL else f"init {spec.init!r}"
+        raise InputError(f"{what} starts from the values of {'.'.join(target.path)}, not only its shape")
+    return target_matrix(params, target)
 
 
 def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> Any:
@@ -205,6 +186,7 @@ def fold(
 ) -> dict[str, Any]:
     """``params``, nested dicts, with ``sign`` times the change of each pair added at ``targets``."""
     require_leaves(targets, adapters, spec)
+    adapters = plain_adapters(adapters, targets, spec)
     for path, target in targets.items():
         pair = tree.get_in(adapters, path)
         matrix = target_matrix(params, target)

@@ -39,10 +39,11 @@ import numpy as np
 import optax
 
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
+from stablelora_jax.lora.leaves import is_frozen, leaf_shapes
 from stablelora_jax.lora.names import hits, require_match
 from stablelora_jax.lora.pairs import TargetModule, is_pair
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import extra_leaves, match_target_modules
+from stablelora_jax.lora.target_modules import match_target_modules
 from stablelora_jax.optimizers.batched_pairs import PairwiseState
 from stablelora_jax.optimizers.stable_lora import OFF, ON, ShrinkUntilStableState
 from stablelora_jax.utils import tree
@@ -171,9 +172,8 @@ def _holders(name: str) -> list[str]:
 
 def _pair_rows(target: TargetModule, spec: LoraSpec) -> list[Any]:
     """(place, names, which layers have it, shape of the mask) of each leaf beside and in a pair."""
-    shapes = {"lora_a": (0, 0), "lora_b": (0, 0)} | {
-        leaf: shape[len(target.stack) :] for leaf, shape in extra_leaves(target, spec).items()
-    }
+    own = leaf_shapes(target, spec).items()
+    shapes = {leaf: shape[len(target.stack) :] for leaf, shape in own if not is_frozen(leaf)}
     used = [rank > 0 for rank in target.ranks]
     return [
         ((*target.path, leaf), [f"{name}.{leaf}" for name in target.names], used, target.stack + (1,) * len(shape))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stablelora_jax.lora.pairs import adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError

@@ -34,6 +34,7 @@ from stablelora_jax.interop.warm_start import start_adapters
 from stablelora_jax.lora.apply import Adapted, adapted
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.lora.summary import describe
+from stablelora_jax.lora.to_lora import is_plain
 from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here, require_here
@@ -137,6 +138,8 @@ def prepare(
     fresh = config.init_from is None or resumes
     adapters = init_adapters(key, params, config.lora) if fresh else _warm_start(config, params)
     require_peft_form(adapters, config.lora, params)
+    if config.stability_every and not is_plain(adapters, config.lora):
+        raise InputError("stability_every is for plain LoRA and DoRA whose start is the base's: leave it out")
     tx, trained = make_training(config, params, adapters)
     start = to_host(init_state(adapters, tx(make_hyperparams(config, adapters)), jax.random.fold_in(key, 1)))
     log_fn(describe(params, adapters, config.lora))

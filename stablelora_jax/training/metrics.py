@@ -17,7 +17,12 @@ NORMS = tuple(f"norm_{letter}{end}" for letter in "ab" for end in ("", "_min", "
 
 
 def norm_summary(adapters: optax.Params) -> dict[str, jax.Array]:
-    """Mean, minimum and maximum Frobenius norm of A and of B over all pairs without padding: float32 scalars."""
+    """Mean, minimum and maximum Frobenius norm of A and of B over all pairs without padding: float32 scalars.
+
+    NaN where a parametrisation trains no pairs.
+    """
+    if not pairs(adapters):
+        return dict.fromkeys(NORMS, jnp.full((), jnp.nan, jnp.float32))
     summary = {}
     real = [
         ((p["lora_a"] != 0).any(axis=(-2, -1)) | (p["lora_b"] != 0).any(axis=(-2, -1))).ravel()

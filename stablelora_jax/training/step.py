@@ -15,6 +15,7 @@ import optax
 
 from stablelora_jax.data import Batch
 from stablelora_jax.lora.apply import Adapted
+from stablelora_jax.lora.leaves import split_frozen, with_frozen
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.optimizers import latches
 from stablelora_jax.parallel import Layout, Takes, rows_here
@@ -49,7 +50,7 @@ MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformation]
 def init_state(adapters: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, adapters, tx.init(adapters), jax.random.key_data(key))
+    return TrainState(zero, zero, zero, adapters, tx.init(split_frozen(adapters)[0]), jax.random.key_data(key))
 
 
 def make_train_step(
@@ -82,16 +83,17 @@ def make_train_step(
         parts = layout.parts if layout.axis is None else 1
         loss_tokens = layout.sum_parts(target_positions(batch)[1].sum())
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        own, frozen = split_frozen(state.adapters)
 
         def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if model.spec.dropout else None
-            variables = {"params": params, "lora": trained(adapters)}
+            variables = {"params": params, "lora": with_frozen(trained(adapters), frozen)}
             if hyperparams is not None and hyperparams.lora_hyperparams is not None:
                 variables["lora_hp"] = hyperparams.lora_hyperparams
             return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(loss_tokens, 1)
 
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
-        loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), state.adapters, micros))
+        loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), own, micros))
         with jax.named_scope("update"):  # in the names of operations, for a profile
             after, metrics = updated(state, made(hyperparams), loss, grads)
         used, space = (layout.sum_parts(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
@@ -149,10 +151,12 @@ def updated(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state after the update, or where anything is not finite the old one with its counts; and the metrics."""
     norm = optax.tree.norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
+    own, frozen = split_frozen(state.adapters)
+    updates, opt_state = tx.update(grads, state.opt_state, own)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    new = (optax.apply_updates(state.adapters, updates), opt_state)
-    adapters, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.adapters, state.opt_state))
+    new = (optax.apply_updates(own, updates), opt_state)
+    own, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (own, state.opt_state))
+    adapters = with_frozen(own, frozen)
     bad = (~finite).astype(jnp.int32)
     consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
     after = TrainState(state.step + 1, state.skipped + bad, consecutive_skips, adapters, opt_state, state.key)

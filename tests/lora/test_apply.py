@@ -285,7 +285,7 @@ def test_layers_of_a_foreign_scan_drop_differently():
     spec = LoraSpec(**{**spec.to_dict(), "dropout": 0.5, "target_modules": ["fc"]})
     adapters = trained(init_adapters(jax.random.key(0), params, spec), spec)
     from stablelora_jax.lora.dropout import target_keys
-    from stablelora_jax.lora.pairs import adapter_target_modules
+    from stablelora_jax.lora.leaves import adapter_target_modules
 
     (target,) = adapter_target_modules(adapters, spec).values()
     assert len({tuple(row) for row in np.asarray(target_keys(jax.random.key(0), target)).tolist()}) == 4

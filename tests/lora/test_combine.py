@@ -10,8 +10,8 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, init_adapters, merge, save_peft, save_pretrained
 from stablelora_jax.lora.combine import METHODS, combine
+from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.lora.names import module_names
-from stablelora_jax.lora.pairs import adapter_target_modules
 from stablelora_jax.utils import tree
 from tests.helpers import FOREIGN, random_params, tiny_decoder, trained
 

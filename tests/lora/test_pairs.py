@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from stablelora_jax import InputError, LoraSpec
-from stablelora_jax.lora.pairs import adapter_target_modules, is_pair, make_target_module
+from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.pairs import is_pair, make_target_module
 
 Q1 = "model.layers.1.self_attn.q_proj"
 
@@ -96,7 +97,10 @@ def test_selects(spec, name, expected):
         (dict(scaling="rs"), "scaling must be one of lora, rslora"),
         (dict(parametrization="loha"), "parametrization"),
         (dict(parametrization="dora", lora_bias=True), "true only with lora"),
-        (dict(init="pissa"), "init"),
+        (dict(init="normal"), "init"),
+        (dict(parametrization="miss", init="pissa"), "has no meaning for it"),
+        (dict(parametrization="lora_xs"), "nothing would ever learn"),
+        (dict(parametrization="slora", init="orthogonal"), "is not the base"),
         (dict(dropout="x"), "dropout"),
         (dict(target_modules=[1]), "target"),
         (dict(target_modules=None), "target_modules is empty"),

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from stablelora_jax import InputError, LoraSpec, adapted, init_adapters, merge, shrink_until_stable, stable_lora
-from stablelora_jax.lora.pairs import adapter_target_modules, pairs
+from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.lora.target_modules import from_matrix, kernel_axes
 from stablelora_jax.training.stability import by_name, shrunk_adapters, stability
 from stablelora_jax.utils import tree

@@ -11,8 +11,8 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, init_adapters, save_peft
 from stablelora_jax.interop.peft_config import from_peft_config
 from stablelora_jax.lora.combine.union import _united_target_modules, exactly
+from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.lora.names import matches, pattern_matches
-from stablelora_jax.lora.pairs import adapter_target_modules
 from stablelora_jax.optimizers.freeze import freeze_mask
 from stablelora_jax.utils import patterns
 from stablelora_jax.utils.expressions import LONGEST, WIDEST, expression

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 
-from stablelora_jax.lora.pairs import TargetModule, adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec, items
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.patterns import whole

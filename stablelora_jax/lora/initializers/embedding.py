@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def embedding(key: jax.Array, w: Any, rank: int, dtype: DTypeLike) -> tuple[dict[str, jax.Array], Any]:
-    """A pair for the embedding ``w`` (vocabulary, features), of which only the shape is read; ``w`` as it is."""
+def embedding(key: jax.Array, w: Any, rank: int, scale: Any, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """A pair for the embedding ``w`` (vocabulary, features), of which only the shape is read."""
     rows, columns = w.shape
-    return {"lora_a": jnp.zeros((rows, rank), dtype), "lora_b": jax.random.normal(key, (rank, columns), dtype)}, w
+    return {"lora_a": jnp.zeros((rows, rank), dtype), "lora_b": jax.random.normal(key, (rank, columns), dtype)}

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def kaiming(key: jax.Array, w: Any, rank: int, dtype: DTypeLike) -> tuple[dict[str, jax.Array], Any]:
-    """A pair for the kernel ``w`` (in, out), of which only the shape is read; the base is returned as it is."""
+def kaiming(key: jax.Array, w: Any, rank: int, scale: Any, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """A pair for the kernel ``w`` (in, out), of which only the shape is read."""
     rows, columns = w.shape
     bound = rows**-0.5
     a = jax.random.uniform(key, (rows, rank), dtype, -bound, bound)
-    return {"lora_a": a, "lora_b": jnp.zeros((rank, columns), dtype)}, w
+    return {"lora_a": a, "lora_b": jnp.zeros((rank, columns), dtype)}

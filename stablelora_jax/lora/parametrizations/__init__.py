@@ -1,19 +1,52 @@
 """The axis of parametrisations: how an adapter changes a kernel. One file each, one line here.
 
-A member is a module with four functions over the last two axes (leading axes are stacks). With W' the changed kernel,
-c = ``gain`` (out,), or 1 where that is None, and P what ``delta`` computes, a table of tests asserts its law::
+A member says what it trains, and how a *plain pair* ``lora_a`` (in, k), ``lora_b`` (k, out) is computed from it. Plain
+pairs are applied, merged and exported everywhere in the same way. Of one kernel (in, out):
+
+* ``PAIR``: what the initialisation makes, ``lora_a`` and ``lora_b``, is ``"trained"``, ``"frozen"``, or not used at all
+  (``"none"``);
+* ``READS_KERNEL``: whether ``start`` reads the values of the kernel, not its shape alone;
+* ``start(keys, w, begun, scale)``: the leaves of its adapter from those that the initialisation has begun. Names that
+  begin with ``lora_`` are trained, with ``frozen_`` they are not;
+* ``pair(adapter, size)``: the plain pair of an adapter of the kernel ``size`` (in, out), differentiable, with
+  ``lora_magnitude_vector`` where it is DoRA's.
+
+Of plain pairs, over the last two axes (leading axes are stacks), a table of tests asserts the law, with c = ``gain``
+(out,), or 1 where that is None, and P what ``delta`` computes::
 
     c * (x @ w + delta(x @ a, adapter, scale)) == x @ merge(w, adapter, scale)
 
-* ``leaves(w, pair, scale)``: what it trains beside the pair, as it starts; ``{}`` where there is nothing;
 * ``gain(w, adapter, scale)``: a factor for each column of the kernel, or None;
 * ``delta(z, adapter, scale)``: the change of the module's own product, from ``z = x @ lora_a``;
 * ``merge(w, adapter, scale)``: the changed kernel.
 """
 
-from stablelora_jax.lora.parametrizations import dora, lora
+from stablelora_jax.lora.parametrizations import (
+    dora,
+    edora,
+    loldu,
+    lora,
+    lora_xs,
+    miss,
+    paca,
+    randlora,
+    sbora_fa,
+    sbora_fb,
+    slora,
+    vera,
+)
 
 PARAMETRIZATIONS = {
     "lora": lora,
     "dora": dora,
+    "edora": edora,
+    "loldu": loldu,
+    "lora_xs": lora_xs,
+    "miss": miss,
+    "paca": paca,
+    "randlora": randlora,
+    "sbora_fa": sbora_fa,
+    "sbora_fb": sbora_fb,
+    "slora": slora,
+    "vera": vera,
 }

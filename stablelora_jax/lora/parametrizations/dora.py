@@ -16,14 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from stablelora_jax.lora.parametrizations import lora
-from stablelora_jax.lora.parametrizations.lora import Adapter
+from stablelora_jax.lora.parametrizations.lora import Adapter, Keys
 
-delta = lora.delta
+PAIR, READS_KERNEL = "trained", True
+pair, delta = lora.pair, lora.delta
 
 
-def leaves(w: Float[Array, "*stack in out"], pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
-    """``lora_magnitude_vector`` (..., out): the norms at the start, for w (..., in, out)."""
-    return {"lora_magnitude_vector": _norms(w, pair, scale).astype(pair["lora_a"].dtype)}
+def start(keys: Keys, w: Float[Array, "in out"], begun: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
+    """The pair, and ``lora_magnitude_vector`` (out,): the norms of what the kernel w (in, out) begins as."""
+    norms = _norms(w, pair(begun, w.shape), scale).astype(begun["lora_a"].dtype)
+    return {**begun, "lora_magnitude_vector": norms}
 
 
 def gain(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*stack out"]:

@@ -1,11 +1,13 @@
 """LoRA: ``W = W0 + s A B`` (Hu et al., arXiv 2106.09685, section 4.1).
 
 The path used in training is ``x W0 + s (x A) B``; forming ``W0 + s A B`` in the step would cost 1.5 times the FLOPs.
+Where the start A0, B0 is not that of the base, the change is ``s (A B - A0 B0)``, a plain pair of twice the rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,28 @@ from jaxtyping import Array, Float
 from stablelora_jax.utils.matmul import matmul
 
 Adapter = Mapping[str, jax.Array]
+PAIR, READS_KERNEL = "trained", False
 
 
-def leaves(w: Float[Array, "*stack in out"], pair: Adapter, scale: jax.Array) -> dict[str, jax.Array]:
-    """Nothing but the pair is trained."""
-    return {}
+class Keys(NamedTuple):
+    """PRNG keys for the start of one adapter."""
+
+    own: jax.Array  # of the module
+    shared: jax.Array  # the same for all modules
+
+
+def start(keys: Keys, w: Any, begun: Adapter, scale: Any) -> dict[str, jax.Array]:
+    """The pair as it begins; nothing else is trained."""
+    return dict(begun)
+
+
+def pair(adapter: Adapter, size: tuple[int, ...]) -> dict[str, jax.Array]:
+    """The pair itself, or ``[A, A0]`` (in, 2 r) and ``[B; -B0]`` (2 r, out) where its start stays subtracted."""
+    if "frozen_a" not in adapter:
+        return dict(adapter)
+    a = jnp.concatenate([adapter["lora_a"], adapter["frozen_a"]], axis=-1)
+    b = jnp.concatenate([adapter["lora_b"], -adapter["frozen_b"]], axis=-2)
+    return {**{name: leaf for name, leaf in adapter.items() if name[:7] != "frozen_"}, "lora_a": a, "lora_b": b}
 
 
 def gain(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> jax.Array | None:

@@ -13,15 +13,16 @@ from stablelora_jax.lora.dropout import target_keys
 from stablelora_jax.lora.fitting import require_fitting
 from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
 from stablelora_jax.lora.intercept import adapter_of
+from stablelora_jax.lora.leaves import require_leaves
 from stablelora_jax.lora.names import matches
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import (
     as_dict,
     like,
     require_adapters,
-    require_leaves,
     require_unboxed,
     target_matrix,
     with_matrix,
@@ -81,11 +82,12 @@ def apply_traced(
     require_leaves(targets, adapters, spec)
     nested = as_dict(params)
     full = match_trained_parameters(nested, adapters, spec)
+    plain = plain_adapters(adapters, targets, spec)
     nested = apply_full_parameters(nested, adapters, full, cast=True)
     keys = None if keys is None or (spec.dropout == 0 and "lora_hp" not in variables) else keys
     values = {path: _frozen(path, tree.get_in(nested, path)) for path in leaves}
     for target in targets.values():
-        adapter = adapter_of(adapters, variables.get("lora_hp"), target, spec, keys is not None)
+        adapter = adapter_of(plain, variables.get("lora_hp"), target, spec, keys is not None)
         if matches(lora.merged, ".".join(target.path)):
             values[target.leaf_path] = _merged(nested, adapter, target, spec)
             continue

@@ -1,0 +1,25 @@
+"""LoRA-XS's bases: ``A = U_r S_r``, ``B = V_r^T`` of the kernel's singular value decomposition (arXiv 2405.17604).
+
+As the start of a trained pair, ``s A0 B0`` stays subtracted, as in :mod:`.pissa`, from which it differs in where the
+singular values are.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.typing import DTypeLike
+
+from stablelora_jax.lora.initializers.start import decomposed, subtracted
+from stablelora_jax.utils.errors import InputError
+
+
+def svd(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """A pair from the values of the kernel ``w`` (in, out).
+
+    Raises:
+      InputError: the kernel has fewer singular values than the rank.
+    """
+    if rank > min(w.shape):
+        raise InputError(f"init='svd' takes {rank} singular triplets of a kernel {w.shape}: lower the rank")
+    u, s, vt = decomposed(w)
+    return subtracted((u[:, :rank] * s[:rank]).astype(dtype), vt[:rank].astype(dtype))

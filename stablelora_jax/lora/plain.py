@@ -1,0 +1,38 @@
+"""Adapters of any parametrisation as plain pairs, which is how they are applied, merged and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+
+from stablelora_jax.lora.leaves import is_frozen
+from stablelora_jax.lora.pairs import FULL, TargetModule
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS, lora
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.tree import Path
+
+KEPT = (FULL, "lora_bias")  # of whatever parametrisation
+
+
+def plain_adapters(adapters: Any, targets: Mapping[Path, TargetModule], spec: LoraSpec) -> Any:
+    """``adapters`` with a plain pair at each of ``targets``: ``lora_a`` (stack..., in, k) and ``lora_b``.
+
+    Differentiable in what is trained; no gradient reaches a frozen leaf. Plain LoRA and DoRA are returned as they are.
+    """
+    member = PARAMETRIZATIONS[spec.parametrization]
+    for path, target in targets.items():
+        given = tree.get_in(adapters, path)
+        own = {name: leaf for name, leaf in given.items() if name not in KEPT}
+        if member.pair is lora.pair and not any(map(is_frozen, own)):
+            continue
+        own = {name: jax.lax.stop_gradient(leaf) if is_frozen(name) else leaf for name, leaf in own.items()}
+        pair: Any = partial(member.pair, size=target.size)
+        for _ in target.stack:
+            pair = jax.vmap(pair)
+        kept = {name: given[name] for name in KEPT if name in given}
+        adapters = tree.set_in(adapters, path, {**pair(own), **kept})
+    return adapters
