@@ -190,7 +190,8 @@ def _each(begin: Any, keys: jax.Array, shared: jax.Array, kernels: jax.Array, ta
     for k, w, rank, scale in zip(keys, kernels, target.ranks, target.scales, strict=True):
         made = begin(Keys(k, shared), w, rank, jnp.asarray(scale, jnp.result_type(float))) if rank else {}
         rows.append({name: _widened(made.get(name), leaf) for name, leaf in padded.items()})
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    found: Leaves = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    return found
 
 
 def _widened(leaf: jax.Array | None, to: Any) -> jax.Array:

@@ -1,122 +1,321 @@
 """The laws of a parametrisation, for every member, and float64 transcriptions of what each computes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelora_jax import LoraSpec, describe, init_adapters, merge
+from stablelora_jax import LoraSpec, adapted, describe, init_adapters, merge, split_frozen, to_lora, with_frozen
+from stablelora_jax.lora.initializers import INITIALIZERS
+from stablelora_jax.lora.leaves import leaf_shapes
+from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.parametrizations.lora import Keys
+from stablelora_jax.utils.errors import InputError
 from tests.helpers import largest_difference, tiny_decoder
 
 IN, OUT, R, STACK = 7, 5, 3, 4
 
 
-def lora_oracle(w, adapter, scale):
-    return w + scale * adapter["lora_a"] @ adapter["lora_b"]
+# Each oracle is NumPy in float64, of a kernel w (in, out) and the leaves of one adapter.
 
 
-def dora_oracle(w, adapter, scale):
-    direction = lora_oracle(w, adapter, scale)
-    return direction / np.sqrt((direction**2).sum(0, keepdims=True)) * adapter["lora_magnitude_vector"][None]
+def lora_oracle(w, a, s):
+    start = a["frozen_a"] @ a["frozen_b"] if "frozen_a" in a else 0
+    return w + s * (a["lora_a"] @ a["lora_b"] - start)
 
 
-# name: the changed kernel in float64, numbers trained in one layer beside the pair
-MEMBERS = {"lora": (lora_oracle, 0), "dora": (dora_oracle, OUT)}
+def rescaled(changed, magnitudes):
+    return changed / np.sqrt((changed**2).sum(0, keepdims=True)) * magnitudes[None]
 
 
-def case(name, dtype=jnp.float32, stack=()):
-    rng = np.random.default_rng(1)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=(*stack, *shape)), dtype)
-    w, scale = draw(IN, OUT), jnp.asarray(0.5 + rng.random(stack), dtype)
-    pair = {"lora_a": draw(IN, R), "lora_b": draw(R, OUT)}
-    extra = PARAMETRIZATIONS[name].leaves(w, pair, scale)
-    return w, {**pair, **{key: leaf * (1 + draw(*leaf.shape[len(stack) :]) / 3) for key, leaf in extra.items()}}, scale
+def dora_oracle(w, a, s):
+    return rescaled(lora_oracle(w, a, s), a["lora_magnitude_vector"])
 
 
-def path(member, x, w, adapter, scale):
-    gain = member.gain(w, adapter, scale)
-    return (1 if gain is None else gain[None]) * (x @ w + member.delta(x @ adapter["lora_a"], adapter, scale))
+def xs_oracle(w, a, s):
+    return w + s * a["frozen_a"] @ a["lora_r"] @ a["frozen_b"]
+
+
+def edora_oracle(w, a, s):
+    return rescaled(xs_oracle(w, a, s), a["lora_magnitude_vector"])
+
+
+def slora_oracle(w, a, s):
+    return w + s * a["lora_a"] @ a["lora_n"] @ a["lora_b"]
+
+
+def miss_oracle(w, a, s):
+    return w + s * np.stack([a["lora_d"][i % len(a["lora_d"])] for i in range(len(w))])
+
+
+def rows_oracle(w, a, s):
+    changed = w.copy()
+    changed[a["frozen_index"]] += s * a["lora_rows"]
+    return changed
+
+
+def columns_oracle(w, a, s):
+    changed = w.copy()
+    changed[:, a["frozen_index"]] += s * a["lora_columns"]
+    return changed
+
+
+def paca_oracle(w, a, s):
+    """The rows are trained themselves; where they moved is what counts beside the rows that ``w`` has here."""
+    changed = w.copy()
+    changed[a["frozen_index"]] += s * (a["lora_rows"] - a["frozen_rows"])
+    return changed
+
+
+def loldu_oracle(w, a, s):
+    moved = a["lora_z"] - a["frozen_z"]
+    return w + s * sum(m * np.outer(u, pl) for m, u, pl in zip(moved, a["frozen_a"].T, a["frozen_b"], strict=True))
+
+
+def vera_oracle(w, a, s):
+    return w + s * (a["frozen_a"] * a["lora_lambda_d"]) @ (a["frozen_b"] * a["lora_lambda_b"])
+
+
+def randlora_oracle(w, a, s):
+    wide, thin, lam, gamma = (a[name] for name in ("frozen_wide", "frozen_thin", "lora_lambda", "lora_gamma"))
+    terms = range(lam.shape[1])
+    change = sum(wide[:, i] @ np.diag(lam[:, i]) @ thin @ np.diag(gamma[i]) for i in terms)
+    return w + s * (change if w.shape[0] >= w.shape[1] else change.T)
+
+
+# name: the changed kernel in float64, numbers trained at a kernel (n, m) with rank r, which init
+MEMBERS = {
+    "lora": (lora_oracle, lambda n, m, r: r * (n + m), "kaiming"),
+    "dora": (dora_oracle, lambda n, m, r: r * (n + m) + m, "kaiming"),
+    "edora": (edora_oracle, lambda n, m, r: r * r + m, "svd"),
+    "loldu": (loldu_oracle, lambda n, m, r: r, "kaiming"),
+    "lora_xs": (xs_oracle, lambda n, m, r: r * r, "svd"),
+    "miss": (miss_oracle, lambda n, m, r: r * m, "kaiming"),
+    "paca": (paca_oracle, lambda n, m, r: r * m, "kaiming"),
+    "randlora": (randlora_oracle, lambda n, m, r: math.ceil(min(n, m) / r) * (r + min(n, m)), "kaiming"),
+    "sbora_fa": (rows_oracle, lambda n, m, r: r * m, "kaiming"),
+    "sbora_fb": (columns_oracle, lambda n, m, r: r * n, "kaiming"),
+    "slora": (slora_oracle, lambda n, m, r: r * (n + m) + r * r, "kaiming"),
+    "vera": (vera_oracle, lambda n, m, r: r + m, "kaiming"),
+}
+NOISE = 2e-5  # of LoRA-XS's start
+
+
+def spec_of(name, **more):
+    return LoraSpec(parametrization=name, init=MEMBERS[name][2], **more)
+
+
+def one(name, size=(IN, OUT), dtype=jnp.float32, seed=1):
+    """A kernel, the leaves of a trained adapter with whatever is drawn from seeds drawn, and a scale."""
+    rng = np.random.default_rng(seed)
+    w, scale = jnp.asarray(rng.normal(size=size), dtype), jnp.asarray(0.5 + rng.random(), dtype)
+    keys = Keys(jax.random.key(seed), jax.random.key(0))
+    begun = INITIALIZERS[MEMBERS[name][2]](keys.own, w, R, scale, dtype)
+    adapter = PARAMETRIZATIONS[name].start(keys, w, begun, scale)
+    if adapter.pop("frozen_seed", None) is not None:  # as an adapter of PEFT's brings its own
+        small, terms = min(size), math.ceil(min(size) / R)
+        shapes = {"vera": {"a": (size[0], R), "b": (R, size[1])}}.get(name)
+        shapes = shapes or {"wide": (max(size), terms, R), "thin": (R, small)}
+        adapter |= {f"frozen_{key}": jnp.asarray(rng.normal(size=shape), dtype) for key, shape in shapes.items()}
+    moved = lambda key, x: x if key.startswith("frozen_") else x + jnp.asarray(rng.normal(size=x.shape), dtype) / 3
+    return w, {key: moved(key, leaf) for key, leaf in adapter.items()}, scale
+
+
+def plain(name, w, adapter):
+    return PARAMETRIZATIONS[name].pair(adapter, w.shape)
+
+
+def path(name, x, w, adapter, scale):
+    member, pair = PARAMETRIZATIONS[name], plain(name, w, adapter)
+    gain = member.gain(w, pair, scale)
+    return (1 if gain is None else gain[None]) * (x @ w + member.delta(x @ pair["lora_a"], pair, scale))
+
+
+def merged(name, w, adapter, scale):
+    return PARAMETRIZATIONS[name].merge(w, plain(name, w, adapter), scale)
 
 
 def test_every_member_has_a_row():
     assert MEMBERS.keys() == PARAMETRIZATIONS.keys()
 
 
+@pytest.mark.parametrize("size", [(IN, OUT), (OUT, IN)])
 @pytest.mark.parametrize("name", MEMBERS)
-def test_path_equals_merging_equals_the_transcription(name, x64):
-    w, adapter, scale = case(name, jnp.float64)
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, IN)))
-    merged = PARAMETRIZATIONS[name].merge(w, adapter, scale)
-    np.testing.assert_allclose(merged, MEMBERS[name][0](np.asarray(w), jax.tree.map(np.asarray, adapter), scale))
-    np.testing.assert_allclose(path(PARAMETRIZATIONS[name], x, w, adapter, scale), x @ merged, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", MEMBERS)
-def test_a_stack_equals_its_layers(name):
-    w, adapter, scale = case(name, stack=(STACK,))
-    member = PARAMETRIZATIONS[name]
-    apart = jnp.stack(
-        [member.merge(w[i], jax.tree.map(lambda leaf, i=i: leaf[i], adapter), scale[i]) for i in range(STACK)]
-    )
-    np.testing.assert_allclose(member.merge(w, adapter, scale), apart, rtol=1e-6, atol=1e-6)
-    assert largest_difference(jax.vmap(member.merge)(w, adapter, scale), apart) < 1e-6
+def test_path_equals_merging_equals_the_transcription(name, size, x64):
+    w, adapter, scale = one(name, size, jnp.float64)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, size[0])))
+    found = merged(name, w, adapter, scale)
+    oracle = MEMBERS[name][0](np.asarray(w), jax.tree.map(np.asarray, adapter), float(scale))
+    np.testing.assert_allclose(found, oracle, atol=1e-12)
+    np.testing.assert_allclose(path(name, x, w, adapter, scale), x @ found, atol=1e-12)
+    assert largest_difference(found, w) > 1e-3
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_the_start_is_the_base_and_the_count_is_the_formula(name):
-    _, params = tiny_decoder()
-    spec = LoraSpec(
-        target_modules=["q_proj", "down_proj", "embed_tokens"],
-        rank=R,
-        rank_pattern={"layers.1.mlp.down_proj": 1},
-        exclude_modules=["layers.2.self_attn.q_proj"],
-        parametrization=name,
-    )
+def test_the_start_is_the_base_and_a_stack_is_its_layers(name):
+    """Of kernels (3, in, out) one is not adapted; the others are as two modules of their own."""
+    module, params = tiny_decoder()
+    spec = spec_of(name, rank=R, target_modules=["q_proj", "down_proj"], exclude_modules=["layers.2.self_attn.q_proj"])
     adapters = init_adapters(jax.random.key(0), params, spec)
-    assert largest_difference(merge(params, adapters, spec), params) < 1e-6
-    beside = bool(MEMBERS[name][1])  # one number an output, of which all three modules have 16
-    count = 2 * (R * 32 + 16 * beside) + (2 * R + 1) * (24 + 16) + 3 * 16 * beside + R * (31 + 16) + 16 * beside
+    assert largest_difference(merge(params, adapters, spec), params) < NOISE
+    layers = params["model"]["layers"]
+    alone = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(3)}
+    sizes = {"q_proj": (16, 16), "down_proj": (24, 16)}
+    count = 2 * MEMBERS[name][1](*sizes["q_proj"], R) + 3 * MEMBERS[name][1](*sizes["down_proj"], R)
     assert f"trainable params: {count:,} ||" in describe(params, adapters, spec)
+    own = adapters["model"]["layers"]["self_attn"]["q_proj"]
+    assert all(not np.any(leaf[2]) for leaf in own.values())
+    del alone
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_gradients_are_finite_differences(name, x64):
-    """Of the function itself for LoRA; for DoRA of the function whose norms are held fixed (section 4.3)."""
-    w, adapter, scale = case(name, jnp.float64)
+def test_gradients_reach_what_is_trained_alone_and_are_finite_differences(name, x64):
+    """Of DoRA's of the function whose norms are held fixed (section 4.3)."""
+    w, adapter, scale = one(name, dtype=jnp.float64)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(6, IN)))
-    member = PARAMETRIZATIONS[name]
-    gain = member.gain(w, adapter, scale)
+    member, trained = PARAMETRIZATIONS[name], split_frozen(adapter)[0]
+    gain = member.gain(w, plain(name, w, adapter), scale)
     norms = 1.0 if gain is None else adapter["lora_magnitude_vector"] / gain
 
-    def held(a):
-        c = a.get("lora_magnitude_vector", 1.0) / norms
-        return jnp.square(jnp.reshape(c, (1, -1)) * (x @ w + scale * (x @ a["lora_a"]) @ a["lora_b"])).sum()
+    def held(own):
+        pair = plain(name, w, {**adapter, **own})
+        c = pair.get("lora_magnitude_vector", 1.0) / norms
+        return jnp.square(jnp.reshape(c, (1, -1)) * (x @ w + scale * (x @ pair["lora_a"]) @ pair["lora_b"])).sum()
 
-    found = jax.grad(lambda a: jnp.square(path(member, x, w, a, scale)).sum())(adapter)
-    for key, leaf in adapter.items():
+    found = jax.grad(lambda own: jnp.square(path(name, x, w, {**adapter, **own}, scale)).sum())(trained)
+    held = jax.jit(held)
+    for key, leaf in trained.items():
         for i in range(0, leaf.size, 4):
             step = jnp.zeros(leaf.size).at[i].set(1e-6).reshape(leaf.shape)
-            difference = (held({**adapter, key: leaf + step}) - held({**adapter, key: leaf - step})) / 2e-6
-            np.testing.assert_allclose(found[key].ravel()[i], difference, rtol=1e-5)
+            difference = (held({**trained, key: leaf + step}) - held({**trained, key: leaf - step})) / 2e-6
+            np.testing.assert_allclose(found[key].ravel()[i], difference, rtol=1e-4, atol=1e-6)
+
+
+# Llama-3.2-3B with q_proj 3072 -> 3072 and v_proj 3072 -> 1024 in 28 layers: the counts of PEFT's own benchmark
+@pytest.mark.parametrize(
+    "name,rank,count",
+    [
+        ("lora", 32, 9_175_040),
+        ("dora", 32, 9_289_728),
+        ("miss", 64, 7_340_032),
+        ("randlora", 32, 9_289_728),
+        ("vera", 256, 129_024),
+        ("sbora_fa", 32, 3_670_016),  # that of LoRA-FA
+    ],
+)
+def test_counts_are_those_of_pefts_benchmark(name, rank, count):
+    found = 0
+    for size in ((3072, 3072), (3072, 1024)):
+        target = TargetModule(("m",), ("m",), (), (rank,), (1.0,), size)
+        shapes = leaf_shapes(target, spec_of(name, rank=rank))
+        found += sum(math.prod(shape) for key, shape in shapes.items() if key.startswith("lora_"))
+    assert 28 * found == count
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_to_lora_is_the_same_function(name):
+    module, params = tiny_decoder()
+    spec = spec_of(name, rank=4, target_modules=["q_proj", "down_proj"], scaling="rslora")
+    adapters = moved(init_adapters(jax.random.key(0), params, spec))
+    plain_adapters, plain_spec = to_lora(adapters, spec, params=params)
+    assert plain_spec.parametrization == ("dora" if name in ("dora", "edora") else "lora")
+    assert largest_difference(merge(params, plain_adapters, plain_spec), merge(params, adapters, spec)) < 1e-5
+
+
+def moved(adapters, seed=3):
+    """The adapters after some training."""
+    trained, frozen = split_frozen(adapters)
+    leaves, structure = jax.tree.flatten(trained)
+    rng = np.random.default_rng(seed)
+    leaves = [x + jnp.asarray(rng.normal(size=x.shape) / 10, x.dtype) for x in leaves]
+    return with_frozen(jax.tree.unflatten(structure, leaves), frozen)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_model_computes_what_merging_means(name):
+    model, params = tiny_decoder()
+    spec = spec_of(name, rank=4, target_modules=["q_proj", "down_proj", "embed_tokens"])
+    adapters = moved(init_adapters(jax.random.key(0), params, spec))
+    tokens = jnp.arange(10).reshape(2, 5)
+    found = adapted(model, spec).apply({"params": params, "lora": adapters}, tokens)
+    expected = model.apply({"params": merge(params, adapters, spec)}, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_layers_of_a_stack_have_one_rank_where_nothing_can_be_padded():
+    _, params = tiny_decoder()
+    spec = spec_of("miss", rank=4, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2})
+    with pytest.raises(InputError, match="have one rank"):
+        init_adapters(jax.random.key(0), params, spec)
+
+
+def test_miss_sums_the_shards_of_its_input(x64):
+    w, adapter, _ = one("miss", dtype=jnp.float64)
+    x = np.random.default_rng(2).normal(size=(6, IN))
+    padded = np.pad(x, [(0, 0), (0, -IN % R)]).reshape(6, -1, R)
+    np.testing.assert_allclose(x @ plain("miss", w, adapter)["lora_a"], padded.sum(1), atol=1e-12)
+
+
+def test_paca_starts_with_rows_of_the_kernel():
+    w, _, scale = one("paca")
+    begun = INITIALIZERS["kaiming"](jax.random.key(0), w, R, scale, jnp.float32)
+    start = PARAMETRIZATIONS["paca"].start(Keys(jax.random.key(0), jax.random.key(0)), w, begun, scale)
+    np.testing.assert_allclose(scale * start["lora_rows"], w[start["frozen_index"]], rtol=1e-6)
+    assert len(set(np.asarray(start["frozen_index"]).tolist())) == R
+
+
+@pytest.mark.parametrize("size", [(IN, OUT), (OUT, IN)])
+def test_loldus_factors_are_those_of_the_kernel(size, x64):
+    import scipy.linalg
+
+    w, _, scale = one("loldu", size, jnp.float64)
+    rank = min(size)
+    begun = INITIALIZERS["kaiming"](jax.random.key(0), w, rank, scale, jnp.float64)
+    start = PARAMETRIZATIONS["loldu"].start(Keys(jax.random.key(0), jax.random.key(0)), w, begun, scale)
+    np.testing.assert_allclose((start["frozen_a"] * start["frozen_z"]) @ start["frozen_b"], w, atol=1e-12)
+    p, lower, upper = scipy.linalg.lu(np.asarray(w).T)
+    np.testing.assert_allclose(start["frozen_b"], (p @ lower).T[:rank], atol=1e-12)
+    np.testing.assert_allclose(start["frozen_z"], np.diagonal(upper), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vera", "randlora"])
+def test_modules_of_one_size_share_their_random_factors(name):
+    w, _, scale = one(name)
+    begun = INITIALIZERS["kaiming"](jax.random.key(0), w, R, scale, jnp.float32)
+    start = lambda own, shared: PARAMETRIZATIONS[name].start(
+        Keys(jax.random.key(own), jax.random.key(shared)), w, begun, scale
+    )
+    ones = lambda a: {key: leaf if key.startswith("frozen_") else jnp.ones_like(leaf) for key, leaf in a.items()}
+    first, second, other = (plain(name, w, ones(a)) for a in (start(0, 5), start(1, 5), start(0, 6)))
+    assert largest_difference(first, second) == 0
+    assert largest_difference(first, other) > 0.1
+
+
+def test_randlora_has_full_rank(x64):
+    w, adapter, scale = one("randlora", dtype=jnp.float64)
+    assert np.linalg.matrix_rank(merged("randlora", w, adapter, scale) - w) == min(w.shape)
 
 
 def test_doras_magnitude_is_the_norm_of_each_output():
-    w, adapter, scale = case("dora")
-    member = PARAMETRIZATIONS["dora"]
-    merged = member.merge(w, adapter, scale)
-    np.testing.assert_allclose(jnp.linalg.norm(merged, axis=0), jnp.abs(adapter["lora_magnitude_vector"]), rtol=1e-5)
+    w, adapter, scale = one("dora")
+    found = merged("dora", w, adapter, scale)
+    np.testing.assert_allclose(jnp.linalg.norm(found, axis=0), jnp.abs(adapter["lora_magnitude_vector"]), rtol=1e-5)
     twice = {**adapter, "lora_magnitude_vector": 2 * adapter["lora_magnitude_vector"]}
-    np.testing.assert_allclose(member.merge(w, twice, scale), 2 * merged, rtol=1e-5)
+    np.testing.assert_allclose(merged("dora", w, twice, scale), 2 * found, rtol=1e-5)
     longer = {**adapter, "lora_a": 3 * adapter["lora_a"]}  # only the direction of W0 + s A B counts
-    np.testing.assert_allclose(member.merge(3 * w, longer, scale), merged, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(merged("dora", 3 * w, longer, scale), found, rtol=1e-4, atol=1e-5)
 
 
 def test_dora_leaves_columns_of_zeros_and_padding_alone():
-    w, adapter, scale = case("dora")
+    w, adapter, scale = one("dora")
     adapter = {**adapter, "lora_b": adapter["lora_b"].at[:, 2].set(0)}
-    start = PARAMETRIZATIONS["dora"].leaves(w.at[:, 2].set(0), adapter, scale)
-    merged = PARAMETRIZATIONS["dora"].merge(w.at[:, 2].set(0), {**adapter, **start}, scale)
-    assert np.isfinite(merged).all() and not merged[:, 2].any()
+    keys = Keys(jax.random.key(0), jax.random.key(0))
+    begun = {key: adapter[key] for key in ("lora_a", "lora_b")}
+    start = PARAMETRIZATIONS["dora"].start(keys, w.at[:, 2].set(0), begun, scale)
+    found = PARAMETRIZATIONS["dora"].merge(w.at[:, 2].set(0), {**adapter, **start}, scale)
+    assert np.isfinite(found).all() and not found[:, 2].any()
     padded = {"lora_a": jnp.zeros((IN, R)), "lora_b": jnp.zeros((R, OUT)), "lora_magnitude_vector": jnp.zeros(OUT)}
     np.testing.assert_array_equal(PARAMETRIZATIONS["dora"].merge(w, padded, scale), w)

@@ -26,4 +26,4 @@ def milora(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTy
     u, s, vt = decomposed(w)
     u, s, vt = u[:, ::-1][:, :rank], s[::-1][:rank], vt[::-1][:rank]  # the smallest first
     root = jnp.sqrt(s / scale)
-    return subtracted((u * root).astype(dtype), (root[:, None] * vt).astype(dtype))
+    return subtracted((u * root[None]).astype(dtype), (root[:, None] * vt).astype(dtype))

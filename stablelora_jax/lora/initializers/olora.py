@@ -25,4 +25,4 @@ def olora(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTyp
         raise InputError(f"init='olora' takes {rank} columns of Q of a kernel {w.shape}: lower the rank")
     q, r = jnp.linalg.qr(w.astype(jnp.promote_types(w.dtype, jnp.float32)).T)
     sign = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)  # no decomposition fixes it
-    return subtracted((sign[:, None] * r)[:rank].T.astype(dtype), (q * sign)[:, :rank].T.astype(dtype))
+    return subtracted((sign[:, None] * r)[:rank].T.astype(dtype), (q * sign[None])[:, :rank].T.astype(dtype))

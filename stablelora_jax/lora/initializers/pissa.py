@@ -37,7 +37,7 @@ def _split(
     u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.Array, dtype: DTypeLike
 ) -> dict[str, jax.Array]:
     root = jnp.sqrt(s[:rank] / scale)
-    a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
+    a, b = u[:, :rank] * root[None], root[:, None] * vt[:rank]
     lacking = rank - root.shape[0]
     a, b = jnp.pad(a, [(0, 0), (0, lacking)]), jnp.pad(b, [(0, lacking), (0, 0)])
     return subtracted(a.astype(dtype), b.astype(dtype))

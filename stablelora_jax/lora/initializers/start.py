@@ -20,5 +20,5 @@ def decomposed(w: Float[Array, "in out"]) -> tuple[jax.Array, jax.Array, jax.Arr
     """
     u, s, vt = jnp.linalg.svd(w.astype(jnp.promote_types(w.dtype, jnp.float32)), full_matrices=False)
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0)[None], axis=0)
-    sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)
-    return u * sign, s, vt * sign.T
+    sign = jnp.where(largest[0] < 0, -1, 1).astype(u.dtype)
+    return u * sign[None], s, vt * sign[:, None]

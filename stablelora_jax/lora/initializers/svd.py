@@ -22,4 +22,4 @@ def svd(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeL
     if rank > min(w.shape):
         raise InputError(f"init='svd' takes {rank} singular triplets of a kernel {w.shape}: lower the rank")
     u, s, vt = decomposed(w)
-    return subtracted((u[:, :rank] * s[:rank]).astype(dtype), vt[:rank].astype(dtype))
+    return subtracted((u[:, :rank] * s[None, :rank]).astype(dtype), vt[:rank].astype(dtype))

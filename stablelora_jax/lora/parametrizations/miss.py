@@ -27,5 +27,5 @@ def pair(adapter: Adapter, size: tuple[int, ...]) -> dict[str, jax.Array]:
     """A = S (in, r), B = D (r, out)."""
     d = adapter["lora_d"]
     inputs, rank = size[0], d.shape[0]
-    shards = jnp.arange(inputs)[:, None] % rank == jnp.arange(rank)
+    shards = jnp.arange(inputs)[:, None] % rank == jnp.arange(rank)[None]
     return {"lora_a": shards.astype(d.dtype), "lora_b": d}

@@ -22,4 +22,4 @@ def drawn(key: jax.Array, size: int, rank: int) -> Int[Array, " r"]:
 
 def selector(index: Int[Array, " r"], size: int, dtype: jnp.dtype) -> Float[Array, "size r"]:
     """The matrix whose columns are the standard basis vectors of ``index``."""
-    return (jnp.arange(size)[:, None] == index).astype(dtype)
+    return (jnp.arange(size)[:, None] == index[None]).astype(dtype)

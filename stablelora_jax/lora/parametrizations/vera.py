@@ -36,7 +36,7 @@ def pair(adapter: Adapter, size: tuple[int, ...]) -> dict[str, jax.Array]:
         frozen_a, frozen_b = _bases(adapter["frozen_seed"], size, d.shape[0], d.dtype)
     else:
         frozen_a, frozen_b = adapter["frozen_a"], adapter["frozen_b"]
-    return {"lora_a": frozen_a, "lora_b": d[:, None] * frozen_b * b}
+    return {"lora_a": frozen_a, "lora_b": d[:, None] * frozen_b * b[None]}
 
 
 def _bases(seed: jax.Array, size: tuple[int, ...], rank: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
