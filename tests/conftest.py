@@ -44,6 +44,13 @@ jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")  # axes are aligned explicitly
 
 ROOT = Path(__file__).parents[1]
+PICTURES = (
+    "experiments/test_bench_train.py",
+    "runs/test_files.py",
+    "runs/test_plots.py",
+    "runs/test_report.py",
+    "runs/test_run.py",
+)
 SLOW = ("test_laws", "test_processes", "test_kill", "test_step", "test_bad_runs", "test_main_job", "test_layouts")
 
 
@@ -88,6 +95,22 @@ def bounded_memory():
     yield
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 2**20:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_pictures(request):
+    """Figures of runs are made, but saved empty, but where pictures are looked at: rendering takes most of the time."""
+    from matplotlib.figure import Figure
+
+    draw, looked_at = Figure.savefig, request.path.relative_to(ROOT / "tests").as_posix() in PICTURES
+
+    def quick(figure, *where, **options):
+        draw(Figure(figsize=(1, 1)) if options.get("format") == "png" else figure, *where, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not looked_at:
+            patch.setattr(Figure, "savefig", quick)
+        yield
 
 
 @pytest.fixture

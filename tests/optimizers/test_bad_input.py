@@ -123,13 +123,14 @@ def test_gradients_of_another_tree_and_no_parameters_are_refused(name):
 @EACH
 def test_a_gradient_that_is_none_shows_in_the_update(name, b):
     tx, update = compiled(name)
+    params, start = tree(b=b), tx.init(tree(b=b))
     for bad in (np.nan, np.inf):
-        params, grads, state, finite = tree(b=b), tree(1), tx.init(tree(b=b)), True
+        grads, state, finite = tree(1), start, True
         grads["q"]["lora_a"] = grads["q"]["lora_a"].at[0, 0].set(bad)
         grads["q"]["lora_b"] = grads["q"]["lora_b"].at[0, 0].set(bad)
         for _ in range(2):  # some move one factor at a time
             updates, state = update(grads, state, params)
-            finite &= all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates))
+            finite &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
         assert not finite
 
 
@@ -143,7 +144,7 @@ def test_one_number_of_one_factor_shows_at_once(name, factor):
         grads = tree(1)
         grads["q"][factor] = grads["q"][factor].at[1, 1].set(bad)
         updates, _ = update(grads, state, params)
-        assert any(bool(jnp.isnan(leaf).any()) for leaf in updates["q"].values())
+        assert any(np.isnan(leaf).any() for leaf in updates["q"].values())
         _, state = update(tree(1), state, params)
 
 

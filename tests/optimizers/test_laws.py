@@ -14,13 +14,14 @@ import pytest
 
 from stablelora_jax import InputError, LoraSpec, optimizers
 from stablelora_jax.lora.pairs import is_pair
-from tests.helpers import jit, largest_difference
+from tests.helpers import jit, largest_difference, soak
 from tests.optimizers.members import CORE, MEMBERS, WRAPPED, some
 
 FLAGS = "--xla_force_host_platform_device_count=4"
 EVERY = pytest.mark.parametrize("name", MEMBERS)
 EACH = pytest.mark.parametrize("name", CORE)
 FEW = pytest.mark.parametrize("name", some(WRAPPED, CORE))
+FEWER = pytest.mark.parametrize("name", [name if name in WRAPPED else soak(name) for name in CORE])
 
 
 def pair(seed, n, m, r, stack=(), zero_b=True, dtype=jnp.float32):
@@ -144,7 +145,7 @@ def test_float32_stays_float32_where_64_bits_are_on(x64, name):
     assert signature(updates) == signature(params)
 
 
-@FEW
+@FEWER
 def test_all_wrappers_at_once_with_one_compilation(x64, name):
     """MultiSteps around clipping around the shrink around the member, everything that may be on a schedule."""
     params, member = adapters(dtype=jnp.float64), MEMBERS[name]
@@ -203,7 +204,7 @@ def test_injected_masked_under_cond_and_with_extra_arguments(x64, name):
     chex.assert_trees_all_close({k: now[k] for k in expected}, expected, atol=1e-6, rtol=1e-5)  # rates in float32
 
 
-@FEW
+@FEWER
 def test_jit_equals_no_jit_and_pmap(x64, name):
     params = {"layers": {"q": pair(0, 7, 5, 2, (3,), zero_b=False, dtype=jnp.float64)}}
     tx = MEMBERS[name].make(1e-2, weight_decay=0.1)

@@ -36,7 +36,10 @@ LAYOUTS = {
 TX = optax.chain(optax.clip_by_global_norm(1.0), stable_lora(1e-2, shrink_ratio=1e-2, weight_decay=0.1))
 
 
-def batches(count=20, rows=16):
+HALF = 4  # of the steps of a test, after which a checkpoint is made
+
+
+def batches(count=2 * HALF, rows=16):
     """Rows of uneven length, with pads, so that every part has another number of loss tokens."""
     rng = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import make_train_step
 from tests.helpers import largest_difference
-from tests.parallel.cases import LAYOUTS, TX, batches, go, make, problem
+from tests.parallel.cases import HALF, LAYOUTS, TX, batches, go, make, problem
 
 
 def few(name):
@@ -25,7 +25,7 @@ NAMES = [few(name) for name in LAYOUTS]
 
 @pytest.fixture(scope="module")
 def wide(request):
-    """Layouts in float64 with dropout: their steps, their losses, and their state after ten of twenty steps."""
+    """Layouts in float64 with dropout: their steps, their losses, and their state after half of the steps."""
     jax.config.update("jax_enable_x64", True)
     model, params, start = problem(jnp.float64, 0.1)
     here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
@@ -33,8 +33,8 @@ def wide(request):
     found = {}
     for name in (name for name in LAYOUTS if name in chosen):
         layout, step, placed = make(name, model, params)
-        half, losses = go(step, layout, placed, start, batches()[:10])
-        end, more = go(step, layout, placed, half, batches()[10:])
+        half, losses = go(step, layout, placed, start, batches()[:HALF])
+        end, more = go(step, layout, placed, half, batches()[HALF:])
         found[name] = (layout, step, placed, half, end, np.concatenate([losses, more]))
     yield found
     jax.config.update("jax_enable_x64", False)
@@ -51,12 +51,12 @@ def test_losses_and_adapters_are_those_of_one_device(wide, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_on_in_every_layout(wide, name, tmp_path):
-    checkpoint.save(tmp_path / "c", 10, wide[name][3])
+    checkpoint.save(tmp_path / "c", HALF, wide[name][3])
     expected = wide["one device"][5]
     for other, (layout, step, placed, half, _, _) in wide.items():
         state = checkpoint.restore(tmp_path / "c", half)
-        _, losses = go(step, layout, placed, state, batches()[10:13])
-        assert np.abs(losses / expected[10:13] - 1).max() < 1e-9, (name, other)
+        _, losses = go(step, layout, placed, state, batches()[HALF : HALF + 2])
+        assert np.abs(losses / expected[HALF : HALF + 2] - 1).max() < 1e-9, (name, other)
 
 
 @pytest.mark.long

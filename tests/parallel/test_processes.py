@@ -19,7 +19,7 @@ from stablelora_jax.parallel import distributed, initialize
 from stablelora_jax.training import checkpoint
 from stablelora_jax.utils.fingerprint import fingerprint
 from tests.conftest import ROOT
-from tests.parallel.cases import batches, go, make, problem
+from tests.parallel.cases import HALF, batches, go, make, problem
 
 
 def free_port():
@@ -50,9 +50,9 @@ def one_device():
 @pytest.mark.long
 def test_steps_and_checkpoints(one_device, tmp_path):
     params, begun, run = one_device
-    half, losses = run(begun, batches()[:10])
-    checkpoint.save(tmp_path / "single", 10, half)
-    expected = np.concatenate([losses, run(half, batches()[10:])[1]])
+    half, losses = run(begun, batches()[:HALF])
+    checkpoint.save(tmp_path / "single", HALF, half)
+    expected = np.concatenate([losses, run(half, batches()[HALF:])[1]])
     port = str(free_port())
     pair = [start("-m", "tests.parallel.two_processes", port, str(i), str(tmp_path)) for i in range(2)]
     said = [process.communicate(timeout=500) for process in pair]
@@ -62,11 +62,11 @@ def test_steps_and_checkpoints(one_device, tmp_path):
         assert [line["layout"] for line in lines] == ["pmap", "mesh 2 2 2", "mesh 1 1 8"]
         for line in lines:
             assert np.abs(np.array(line["losses"]) / expected - 1).max() < 1e-9, line["layout"]
-            assert np.abs(np.array(line["on"]) / expected[10:13] - 1).max() < 1e-9, line["layout"]
+            assert np.abs(np.array(line["on"]) / expected[HALF : HALF + 2] - 1).max() < 1e-9, line["layout"]
             assert line["base"] == fingerprint(params) and line["whole"] and line["agreed"] == [1, 5]
     for name in ("pmap", "mesh 2 2 2", "mesh 1 1 8"):
         state = checkpoint.restore(tmp_path / name, begun)
-        assert np.abs(run(state, batches()[10:13])[1] / expected[10:13] - 1).max() < 1e-9, name
+        assert np.abs(run(state, batches()[HALF : HALF + 2])[1] / expected[HALF : HALF + 2] - 1).max() < 1e-9, name
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """One of two processes of four fake devices each: ``python -m tests.parallel.two_processes PORT INDEX FOLDER``.
 
-Steps in float64 with dropout; prints one line of JSON for each layout: its losses over twenty steps, and those of going
-on from FOLDER/single, a checkpoint that one process made after ten. Saves FOLDER/<layout> after ten, too.
+Steps in float64 with dropout; prints one line of JSON for each layout: its losses over all steps, and those of going
+on from FOLDER/single, a checkpoint that one process made after half of them. Saves FOLDER/<layout> then, too.
 """
 
 import json
@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from stablelora_jax.training.step import make_train_step  # noqa: E402
-from tests.parallel.cases import HEADS, TX, batches, go, problem  # noqa: E402
+from tests.parallel.cases import HALF, HEADS, TX, batches, go, problem  # noqa: E402
 
 model, params, start = problem(jnp.float64, 0.1)
 agree = make_agreement()
@@ -39,10 +39,10 @@ for name, layout in layouts.items():
 
     placed = jax.tree_util.tree_map_with_path(place, params)
     step = make_train_step(model, TX, layout)
-    half, losses = go(step, layout, placed, start, batches()[:10])
-    checkpoint.save(f"{folder}/{name}", 10, half)
-    _, more = go(step, layout, placed, half, batches()[10:])
-    on = go(step, layout, placed, checkpoint.restore(f"{folder}/single", start), batches()[10:13])[1]
+    half, losses = go(step, layout, placed, start, batches()[:HALF])
+    checkpoint.save(f"{folder}/{name}", HALF, half)
+    _, more = go(step, layout, placed, half, batches()[HALF:])
+    on = go(step, layout, placed, checkpoint.restore(f"{folder}/single", start), batches()[HALF : HALF + 2])[1]
     pairs = zip(jax.tree.leaves(to_host(placed)), jax.tree.leaves(params), strict=True)
     whole = all(a.tobytes() == np.asarray(b).tobytes() for a, b in pairs)
     answer = agree((int(index), 5 * (1 - int(index))))

@@ -90,12 +90,20 @@ def test_eight_devices_equal_one_written_by_hand(tx, tolerance):
     assert all(a.tobytes() == b.tobytes() for a, b in jax.device_get(list(same))), "the base is frozen"
 
 
-def test_compiles_once_and_counts_tokens(monkeypatch):
+def test_compiles_once_counts_tokens_and_reports_latches_and_norms(monkeypatch):
+    from stablelora_jax import still_shrinking
     from stablelora_jax.training import step as module
 
     monkeypatch.setattr(module, "summed_loss", chex.assert_max_traces(module.summed_loss, n=1))
     metrics = train(SPEC, stable_lora(1e-3))[5]
     assert [int(m["tokens"]) for m in metrics] == [int(b.segment_ids.sum()) for b in batches()]
+    latches = still_shrinking(metrics[0]["latches"])
+    assert len(latches) == 3 * 7 - 1 and "model.layers.0.mlp.up_proj" not in latches and all(latches.values())
+    assert metrics[0]["norm_a_min"] > 0 and metrics[0]["norm_b"] > 0
+
+
+def test_without_latches_there_are_none():
+    assert train(SPEC, optax.sgd(0.1), steps=batches(1))[5][0]["latches"] == []
 
 
 def test_dropout_changes_with_step_and_row():
@@ -121,16 +129,6 @@ def test_dropout_keys_fold_in_the_step_and_the_row():
         lambda x: np.concatenate([np.roll(x[:1] * 0, 1, 0)] * i + [x[:1]] + [x[:1] * 0] * (7 - i)), batch
     )
     assert len({float(loss(3, one(i))) for i in range(8)}) == 8
-
-
-def test_latches_and_norms_are_reported():
-    from stablelora_jax import still_shrinking
-
-    metrics = train(SPEC, stable_lora(1e-3))[5]
-    latches = still_shrinking(metrics[0]["latches"])
-    assert len(latches) == 3 * 7 - 1 and "model.layers.0.mlp.up_proj" not in latches and all(latches.values())
-    assert metrics[0]["norm_a_min"] > 0 and metrics[0]["norm_b"] > 0
-    assert train(SPEC, optax.sgd(0.1))[5][0]["latches"] == []
 
 
 LAYOUTS = {"pmap": pmap_layout, "mesh": lambda: mesh_layout(2, 2, 2, key_value_heads=2)}

@@ -36,7 +36,7 @@ def test_fresh_adapters_change_nothing(name):
     laws.fresh_adapters_change_nothing(ROWS[name]())
 
 
-@cases(("by_fori_loop", "haiku"), ("sharded",))  # whose adapters are on 8 devices after the first step
+@cases(("by_fori_loop", "haiku"), ("sharded",), soak)  # whose adapters are on 8 devices after the first step
 def test_training_lowers_the_loss(name):
     laws.training_lowers_the_loss(ROWS[name]())
 

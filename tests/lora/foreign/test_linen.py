@@ -65,7 +65,7 @@ def test_fresh_adapters_change_nothing(name):
     laws.fresh_adapters_change_nothing(ROWS[name]())
 
 
-@pytest.mark.parametrize("name", quick("gemma", "unet function", "experts ragged"))
+@pytest.mark.parametrize("name", quick("gemma", "unet function", "experts ragged", rest=soak))
 def test_training_lowers_the_loss(name):
     laws.training_lowers_the_loss(ROWS[name]())
 

@@ -38,7 +38,7 @@ def test_fresh_adapters_change_nothing(name):
     laws.fresh_adapters_change_nothing(ROWS[name]())
 
 
-@cases(("llama", "scanned"))
+@cases(("llama", "scanned"), soak)
 def test_training_lowers_the_loss(name):
     laws.training_lowers_the_loss(ROWS[name]())
 
