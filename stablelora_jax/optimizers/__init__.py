@@ -5,7 +5,9 @@ Imports: utils, lora.
 
 from stablelora_jax.optimizers.allora import allora
 from stablelora_jax.optimizers.altlora import altlora, altlora_plus
+from stablelora_jax.optimizers.balora import balance_after, balora
 from stablelora_jax.optimizers.lora_fa import freeze_a, lora_fa
+from stablelora_jax.optimizers.lora_muon import lora_muon
 from stablelora_jax.optimizers.lora_plus import lora_plus
 from stablelora_jax.optimizers.lora_pre import lora_pre
 from stablelora_jax.optimizers.lora_pro import lora_pro, scale_by_lora_pro
@@ -27,9 +29,12 @@ __all__ = [
     "allora",
     "altlora",
     "altlora_plus",
+    "balance_after",
+    "balora",
     "freeze_a",
     "latches",
     "lora_fa",
+    "lora_muon",
     "lora_plus",
     "lora_pre",
     "lora_pro",

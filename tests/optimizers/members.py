@@ -42,6 +42,11 @@ def adam(n: int, m: int, r: int) -> int:
     return 2 * r * (n + m)
 
 
+def first_moments(n: int, m: int, r: int) -> int:
+    """The first moments of both factors."""
+    return r * (n + m)
+
+
 def rite(n: int, m: int, r: int) -> int:
     """First moments, bases, second moments and the escaped mass of both factors."""
     return 2 * r * (n + m) + 2 * r * r + 2
@@ -146,6 +151,12 @@ MEMBERS = {
         {"applies_to": "update"},
         {"on": "update", "applies_to": None},
     ),
+    "balora": Member(optimizers.balora, "balora", SIGN, adam, static=("every",)),
+    "balora_seldom": Member(optimizers.balora, "balora", SIGN, adam, {"every": 3}, static=("every",)),
+    "lora_muon": Member(optimizers.lora_muon, "lora_muon", GENERAL, first_moments, {"damping": 0.0}, scaled=True),
+    "lora_muon_damped": Member(
+        optimizers.lora_muon, "lora_muon", ORTHOGONAL, first_moments, {"damping": 1e-1, "momentum": 0.7}, scaled=True
+    ),
     "oplora": Member(
         optimizers.oplora,
         "oplora",
@@ -233,6 +244,8 @@ CORE = [
     "altlora",
     "altlora_plus",
     "allora",
+    "balora",
+    "lora_muon",
     "oplora",
     "lora_pre",
     "stiefel_lora",
