@@ -57,6 +57,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "altlora_plus": optimizers.altlora_plus,
     "allora": optimizers.allora,
     "balora": optimizers.balora,
+    "loft": optimizers.loft,
     "lora_muon": optimizers.lora_muon,
     "oplora": optimizers.oplora,
     "lora_pre": optimizers.lora_pre,

@@ -6,6 +6,7 @@ Imports: utils, lora.
 from stablelora_jax.optimizers.allora import allora
 from stablelora_jax.optimizers.altlora import altlora, altlora_plus
 from stablelora_jax.optimizers.balora import balance_after, balora
+from stablelora_jax.optimizers.loft import loft
 from stablelora_jax.optimizers.lora_fa import freeze_a, lora_fa
 from stablelora_jax.optimizers.lora_muon import lora_muon
 from stablelora_jax.optimizers.lora_plus import lora_plus
@@ -33,6 +34,7 @@ __all__ = [
     "balora",
     "freeze_a",
     "latches",
+    "loft",
     "lora_fa",
     "lora_muon",
     "lora_plus",

@@ -73,12 +73,13 @@ def balance_after(inner: optax.GradientTransformation, every: int = 1) -> optax.
         del extra
         moved = [jax.tree.map(jnp.add, g.params, g.grads) for g in groups]
         due = (count + 1) % every == 0
-        steps = []
-        for g, pair, (balanced, known) in zip(groups, moved, _balanced(moved), strict=True):
-            project = due & known
-            step = lambda new, old, u, project=project: jnp.where(project, new - old, u)
-            steps.append((jax.tree.map(step, _turned(balanced, pair.a), g.params, g.grads), None))
-        return steps
+
+        def step(g: Group, pair: Pair, balanced: Pair, full: jax.Array) -> Pair:
+            a, b = _turned(balanced, pair.a)
+            change = Pair(a - g.params.a, b - g.params.b)
+            return Pair(*(jnp.where(due & full, x, u) for x, u in zip(change, g.grads, strict=True)))
+
+        return [(step(g, pair, *found), None) for g, pair, found in zip(groups, moved, _balanced(moved), strict=True)]
 
     return of_pairs(optax.chain(inner, pairwise(lambda pair: None, update)))
 

@@ -8,9 +8,8 @@ With A, B tall, s the LoRA scale and msign(X) = U V^T for X = U S V^T, Jacobi ov
     k  = sqrt(1 - eta w)
     A  <- k A + dA / k                                  A B^T decays by 1 - eta w, and dA B^T is what it was
 
-No entry of dA depends on the size of the gradients: the kernel moves by at most eta in the spectral norm, whatever the
-rank, the width and the factorisation. With damping = 0 the trajectory of A B^T is the same for every factorisation. B = 0
-gives gA = 0 and a first step of B alone.
+The size of the gradients cancels: to first order the kernel moves by at most eta in the spectral norm, at any rank and
+width. With damping = 0 the trajectory of A B^T is the same for every factorisation. With B = 0 the first step is B's.
 
 Differences: the paper has no s; the rule is that of the pair sqrt(s) A, sqrt(s) B. Its Appendix B takes msign and the
 inverse root from polynomials of 8 and 7 steps (Polar Express); here both are exact, by eigh. Its rebalancing of the two
@@ -62,9 +61,9 @@ def lora_muon(
 
     def update(groups: Sequence[Group], count: jax.Array, extra: Mapping[str, Any]) -> list[tuple[Pair, LoraMuonState]]:
         del extra
-        rate, kept = value(learning_rate, count), jnp.sqrt(1 - value(learning_rate, count) * value(weight_decay, count))
-        averaged = lambda mu, g: momentum * mu + (1 - momentum) * g
-        moments = [jax.tree.map(averaged, g.state.mu, g.grads) for g in groups]
+        rate = value(learning_rate, count)
+        kept = jnp.sqrt(1 - rate * value(weight_decay, count))
+        moments = [_averaged(g.state.mu, g.grads, momentum) for g in groups]
         by = [_inverse_root(of, damping) for of in spectra([x for g in groups for x in (g.params.b, g.params.a)])]
         signs = polar([x @ root for x, root in zip([x for mu in moments for x in mu], by, strict=True)])
         moves = [-rate / 2 * sign @ root for sign, root in zip(signs, by, strict=True)]
@@ -77,6 +76,10 @@ def lora_muon(
     return of_pairs(others_by_adamw(pairs, learning_rate, weight_decay=weight_decay))
 
 
+def _averaged(mu: Pair, grads: Pair, momentum: Any) -> Pair:
+    return Pair(*(momentum * x + (1 - momentum) * g for x, g in zip(mu, grads, strict=True)))
+
+
 def _inverse_root(of: Spectrum, damping: Any) -> jax.Array:
     """``(x^T x + damping ||x^T x||_F I)^-1/2``, (P, r, r)."""
     size = jnp.linalg.norm(of.values, axis=-1, keepdims=True)
@@ -85,4 +88,5 @@ def _inverse_root(of: Spectrum, damping: Any) -> jax.Array:
 
 def _step(g: Group, move: Pair, kept: jax.Array) -> Pair:
     """``k p + move / (s k) - p`` of both factors."""
-    return jax.tree.map(lambda p, x: (kept - 1) * p + x / g.scale[:, None, None] / kept, g.params, move)
+    s = g.scale[:, None, None]
+    return Pair(*((kept - 1) * p + x / s / kept for p, x in zip(g.params, move, strict=True)))

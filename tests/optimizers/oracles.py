@@ -422,8 +422,7 @@ def msign(x):
     return u[:, kept] @ vt[kept]
 
 
-# LoRA-Muon, Algorithm 1 with the damping of Appendix B: both roots from the old factors; A and B here are the paper's B^T
-# and A, each sqrt(s) times as large.
+# LoRA-Muon, Algorithm 1 with the damping of Appendix B: both roots from the old factors, each sqrt(s) times as large.
 def lora_muon(a, b, gradient, rates, scale=1.0, *, momentum=0.95, damping=1e-5, weight_decay=0.0):
     a, b = _float64(a, b)
     a, b = np.sqrt(scale) * a, np.sqrt(scale) * b
@@ -445,6 +444,33 @@ def lora_muon(a, b, gradient, rates, scale=1.0, *, momentum=0.95, damping=1e-5, 
         kept = np.sqrt(1 - rates[t] * weight_decay)
         a, b = kept * a + da / kept, kept * b + db / kept
         history.append((a / np.sqrt(scale), b / np.sqrt(scale)))
+    return history
+
+
+# LoFT, building blocks 1 to 5, for U = B, V = A^T and mirrored; moments in every step, B moves first.
+def loft(a, b, gradient, rates, scale=1.0, *, b1=0.9, b2=0.999, eps=1e-4, lam=1e-6, weight_decay=0.0):
+    a, b = _float64(a, b)
+    factors = {"b": b, "a": a.T}  # tall: the rule is the same for both
+    r = a.shape[0]
+    m = {k: np.zeros_like(x) for k, x in factors.items()}
+    p = {k: np.zeros((len(x), r, r)) for k, x in factors.items()}
+    old, history = {k: np.zeros_like(x) for k, x in factors.items()}, []
+    for t in range(len(rates)):
+        g = gradient(factors["a"].T, factors["b"], t)
+        inverse = {k: _inverse(factors[o].T @ factors[o], lam) for k, o in (("b", "a"), ("a", "b"))}
+        for k, o, full in (("b", "a", g), ("a", "b", g.T)):
+            h = full @ factors[o] @ inverse[k] / scale  # gB (A A^T)^-1 / s^2
+            c = old[o].T @ factors[o] @ inverse[k]
+            m[k] = b1 * m[k] @ c + (1 - b1) * h
+            p[k] = b2 * c.T @ p[k] @ c + (1 - b2) * h[:, :, None] * h[:, None, :]
+        old = dict(factors)
+        k, o = ("b", "a") if t % 2 == 0 else ("a", "b")
+        first = scale * m[k] @ old[o].T / (1 - b1 ** (t + 1))
+        second = scale**2 * np.einsum("jr,irs,js->ij", old[o], p[k], old[o]) / (1 - b2 ** (t + 1))
+        d = first / (np.sqrt(np.maximum(second, 0)) + eps)
+        x = factors[k]
+        factors[k] = x - rates[t] * weight_decay * x - rates[t] * d @ old[o] @ inverse[k] / scale
+        history.append((factors["a"].T, factors["b"]))
     return history
 
 
