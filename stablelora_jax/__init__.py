@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the same names are in 
     from stablelora_jax.optimizers import lora_pro as lora_pro
     from stablelora_jax.optimizers import lora_rite as lora_rite
     from stablelora_jax.optimizers import oplora as oplora
+    from stablelora_jax.optimizers import rate_factor as rate_factor
     from stablelora_jax.optimizers import riemannian as riemannian
     from stablelora_jax.optimizers import scaled_adamw as scaled_adamw
     from stablelora_jax.optimizers import scaled_gd as scaled_gd
@@ -74,8 +75,8 @@ _MODULES = {
     "models.pretrained.load": "base_directory load_pretrained save_pretrained",
     "models.untie": "untie",
     "optimizers": "allora altlora altlora_plus balance_after balora freeze_a loft lora_fa lora_muon lora_plus lora_pre "
-    "lora_pro lora_rite oplora riemannian scaled_adamw scaled_gd scales shrink_until_stable stable_lora stiefel_lora "
-    "still_shrinking",
+    "lora_pro lora_rite oplora rate_factor riemannian scaled_adamw scaled_gd scales shrink_until_stable stable_lora "
+    "stiefel_lora still_shrinking",
     "optimizers.freeze": "freeze freeze_mask stop_frozen_gradients",
     "training": "checkpoint",
     "training.loss": "summed_loss",

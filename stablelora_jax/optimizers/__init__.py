@@ -15,6 +15,7 @@ from stablelora_jax.optimizers.lora_pro import lora_pro, scale_by_lora_pro
 from stablelora_jax.optimizers.lora_rite import lora_rite, scale_by_lora_rite
 from stablelora_jax.optimizers.oplora import oplora
 from stablelora_jax.optimizers.pair_tree import scales
+from stablelora_jax.optimizers.rank_rule import rate_factor
 from stablelora_jax.optimizers.riemannian import riemannian, scale_by_riemannian, scaled_adamw, scaled_gd
 from stablelora_jax.optimizers.stable_lora import (
     ShrinkUntilStableState,
@@ -42,6 +43,7 @@ __all__ = [
     "lora_pro",
     "lora_rite",
     "oplora",
+    "rate_factor",
     "riemannian",
     "scale_by_lora_pro",
     "scale_by_lora_rite",
