@@ -33,13 +33,18 @@ if TYPE_CHECKING:  # what type checkers and editors read; the same names are in 
     from stablelora_jax.optimizers import allora as allora
     from stablelora_jax.optimizers import altlora as altlora
     from stablelora_jax.optimizers import altlora_plus as altlora_plus
+    from stablelora_jax.optimizers import balance_after as balance_after
+    from stablelora_jax.optimizers import balora as balora
     from stablelora_jax.optimizers import freeze_a as freeze_a
+    from stablelora_jax.optimizers import loft as loft
     from stablelora_jax.optimizers import lora_fa as lora_fa
+    from stablelora_jax.optimizers import lora_muon as lora_muon
     from stablelora_jax.optimizers import lora_plus as lora_plus
     from stablelora_jax.optimizers import lora_pre as lora_pre
     from stablelora_jax.optimizers import lora_pro as lora_pro
     from stablelora_jax.optimizers import lora_rite as lora_rite
     from stablelora_jax.optimizers import oplora as oplora
+    from stablelora_jax.optimizers import rate_factor as rate_factor
     from stablelora_jax.optimizers import riemannian as riemannian
     from stablelora_jax.optimizers import scaled_adamw as scaled_adamw
     from stablelora_jax.optimizers import scaled_gd as scaled_gd
@@ -74,8 +79,9 @@ _MODULES = {
     "lora.transform": "init_adapters lora_hyperparams merge unmerge",
     "models.pretrained.load": "base_directory load_pretrained save_pretrained",
     "models.untie": "untie",
-    "optimizers": "allora altlora altlora_plus freeze_a lora_fa lora_plus lora_pre lora_pro lora_rite oplora "
-    "riemannian scaled_adamw scaled_gd scales shrink_until_stable stable_lora stiefel_lora still_shrinking",
+    "optimizers": "allora altlora altlora_plus balance_after balora freeze_a loft lora_fa lora_muon lora_plus lora_pre "
+    "lora_pro lora_rite oplora rate_factor riemannian scaled_adamw scaled_gd scales shrink_until_stable stable_lora "
+    "stiefel_lora still_shrinking",
     "optimizers.freeze": "freeze freeze_mask stop_frozen_gradients",
     "training": "checkpoint",
     "training.loss": "summed_loss",

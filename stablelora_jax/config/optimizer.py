@@ -56,6 +56,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "altlora": optimizers.altlora,
     "altlora_plus": optimizers.altlora_plus,
     "allora": optimizers.allora,
+    "balora": optimizers.balora,
+    "loft": optimizers.loft,
+    "lora_muon": optimizers.lora_muon,
     "oplora": optimizers.oplora,
     "lora_pre": optimizers.lora_pre,
     "stiefel_lora": optimizers.stiefel_lora,
@@ -64,7 +67,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 ALIASES = {"riemannian": "scaled_adamw"}
 NOT_IN_A_FILE = ("scale", "gradient")
 FREEZES_A = ("lora_fa",)  # the loss sees freeze_a(adapters)
-PEAKS = {"scaled_gd": 1e-2, "lora_rite": 2e-3, "altlora": 1e-3, "oplora": 1e-2, "lora_fa": 1e-3}  # others 1e-4
+PEAKS = {"scaled_gd": 1e-2, "lora_rite": 2e-3, "altlora": 1e-3, "oplora": 1e-2, "lora_fa": 1e-3, "lora_muon": 5e-3}
+# all others: 1e-4
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,14 @@ class Spectrum(NamedTuple):
     scale: jax.Array  # (P, 1, 1)
 
 
+class Svd(NamedTuple):
+    """``x = left diag(values) right^T`` of square matrices x (P, r, r)."""
+
+    left: jax.Array  # (P, r, r)
+    values: jax.Array  # (P, r), descending, >= 0
+    right: jax.Array  # (P, r, r)
+
+
 class Inverse(NamedTuple):
     """``(x^T x + damping I)^-1 = matrix / scale^2``."""
 
@@ -122,6 +130,38 @@ def orthonormal(factors: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array
         rough = [q @ u for q, u in zip(rough, round_, strict=True)]
         t = [before @ u for before, u in zip(t, round_, strict=True)]
     return [(q, u / scale) for q, u, scale in zip(rough, t, scales, strict=True)]
+
+
+def polar(factors: Sequence[jax.Array]) -> list[jax.Array]:
+    """``x (x^T x)^-1/2`` of each tall factor x, (P, n, r): U V^T of ``x = U S V^T`` without the missing directions.
+
+    Three rounds as in :func:`orthonormal`, each by a symmetric root, so that what they whiten is not turned.
+    """
+    sizes = [jnp.abs(x).max(axis=(-2, -1), keepdims=True) for x in factors]
+    found = [x / jnp.where(size > 0, size, 1) for x, size in zip(factors, sizes, strict=True)]
+    for shifted in (True, False, False):
+        spectra_ = eigh([gram(x) for x in found])
+        roots = [power(values, vectors, -0.5, _smallest(values) * shifted) for values, vectors in spectra_]
+        found = [x @ root for x, root in zip(found, roots, strict=True)]
+    return found
+
+
+def svd(matrices: Sequence[jax.Array]) -> list[Svd]:
+    """Singular values and vectors of square matrices x, by ``eigh`` of the symmetric (2r, 2r) of x and its transpose.
+
+    Values far below the largest come with its absolute error; vectors of missing directions are not orthonormal.
+    """
+    found = []
+    for values, vectors in eigh([_dilated(x) for x in matrices]):
+        r = values.shape[-1] // 2
+        top = vectors[..., r:][..., ::-1] * jnp.sqrt(2.0).astype(vectors.dtype)
+        found.append(Svd(top[:, :r], jnp.maximum(values[..., r:][..., ::-1], 0), top[:, r:]))
+    return found
+
+
+def _dilated(x: jax.Array) -> jax.Array:
+    zeros = jnp.zeros_like(x)
+    return jnp.concatenate([jnp.concatenate([zeros, x], -1), jnp.concatenate([transpose(x), zeros], -1)], -2)
 
 
 def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -42,6 +42,16 @@ def adam(n: int, m: int, r: int) -> int:
     return 2 * r * (n + m)
 
 
+def first_moments(n: int, m: int, r: int) -> int:
+    """The first moments of both factors."""
+    return r * (n + m)
+
+
+def row_squares(n: int, m: int, r: int) -> int:
+    """First moments, the last factors, and second moments of (r, r) for each row."""
+    return (2 * r + r * r) * (n + m)
+
+
 def rite(n: int, m: int, r: int) -> int:
     """First moments, bases, second moments and the escaped mass of both factors."""
     return 2 * r * (n + m) + 2 * r * r + 2
@@ -146,6 +156,16 @@ MEMBERS = {
         {"applies_to": "update"},
         {"on": "update", "applies_to": None},
     ),
+    "balora": Member(optimizers.balora, "balora", SIGN, adam, static=("every",)),
+    "balora_seldom": Member(optimizers.balora, "balora", SIGN, adam, {"every": 3}, static=("every",)),
+    "loft": Member(optimizers.loft, "loft", ORTHOGONAL, row_squares, {"lam": 1e-2, "eps": 1e-4}, scaled=True),
+    "loft_exact": Member(
+        optimizers.loft, "loft", GENERAL, row_squares, {"lam": 0.0, "b2": 0.9, "eps": 1e-2}, scaled=True
+    ),
+    "lora_muon": Member(optimizers.lora_muon, "lora_muon", GENERAL, first_moments, {"damping": 0.0}, scaled=True),
+    "lora_muon_damped": Member(
+        optimizers.lora_muon, "lora_muon", ORTHOGONAL, first_moments, {"damping": 1e-1, "momentum": 0.7}, scaled=True
+    ),
     "oplora": Member(
         optimizers.oplora,
         "oplora",
@@ -233,6 +253,9 @@ CORE = [
     "altlora",
     "altlora_plus",
     "allora",
+    "balora",
+    "loft",
+    "lora_muon",
     "oplora",
     "lora_pre",
     "stiefel_lora",

@@ -415,6 +415,85 @@ def altlora(
     return _altlora_code(a, b, gradient, rates, scale, plus, lam, weight_decay, b1, b2, eps)
 
 
+def msign(x):
+    """U V^T of x, without missing directions."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    kept = s > 1e-12 * s.max() if s.max() > 0 else s > 0
+    return u[:, kept] @ vt[kept]
+
+
+# LoRA-Muon, Algorithm 1 with the damping of Appendix B: both roots from the old factors, each sqrt(s) times as large.
+def lora_muon(a, b, gradient, rates, scale=1.0, *, momentum=0.95, damping=1e-5, weight_decay=0.0):
+    a, b = _float64(a, b)
+    a, b = np.sqrt(scale) * a, np.sqrt(scale) * b
+    ma, mb = np.zeros_like(a), np.zeros_like(b)
+
+    def inverse_root(gram):
+        values, vectors = np.linalg.eigh(gram)
+        damped = values + damping * np.linalg.norm(gram)
+        kept = damped > 1e-13 * damped.max()
+        return (vectors[:, kept] / np.sqrt(damped[kept])) @ vectors[:, kept].T
+
+    history = []
+    for t in range(len(rates)):
+        g = gradient(a / np.sqrt(scale), b / np.sqrt(scale), t)
+        ma = momentum * ma + (1 - momentum) * b.T @ g
+        mb = momentum * mb + (1 - momentum) * g @ a.T
+        ra, rb = inverse_root(b.T @ b), inverse_root(a @ a.T)
+        da, db = -rates[t] / 2 * ra @ msign(ra @ ma), -rates[t] / 2 * msign(mb @ rb) @ rb
+        kept = np.sqrt(1 - rates[t] * weight_decay)
+        a, b = kept * a + da / kept, kept * b + db / kept
+        history.append((a / np.sqrt(scale), b / np.sqrt(scale)))
+    return history
+
+
+# LoFT, building blocks 1 to 5, for U = B, V = A^T and mirrored; moments in every step, B moves first.
+def loft(a, b, gradient, rates, scale=1.0, *, b1=0.9, b2=0.999, eps=1e-4, lam=1e-6, weight_decay=0.0):
+    a, b = _float64(a, b)
+    factors = {"b": b, "a": a.T}  # tall: the rule is the same for both
+    r = a.shape[0]
+    m = {k: np.zeros_like(x) for k, x in factors.items()}
+    p = {k: np.zeros((len(x), r, r)) for k, x in factors.items()}
+    old, history = {k: np.zeros_like(x) for k, x in factors.items()}, []
+    for t in range(len(rates)):
+        g = gradient(factors["a"].T, factors["b"], t)
+        inverse = {k: _inverse(factors[o].T @ factors[o], lam) for k, o in (("b", "a"), ("a", "b"))}
+        for k, o, full in (("b", "a", g), ("a", "b", g.T)):
+            h = full @ factors[o] @ inverse[k] / scale  # gB (A A^T)^-1 / s^2
+            c = old[o].T @ factors[o] @ inverse[k]
+            m[k] = b1 * m[k] @ c + (1 - b1) * h
+            p[k] = b2 * c.T @ p[k] @ c + (1 - b2) * h[:, :, None] * h[:, None, :]
+        old = dict(factors)
+        k, o = ("b", "a") if t % 2 == 0 else ("a", "b")
+        first = scale * m[k] @ old[o].T / (1 - b1 ** (t + 1))
+        second = scale**2 * np.einsum("jr,irs,js->ij", old[o], p[k], old[o]) / (1 - b2 ** (t + 1))
+        d = first / (np.sqrt(np.maximum(second, 0)) + eps)
+        x = factors[k]
+        factors[k] = x - rates[t] * weight_decay * x - rates[t] * d @ old[o] @ inverse[k] / scale
+        history.append((factors["a"].T, factors["b"]))
+    return history
+
+
+# BaLoRA: AdamW, then the balanced factors of the product; signs nearest to the A before.
+def balora(a, b, gradient, rates, scale=1.0, *, every=1, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
+    a, b = _float64(a, b)
+    adam_a, adam_b = _Adam(a.shape, b1, b2, eps), _Adam(b.shape, b1, b2, eps)
+    history = []
+    for t in range(len(rates)):
+        g = gradient(a, b, t)
+        ga, gb = scale * b.T @ g, scale * g @ a.T
+        a = adam_a.adamw(a, ga, rates[t], weight_decay)
+        b = adam_b.adamw(b, gb, rates[t], weight_decay)
+        if (t + 1) % every == 0 and np.linalg.matrix_rank(b @ a) == len(a):
+            u, s, vt = np.linalg.svd(b @ a, full_matrices=False)
+            root = np.sqrt(s[: len(a)])
+            new_a, new_b = root[:, None] * vt[: len(a)], u[:, : len(a)] * root
+            sign = np.where((new_a * a).sum(1) < 0, -1.0, 1.0)
+            a, b = sign[:, None] * new_a, new_b * sign
+        history.append((a, b))
+    return history
+
+
 # Section 7: c_i from row i of the current B, on gB before the moments or on B's Adam step.
 def allora(a, b, gradient, rates, scale=1.0, *, eta=2.0, on="gradient", weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
     assert on in ("gradient", "update")

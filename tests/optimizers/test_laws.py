@@ -335,7 +335,8 @@ def test_the_compiled_updates_never_hang():
         from tests.optimizers.test_laws import gradients, pair
         params = {"layers": {"q": pair(0, 16, 16, 16, (168,), False), "v": pair(1, 20, 16, 16, (24,), False)}}
         grads = gradients(params, 0)
-        for name, steps in {"lora_rite": 100, "oplora": 50, "lora_pro": 25, "scaled_gd": 25}.items():
+        several = dict.fromkeys(("lora_pro", "scaled_gd", "balora", "lora_muon", "loft"), 25)
+        for name, steps in {"lora_rite": 100, "oplora": 50, **several}.items():
             tx = MEMBERS[name].make(1e-4)
             state, update = tx.init(params), jit(tx.update)
             for _ in range(steps):
