@@ -12,10 +12,12 @@ import optax
 from stablelora_jax.config import optimizer as optimizer_config
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import schedule_of
+from stablelora_jax.lora.leaves import trains_pairs
 from stablelora_jax.lora.transform import lora_hyperparams, lora_scales
 from stablelora_jax.optimizers import scales
 from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
 from stablelora_jax.training.step import Hyperparams
+from stablelora_jax.utils.errors import InputError
 
 
 def make_schedule(config: RunConfig, peak: float | None = None) -> optax.Schedule:
@@ -71,8 +73,15 @@ def make_training(
     parts of the adapters. Shapes of ``params`` and ``adapters`` suffice.
 
     Raises:
-      InputError: a pattern of ``config.freeze`` matches nothing, or nothing is left to train.
+      InputError: a pattern of ``config.freeze`` matches nothing, nothing is left to train, or the optimizer needs pairs
+        where the parametrisation trains none.
     """
+    own = config.optimizer
+    if not trains_pairs(config.lora) and (own.name != "adamw" or optimizer_config.shrink_ratio(own)):
+        raise InputError(
+            f"optimizer {own.name} works on the two factors of a pair, and parametrization "
+            f"{config.lora.parametrization!r} trains none: say optimizer: {{name: adamw}}"
+        )
     trained = optimizer_config.trained_part(config.optimizer)
     make = partial(make_optimizer, config, adapters)
     if not config.freeze:
