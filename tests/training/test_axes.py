@@ -1,0 +1,119 @@
+"""The axes multiply: every parametrisation with every initialisation and optimizer trains, by one and the same code."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stablelora_jax import InputError, LoraSpec, adapted, base_directory, init_adapters, load_pretrained, optimizers
+from stablelora_jax.data import Example, make_batch
+from stablelora_jax.lora.initializers import INITIALIZERS
+from stablelora_jax.lora.leaves import is_frozen, split_frozen, trains_pairs, with_frozen
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.training.loss import summed_loss
+from stablelora_jax.training.step import init_state, updated
+from stablelora_jax.utils import tree
+from tests.helpers import jit, long, soak
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "stable_lora": lambda: optimizers.stable_lora(1e-2, shrink_ratio=5e-3),
+    "lora_rite": lambda: optimizers.lora_rite(1e-2),
+}
+STEPS = 20
+
+
+def spec_of(parametrization, init):
+    return LoraSpec(rank=4, target_modules=["q_proj", "down_proj"], parametrization=parametrization, init=init)
+
+
+def makes_sense(parametrization, init, optimizer):
+    try:
+        spec = spec_of(parametrization, init)
+    except InputError:
+        return False
+    return optimizer == "adamw" or trains_pairs(spec)
+
+
+PRODUCT = [c for c in itertools.product(PARAMETRIZATIONS, INITIALIZERS, OPTIMIZERS) if makes_sense(*c)]
+
+
+NO_PAIR = sorted(row[0] for row in PRODUCT if PARAMETRIZATIONS[row[0]].PAIR == "none")
+SHORT = [
+    ("lora", "kaiming", "stable_lora"),
+    ("lora", "pissa", "adamw"),
+    ("lora", "init_ab", "lora_rite"),
+    ("lora", "init_ab_off", "adamw"),
+    ("dora", "gaussian", "adamw"),
+    ("dora", "olora", "stable_lora"),
+    ("dora", "milora", "lora_rite"),
+    ("slora", "init_b", "adamw"),
+    ("slora", "pissa_niter_4", "stable_lora"),
+    ("slora", "svd", "lora_rite"),
+    ("lora_xs", "svd", "adamw"),
+    ("edora", "orthogonal", "adamw"),
+    *((name, "kaiming", "adamw") for name in NO_PAIR),
+]
+
+
+def rows():
+    for row in PRODUCT:
+        yield row if row in SHORT else long(*row) if row[2] == "adamw" else soak(*row)
+
+
+@functools.cache
+def base():
+    model, params, *_ = load_pretrained(base_directory())
+    rng = np.random.default_rng(0)
+    batch = make_batch([Example(tuple(map(int, rng.integers(0, 200, 12))), 2) for _ in range(4)])
+    return model, params, batch
+
+
+def test_the_short_rows_cover_every_member():
+    parametrizations, inits, names = map(set, zip(*SHORT, strict=True))
+    assert (parametrizations, inits, names) == (set(PARAMETRIZATIONS), set(INITIALIZERS), set(OPTIMIZERS))
+
+
+@pytest.mark.parametrize("parametrization,init,optimizer", rows())
+def test_training_lowers_the_loss(parametrization, init, optimizer):
+    model, params, batch = base()
+    spec, tx = spec_of(parametrization, init), OPTIMIZERS[optimizer]()
+    lora = adapted(model, spec)
+    adapters = init_adapters(jax.random.key(0), params, spec)
+    frozen = split_frozen(adapters)[1]
+
+    def loss_of(trained, params):
+        return summed_loss(lora, {"params": params, "lora": with_frozen(trained, frozen)}, batch, None) / 40
+
+    @jit
+    def step(state, params):
+        loss, grads = jax.value_and_grad(loss_of)(split_frozen(state.adapters)[0], params)
+        return updated(state, tx, loss, grads)
+
+    state, losses = init_state(adapters, tx, jax.random.key(1)), []
+    for _ in range(STEPS):
+        state, metrics = step(state, params)
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 1e-4
+    assert int(state.skipped) == 0
+    after = tree.leaves_by_path(state.adapters)
+    for path, leaf in tree.leaves_by_path(adapters).items():
+        assert np.array_equal(leaf, after[path]) == is_frozen(path[-1]), path
+
+
+def test_weight_decay_reaches_nothing_that_is_frozen():
+    """And nothing that is frozen has moments."""
+    _, params, _ = base()
+    adapters = init_adapters(jax.random.key(0), params, spec_of("lora", "pissa"))
+    tx = optax.adamw(0.1, weight_decay=0.5)
+    state = init_state(adapters, tx, jax.random.key(1))
+    assert not any(is_frozen(path[-1]) for path in tree.leaves_by_path(state.opt_state[0].mu))
+    grads = jax.tree.map(jnp.zeros_like, split_frozen(adapters)[0])
+    after = updated(state, tx, jnp.zeros(()), grads)[0].adapters
+    pair, was = (tree.get_in(t, ("model", "layers", "self_attn", "q_proj")) for t in (after, adapters))
+    np.testing.assert_array_equal(pair["frozen_a"], was["frozen_a"])
+    np.testing.assert_allclose(pair["lora_a"], 0.95 * was["lora_a"], rtol=1e-6)
