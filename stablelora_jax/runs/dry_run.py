@@ -18,6 +18,9 @@ from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data import Batch, bucket
 from stablelora_jax.lora.apply import adapted
 from stablelora_jax.lora.pairs import pairs
+from stablelora_jax.lora.plain import plain_adapters
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.target_modules import match_target_modules
 from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.decoder import Decoder
@@ -42,6 +45,7 @@ class Shapes(NamedTuple):
     batch: Batch  # the longest rows of the run, over all devices, where every token is a loss token
     hyperparams: Hyperparams
     layout: Layout
+    spec: LoraSpec
 
 
 def shapes(config: RunConfig) -> Shapes:
@@ -73,7 +77,7 @@ def shapes(config: RunConfig) -> Shapes:
     model = configure_decoder(model, config, layout, placed, adapters, length=T, segments=segments)
     low_rank = adapted(model, config.lora)
     step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.gradient_accumulation_steps)
-    return Shapes(model, step, state, params, Batch(row, row, row, row), hyperparams, layout)
+    return Shapes(model, step, state, params, Batch(row, row, row, row), hyperparams, layout, config.lora)
 
 
 def dry_run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, Any]:
@@ -119,5 +123,7 @@ def arguments(made: Shapes) -> tuple[Any, ...]:
 
 def flops_of(made: Shapes) -> int:
     """The formula's FLOPs a token, for training's longest rows where every token is a loss token."""
-    count = sum(p[name].size for p in pairs(made.state.adapters).values() for name in p)
+    adapters, targets = made.state.adapters, match_target_modules(made.params, made.state.adapters, made.spec)
+    plain = jax.eval_shape(lambda adapters: plain_adapters(adapters, targets, made.spec), adapters)
+    count = sum(p[name].size for p in pairs(plain).values() for name in p)
     return round(flops_per_token(made.model.config, count, made.batch.tokens.shape[-1]))
