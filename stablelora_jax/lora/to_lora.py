@@ -92,7 +92,7 @@ def _cut(pair: Mapping[str, Any], rank: int) -> dict[str, Any]:
     def one(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         u, sv = truncated(*svd_of_product(a, b), rank, None)
         root = jnp.sqrt(jnp.linalg.norm(sv, axis=1))
-        a, b = u * root, sv / jnp.where(root == 0, 1, root)[:, None]
+        a, b = u * root[None], sv / jnp.where(root == 0, 1, root)[:, None]
         lacking = rank - a.shape[1]
         return jnp.pad(a, [(0, 0), (0, lacking)]), jnp.pad(b, [(0, lacking), (0, 0)])
 
