@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stablelora_jax import LoraSpec, adapted, init_adapters, merge, save_peft, save_pretrained, split_frozen
+from stablelora_jax.lora.initializers import INITIALIZERS
 from tests.helpers import jit, long, tiny_decoder, tokens
 from tests.lora.test_parametrizations import MEMBERS, moved, spec_of
 
@@ -47,7 +48,7 @@ def layers(torch, seed=0):
 
 
 def numbers(tensor):
-    return jnp.asarray(tensor.detach().numpy().copy())
+    return tensor.detach().numpy().copy()
 
 
 def vera_bases(module, size):
@@ -97,7 +98,7 @@ def test_a_parametrisation_of_pefts(name):
     torch.manual_seed(0)
     theirs = peft.get_peft_model(base, config(peft, r=R, target_modules=list(SIZES)))
     spec = LoraSpec(parametrization=name, rank=R, target_modules=tuple(SIZES), stacked=(), **scaling)
-    start = split_frozen(init_adapters(jax.random.key(0), params, spec))[0]
+    start = split_frozen(jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params))[0]
     modules = {layer: theirs.get_submodule(f"base_model.model.{layer}") for layer in SIZES}
     own = lambda layer, leaf: getattr(modules[layer], names[leaf])["default"]
     count = sum(leaf.size for leaf in jax.tree.leaves(start))
@@ -119,9 +120,9 @@ def test_a_parametrisation_of_pefts(name):
     def cost(trained):
         whole = {layer: {**trained[layer], **frozen.get(layer, {})} for layer in SIZES}
         y = adapted(Layers(), spec).apply({"params": params, "lora": whole}, jnp.asarray(x))
-        return jnp.square(y).sum(), y
+        return jnp.square(y).sum(), (y, merge(params, whole, spec))
 
-    gradient, ours = jit(jax.grad(cost, has_aux=True))(trained)
+    gradient, (ours, merged) = jit(jax.grad(cost, has_aux=True))(trained)
     np.testing.assert_allclose(ours, expected.detach(), atol=1e-5)
     for layer in SIZES:
         for leaf in names:
@@ -129,7 +130,7 @@ def test_a_parametrisation_of_pefts(name):
             assert np.abs(wanted).max() > 1e-3
             scale = max(1, np.abs(wanted).max())
             np.testing.assert_allclose(gradient[layer][leaf], wanted, atol=1e-5 * scale, err_msg=f"{layer} {leaf}")
-    merged, plain = merge(params, adapters, spec), theirs.merge_and_unload()
+    plain = theirs.merge_and_unload()
     for layer in SIZES:
         weight = plain.get_submodule(layer).weight.detach().numpy()
         np.testing.assert_allclose(merged[layer]["kernel"], weight.T, atol=1e-5, err_msg=layer)
@@ -150,8 +151,8 @@ def start_of(init, size, rank=4, seed=0):
     theirs = peft.get_peft_model(torch.nn.Sequential(OrderedDict(m=layer)), config)
     spec = LoraSpec(rank=rank, alpha=ALPHA, init=init, target_modules=("m",), stacked=())
     params = {"m": {"kernel": jnp.asarray(kernel)}}
-    adapters = init_adapters(jax.random.key(seed), params, spec)
-    return params, theirs, adapters, spec
+    adapters = jit(lambda params: init_adapters(jax.random.key(seed), params, spec))(params)
+    return params, theirs, jax.tree.map(np.asarray, adapters), spec
 
 
 def factors(theirs):
@@ -170,7 +171,7 @@ class One(nn.Module):
         return nn.Dense(self.out, use_bias=False, name="m")(x)
 
 
-@pytest.mark.parametrize("size", [(12, 9), (9, 12), (10, 10)])
+@pytest.mark.parametrize("size", [(12, 9), (9, 12)])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_that_moves_pefts_base(init, size):
     """PEFT subtracts it from the base, ours in the path: the same base function, and the same after any step."""
@@ -180,12 +181,12 @@ def test_a_start_that_moves_pefts_base(init, size):
     a, b = factors(theirs)
     np.testing.assert_allclose(adapter["lora_a"] @ adapter["lora_b"], a @ b, atol=1e-5)
     for one, other in ((adapter["lora_a"], a), (adapter["lora_b"].T, b.T)):  # each column up to its sign
-        np.testing.assert_allclose(jnp.abs(one), jnp.abs(other), atol=1e-5)
+        np.testing.assert_allclose(np.abs(one), np.abs(other), atol=1e-5)
     residual = params["m"]["kernel"] - scale * adapter["frozen_a"] @ adapter["frozen_b"]
     moved_base = theirs.get_submodule("base_model.model.m").base_layer.weight.detach().numpy()
     np.testing.assert_allclose(residual, moved_base.T, atol=1e-5)
     x = np.random.default_rng(1).normal(size=(6, size[0])).astype(np.float32)
-    ours = lambda own: adapted(One(size[1]), spec).apply({"params": params, "lora": {"m": own}}, jnp.asarray(x))
+    ours = jit(lambda own: adapted(One(size[1]), spec).apply({"params": params, "lora": {"m": own}}, x))
     np.testing.assert_allclose(ours(adapter), theirs(torch.tensor(x)).detach(), atol=1e-5)
     np.testing.assert_allclose(ours(adapter), x @ params["m"]["kernel"], atol=1e-5)
     with torch.no_grad():
@@ -205,22 +206,20 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("rank", [4, 8])
 @pytest.mark.parametrize("init", DRAWN)
-def test_a_start_that_is_drawn(init, rank):
-    """Of many inputs and outputs, so that a deviation is known to about one part in a hundred."""
-    size = (2000, 1500)
+def test_a_start_that_is_drawn(init):
+    """Of so many inputs and outputs that a deviation is known to about two parts in a hundred."""
+    size, rank = (900, 700), 6
     _, theirs, adapters, _ = start_of(init, size, rank)
     assert adapters["m"].keys() == {"lora_a", "lora_b"}
     for a, b in (factors(theirs), (adapters["m"]["lora_a"], adapters["m"]["lora_b"])):
-        a, b = np.asarray(a), np.asarray(b)
         assert a.shape == (size[0], rank) and b.shape == (rank, size[1])
         assert np.abs(a @ b).max() < 1e-6
         for factor, (deviation, ranks) in zip((a, b), DRAWN[init](rank), strict=True):
             np.testing.assert_allclose(factor.std(), deviation, rtol=0.05)
             values = np.linalg.svd(factor, compute_uv=False)  # equal, but for the draw
             expected = [deviation * (max(size) if factor is a else min(size)) ** 0.5 * (rank / max(ranks, 1)) ** 0.5]
-            np.testing.assert_allclose(values, expected * ranks + [0.0] * (rank - ranks), rtol=0.1, atol=1e-4)
+            np.testing.assert_allclose(values, expected * ranks + [0.0] * (rank - ranks), rtol=0.15, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +235,8 @@ def base(tmp_path_factory):
     return model, params, directory, load, plain
 
 
-STARTS = ("pissa", "pissa_niter_4", "milora", "olora", "svd", "orthogonal", "gaussian", "init_b", "init_ab")
-CONVERTED = [(name, None) for name in MEMBERS] + [("lora", start) for start in STARTS] + [("dora", "pissa")]
-CONVERTED += [("slora", "pissa"), ("lora_xs", "init_ab")]
+CONVERTED = [(name, None) for name in MEMBERS] + [("lora", init) for init in INITIALIZERS if init != "kaiming"]
+CONVERTED += [("dora", "pissa"), ("slora", "pissa"), ("lora_xs", "init_ab")]
 DEFAULT = [("lora", "pissa"), ("vera", None), ("edora", None)]
 
 
@@ -250,9 +248,10 @@ def test_peft_computes_what_was_converted(name, init, base, tmp_path):
     model, params, directory, load, plain = base
     chosen = dict(rank=4, target_modules=["q_proj", "down_proj"], exclude_modules=["layers.1.self_attn.q_proj"])
     spec = LoraSpec(parametrization=name, init=init, **chosen) if init else spec_of(name, **chosen)
-    adapters = moved(init_adapters(jax.random.key(0), params, spec))
-    own = adapters["model"]["layers"]["self_attn"]["q_proj"]
-    own.update({key: leaf.at[1].set(0) for key, leaf in own.items()})  # no gradient reaches what is not adapted
+    adapters = moved(jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params))
+    own = jax.device_get(adapters["model"]["layers"]["self_attn"]["q_proj"])
+    unadapted = {key: np.stack([leaf[0], 0 * leaf[1], leaf[2]]) for key, leaf in own.items()}  # gets no gradient
+    adapters["model"]["layers"]["self_attn"]["q_proj"] = jax.tree.map(jnp.asarray, unadapted)
     save_peft(tmp_path, adapters, spec, base_model=str(directory), params=params)
     theirs = peft.PeftModel.from_pretrained(load(), tmp_path).eval()
     with torch.no_grad():
