@@ -83,7 +83,7 @@ def randlora_oracle(w, a, s):
     wide, thin, lam, gamma = (a[name] for name in ("frozen_wide", "frozen_thin", "lora_lambda", "lora_gamma"))
     terms = range(lam.shape[1])
     change = sum(wide[:, i] @ np.diag(lam[:, i]) @ thin @ np.diag(gamma[i]) for i in terms)
-    return w + s * (change if w.shape[0] >= w.shape[1] else change.T)
+    return w + s * (change if w.shape[0] > w.shape[1] else change.T)
 
 
 # name: the changed kernel in float64, numbers trained at a kernel (n, m) with rank r, which init

@@ -4,9 +4,10 @@ With p the smaller and q the larger of (in, out) and n = ceil(p / r)::
 
     dW = s sum_i  Q_i diag(l_i) P diag(g_i)      Q_i (q, r), P (r, p) random and frozen; l_i (r,), g_i (p,) trained
 
-or its transpose, so that the side that is scaled is the smaller one. l starts at 0, g at 1 / max(n, p). The bases are
-uniform of unit standard deviation, drawn again from their seed, which all modules share, whenever they are needed. PEFT
-has no sqrt(n) in the scale, nor has this; its files carry their own bases. A smaller r means *more* trained numbers.
+or, where in <= out, its transpose, so that the side that is scaled is the smaller one. l starts at 0, g at 1 / max(n,
+p). The bases are uniform of unit standard deviation, drawn again from their seed, which all modules share, whenever
+they are needed. PEFT has no sqrt(n) in the scale, nor has this; its files carry their own bases. A smaller r means
+*more* trained numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def pair(adapter: Adapter, size: tuple[int, ...]) -> dict[str, jax.Array]:
         wide, thin = adapter["frozen_wide"], adapter["frozen_thin"]
     scaled = (lam.T[:, :, None] * thin[None] * gamma[:, None, :]).reshape(terms * rank, -1)  # (n r, p)
     wide = wide.reshape(-1, terms * rank)  # (q, n r)
-    if size[0] >= size[1]:
+    if size[0] > size[1]:
         return {"lora_a": wide, "lora_b": scaled}
     return {"lora_a": scaled.T, "lora_b": wide.T}
 
