@@ -11,7 +11,7 @@ import shlex
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -21,6 +21,9 @@ from stablelora_jax.cli import main as cli
 from stablelora_jax.cli.train import load_config
 from stablelora_jax.config.optimizer import OPTIMIZERS
 from stablelora_jax.config.run import RunConfig
+from stablelora_jax.lora.initializers import INITIALIZERS
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.spec import LoraSpec
 from tests.conftest import ROOT
 from tests.test_layout import IMPORTS
 
@@ -179,6 +182,18 @@ def test_the_table_of_keys_is_that_of_run_config():
 def test_every_optimizer_has_its_row():
     rows = re.findall(r"^\| `(\w+)", (ROOT / "docs" / "optimizers.md").read_text(), re.MULTILINE)
     assert set(OPTIMIZERS) - {"adamw"} <= set(rows)
+
+
+def test_every_member_of_the_axes_of_adapters_has_its_row():
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    text = page[page.index("## Parametrisation") : page.index("What is refused")]
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    scalings = get_args(get_type_hints(LoraSpec)["scaling"])
+    assert {name for cell in rows for name in re.findall(r"`(\w+)`", cell)} == {
+        *PARAMETRIZATIONS,
+        *INITIALIZERS,
+        *scalings,
+    }
 
 
 def test_the_table_of_folders_is_that_of_the_layout():

@@ -236,6 +236,21 @@ def test_to_lora_is_the_same_function(name):
     assert largest_difference(merge(params, plain_adapters, plain_spec), merge(params, adapters, spec)) < 1e-5
 
 
+def test_to_lora_cuts_to_the_best_approximation_of_a_rank():
+    _, params = tiny_decoder()
+    spec = LoraSpec(rank=4, target_modules=["q_proj"], init="pissa")
+    adapters = moved(init_adapters(jax.random.key(0), params, spec))
+    own = jax.tree.map(np.asarray, adapters["model"]["layers"]["self_attn"]["q_proj"])
+    change = own["lora_a"] @ own["lora_b"] - own["frozen_a"] @ own["frozen_b"]
+    u, s, vt = np.linalg.svd(change.astype(np.float64))
+    best = u[..., :3] * s[:, None, :3] @ vt[:, :3]
+    cut, cut_spec = to_lora(adapters, spec, rank=3, params=params)
+    kernel = lambda tree: tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    found = kernel(merge(params, cut, cut_spec)) - kernel(params)
+    np.testing.assert_allclose(found, spec.scale_of("q_proj") * best, atol=1e-5)
+    assert cut_spec.rank == 3
+
+
 def moved(adapters, seed=3):
     """The adapters after some training."""
     trained, frozen = split_frozen(adapters)
