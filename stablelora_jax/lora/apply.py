@@ -65,7 +65,8 @@ class Adapted:
         Args:
           key: a PRNG key. A pair's draw depends on it and on the name of its module alone.
           params: of Linen ``variables["params"]``, of NNX ``nnx.state(model, nnx.Param)``, of a function its first
-            argument. Only shapes are read, but DoRA and parameters trained in full start from the values.
+            argument. Only shapes are read, but some initialisations and parametrisations, and parameters trained in
+            full, start from the values.
           *args: example arguments of the model, or ``jax.ShapeDtypeStruct``s.
           dtype: of the adapters, float32 or float64.
           **kwargs: of the model. Linen's collections beside the parameters may be given as ``variables={...}``.

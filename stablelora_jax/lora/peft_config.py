@@ -36,7 +36,7 @@ JOINED = ("target_parameters",)  # with target_modules: a spec names modules and
 NEUTRAL = {
     "peft_type": "only LORA is read",
     "task_type": "PEFT trains the head of this task in full: add it to modules_to_save",
-    "init_lora_weights": "the one initialiser here is PEFT's default, true",
+    "init_lora_weights": "say it as init of the spec; a file that was trained so may be of another base",
     "fan_in_fan_out": "every kernel here is (in, out)",
     "layers_pattern": "the stack of layers is called layers here; LoraSpec's stacked names another",
     "megatron_config": "there are no Megatron layers here; a mesh shards kernels and adapters",

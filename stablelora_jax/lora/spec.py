@@ -62,7 +62,7 @@ class LoraSpec:
     )
     modules_to_save: tuple[str, ...] = _help((), "endings of modules that are trained in full beside the adapters")
     bias: Literal["none", "all", "lora_only"] = _help("none", "biases trained: none, all, those of adapted modules")
-    lora_bias: bool = _help(False, "a bias on the low-rank path, s (x A B + b), beside each pair; not with dora")
+    lora_bias: bool = _help(False, "a bias on the low-rank path, s (x A B + b), beside each pair; with lora alone")
     parametrization: Literal[tuple(PARAMETRIZATIONS)] = _help(  # type: ignore[valid-type]
         "lora", "how an adapter changes a kernel", peft="use_dora"
     )

@@ -50,7 +50,7 @@ def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLi
     Args:
       key: a PRNG key.
       params: parameters of any Linen model. Of adapted kernels only shapes are read (``jax.ShapeDtypeStruct`` will
-        do), but DoRA's magnitudes and parameters trained in full start from the values.
+        do), but some initialisations and parametrisations, and parameters trained in full, start from the values.
       spec: what to adapt.
       dtype: of the adapters, float32 or float64, whatever the dtype of the base: in bfloat16 a shrink by 5e-4 is
         less than half a unit in the last place, and Stable-LoRA would silently do nothing.

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from stablelora_jax.data import Example, make_batch
 from stablelora_jax.lora.initializers import INITIALIZERS
 from stablelora_jax.lora.leaves import is_frozen, split_frozen, trains_pairs, with_frozen
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.training import checkpoint
 from stablelora_jax.training.loss import summed_loss
 from stablelora_jax.training.step import init_state, updated
 from stablelora_jax.utils import tree
@@ -79,7 +81,8 @@ def test_the_short_rows_cover_every_member():
 
 
 @pytest.mark.parametrize("parametrization,init,optimizer", rows())
-def test_training_lowers_the_loss(parametrization, init, optimizer):
+def test_training_lowers_the_loss(parametrization, init, optimizer, tmp_path):
+    """And goes on from a checkpoint with the bits that were saved."""
     model, params, batch = base()
     spec, tx = spec_of(parametrization, init), OPTIMIZERS[optimizer]()
     lora = adapted(model, spec)
@@ -95,7 +98,8 @@ def test_training_lowers_the_loss(parametrization, init, optimizer):
         return updated(state, tx, loss, grads)
 
     state, losses = init_state(adapters, tx, jax.random.key(1)), []
-    for _ in range(STEPS):
+    for number in range(STEPS):
+        state = restored(state, tmp_path) if number == STEPS // 2 else state
         state, metrics = step(state, params)
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and losses[-1] < losses[0] - 1e-4
@@ -103,6 +107,19 @@ def test_training_lowers_the_loss(parametrization, init, optimizer):
     after = tree.leaves_by_path(state.adapters)
     for path, leaf in tree.leaves_by_path(adapters).items():
         assert np.array_equal(leaf, after[path]) == is_frozen(path[-1]), path
+
+
+def restored(state, directory):
+    """``state`` written by one manager and read by another, compared."""
+    host = jax.tree.map(np.asarray, state)
+    manager = checkpoint.open_manager(directory)
+    checkpoint.save(manager, 1, host)
+    manager.wait_until_finished()
+    manager.close()
+    again = checkpoint.restore(checkpoint.open_manager(directory), jax.tree.map(np.zeros_like, host))
+    chex.assert_trees_all_equal(again, host)
+    chex.assert_trees_all_equal_dtypes(again, host)
+    return again
 
 
 def test_weight_decay_reaches_nothing_that_is_frozen():
