@@ -325,6 +325,14 @@ def test_randlora_has_full_rank(x64):
     assert np.linalg.matrix_rank(merged("randlora", w, adapter, scale) - w) == min(w.shape)
 
 
+def test_randlora_scales_the_smaller_side_and_of_a_square_kernel_the_inputs():
+    """As PEFT does, whose adapters of square kernels would otherwise mean the transpose."""
+    for size, scaled in (((IN, OUT), "lora_b"), ((OUT, IN), "lora_a"), ((IN, IN), "lora_a")):
+        w, adapter, _ = one("randlora", size)
+        first, second = (plain("randlora", w, {**adapter, "lora_gamma": c * adapter["lora_gamma"]}) for c in (1, 2))
+        assert [key for key in first if largest_difference(first[key], second[key]) > 0] == [scaled]
+
+
 def test_doras_magnitude_is_the_norm_of_each_output():
     w, adapter, scale = one("dora")
     found = merged("dora", w, adapter, scale)
