@@ -22,8 +22,11 @@ import numpy as np
 from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.to_lora import to_lora
 from stablelora_jax.models.architecture import DecoderConfig
+from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.gguf import gguf_name, permute
+from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -41,7 +44,8 @@ def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraS
 
     Args:
       path: of the file; a file that this function has written is replaced atomically.
-      adapters: as made by ``init_adapters`` for ``spec``; the file has their bits where all modules have one alpha.
+      adapters: as made by ``init_adapters`` for ``spec``; the file has their bits where all modules have one alpha, and
+        of other parametrisations the LoRA that :func:`.to_lora` gives.
       spec: the spec of the adapters.
       config: of the base, ``model.config``.
 
@@ -52,6 +56,7 @@ def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraS
     arch = ARCHITECTURES.get(config.model_type)
     if arch is None:
         raise InputError(f"llama.cpp's name for model_type {config.model_type!r} is not known here; {MERGED}")
+    adapters, spec = to_lora(adapters, spec, params=abstract_params(Decoder(config)))
     for keys, _ in jax.tree_util.tree_leaves_with_path(adapters):
         path_in_tree = tree.keys_of(keys)
         if path_in_tree[-1] not in ("lora_a", "lora_b"):

@@ -24,6 +24,7 @@ from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict
+from stablelora_jax.lora.to_lora import to_lora
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import read_json_object
@@ -48,7 +49,8 @@ def save_vllm(
 
     Args:
       directory: as in :func:`stablelora_jax.save_peft`.
-      adapters: as made by ``init_adapters`` for ``spec``.
+      adapters: as made by ``init_adapters`` for ``spec``; other parametrisations are written as the LoRA that
+        :func:`.to_lora` gives.
       spec: the spec of the adapters.
       base_model: path or hub id of the base.
       params: of the base.
@@ -60,6 +62,7 @@ def save_vllm(
       InputError: DoRA, ``lora_bias``, parameters trained in full, an adapted tied embedding, or a rank above 512.
     """
     params = as_dict(params)
+    adapters, spec = to_lora(adapters, spec, params=params)
     full = bool(spec.modules_to_save) or spec.bias != "none"
     if spec.parametrization != "lora" or spec.lora_bias or full:
         what = "parameters trained in full" if full else "lora_bias" if spec.lora_bias else spec.parametrization

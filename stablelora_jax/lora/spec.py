@@ -135,10 +135,10 @@ class LoraSpec:
         what, pair = f"parametrization {self.parametrization!r}", PARAMETRIZATIONS[self.parametrization].PAIR
         if pair == "none" and self.init != "kaiming":
             raise InputError(f"{what} makes its own factors: init={self.init!r} has no meaning for it, leave init out")
-        if pair == "frozen" and self.init in ONE_IS_ZERO:
+        if (pair == "frozen" or self.parametrization == "adalora") and self.init in ONE_IS_ZERO:
             raise InputError(
-                f"{what} freezes the pair, of which init={self.init!r} leaves one factor at zero, so that nothing "
-                "would ever learn: say init: svd, which is LoRA-XS's, or pissa, milora, olora, orthogonal, init_ab"
+                f"{what} needs both factors, of which init={self.init!r} leaves one at zero, so that nothing would "
+                "ever learn: say init: svd, which is LoRA-XS's, init_ab, orthogonal, pissa, milora or olora"
             )
         if (self.parametrization, self.init) == ("slora", "orthogonal"):
             raise InputError(f"{what} puts a matrix between A and B: init='orthogonal', with A B = 0, is not the base")

@@ -25,6 +25,7 @@ SPECS = {
     "rslora_ranks": LoraSpec(rank=3, alpha=7, target_modules=ALL, scaling="rslora", rank_pattern={"k_proj": 2}),
     "alphas": LoraSpec(rank=3, alpha=7, target_modules=ALL, alpha_pattern={"k_proj": 2, "layers.0.mlp.up_proj": 0.5}),
     "layers": LoraSpec(rank=2, alpha=7, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
+    "pissa": LoraSpec(rank=2, init="pissa", target_modules=ALL),
     "ends": LoraSpec(
         rank=2, alpha=7, target_modules=["q_proj", "embed_tokens", "lm_head"], alpha_pattern={"lm_head": 3}
     ),

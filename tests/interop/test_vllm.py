@@ -22,6 +22,7 @@ SPECS = {
         rank_pattern={"layers.1.self_attn.q_proj": 2, "k_proj": 6},
         alpha_pattern={"down_proj": 3},
     ),
+    "pissa": LoraSpec(rank=4, init="pissa"),
     "some_layers": LoraSpec(rank=3, target_modules=r".*\.[02]\..*v_proj"),
     "head_and_embedding": LoraSpec(rank=2, target_modules=["lm_head", "embed_tokens", "q_proj"]),
 }

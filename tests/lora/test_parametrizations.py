@@ -35,6 +35,10 @@ def dora_oracle(w, a, s):
     return rescaled(lora_oracle(w, a, s), a["lora_magnitude_vector"])
 
 
+def adalora_oracle(w, a, s):
+    return w + s * a["lora_a"] @ np.diag(a["lora_e"]) @ a["lora_b"]
+
+
 def xs_oracle(w, a, s):
     return w + s * a["frozen_a"] @ a["lora_r"] @ a["frozen_b"]
 
@@ -90,6 +94,7 @@ def randlora_oracle(w, a, s):
 MEMBERS = {
     "lora": (lora_oracle, lambda n, m, r: r * (n + m), "kaiming"),
     "dora": (dora_oracle, lambda n, m, r: r * (n + m) + m, "kaiming"),
+    "adalora": (adalora_oracle, lambda n, m, r: r * (n + m + 1), "init_ab"),
     "edora": (edora_oracle, lambda n, m, r: r * r + m, "svd"),
     "loldu": (loldu_oracle, lambda n, m, r: r, "kaiming"),
     "lora_xs": (xs_oracle, lambda n, m, r: r * r, "svd"),
@@ -212,6 +217,7 @@ def test_gradients_reach_what_is_trained_alone_and_are_finite_differences(name, 
         ("lora", 32, 9_175_040),
         ("dora", 32, 9_289_728),
         ("miss", 64, 7_340_032),
+        ("adalora", 64, 18_353_664),
         ("randlora", 32, 9_289_728),
         ("vera", 256, 129_024),
         ("sbora_fa", 32, 3_670_016),  # that of LoRA-FA

@@ -53,6 +53,7 @@ SHORT = [
     ("dora", "gaussian", "adamw"),
     ("dora", "olora", "stable_lora"),
     ("dora", "milora", "lora_rite"),
+    ("adalora", "orthogonal", "stable_lora"),
     ("slora", "init_b", "adamw"),
     ("slora", "pissa_niter_4", "stable_lora"),
     ("slora", "svd", "lora_rite"),

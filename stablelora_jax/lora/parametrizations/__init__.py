@@ -22,6 +22,7 @@ Of plain pairs, over the last two axes (leading axes are stacks), a table of tes
 """
 
 from stablelora_jax.lora.parametrizations import (
+    adalora,
     dora,
     edora,
     loldu,
@@ -39,6 +40,7 @@ from stablelora_jax.lora.parametrizations import (
 PARAMETRIZATIONS = {
     "lora": lora,
     "dora": dora,
+    "adalora": adalora,
     "edora": edora,
     "loldu": loldu,
     "lora_xs": lora_xs,
