@@ -13,8 +13,9 @@ from stablelora_jax.lora.leaves import leaf_shapes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.parametrizations.lora import Keys
+from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
-from tests.helpers import largest_difference, tiny_decoder
+from tests.helpers import jit, largest_difference, tiny_decoder
 
 IN, OUT, R, STACK = 7, 5, 3, 4
 
@@ -160,17 +161,36 @@ def test_path_equals_merging_equals_the_transcription(name, size, x64):
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_the_start_is_the_base_and_the_count_is_the_formula(name):
-    """Of the kernels (3, in, out) of q_proj one is not adapted."""
-    _, params = tiny_decoder()
-    spec = spec_of(name, rank=R, target_modules=["q_proj", "down_proj"], exclude_modules=["layers.2.self_attn.q_proj"])
-    adapters = init_adapters(jax.random.key(0), params, spec)
-    assert largest_difference(merge(params, adapters, spec), params) < NOISE.get(name, 1e-6)
-    sizes = {"q_proj": (16, 16), "down_proj": (24, 16)}
-    count = 2 * MEMBERS[name][1](*sizes["q_proj"], R) + 3 * MEMBERS[name][1](*sizes["down_proj"], R)
-    assert f"trainable params: {count:,} ||" in describe(params, adapters, spec)
-    own = adapters["model"]["layers"]["self_attn"]["q_proj"]
-    assert all(not np.any(leaf[2]) for leaf in own.values())
+def test_in_a_decoder(name):
+    """The start is the base, the count is the formula, the model computes what merging means, and to_lora is the same.
+
+    Of the kernels (3, in, out) of q_proj one is not adapted.
+    """
+    model, params = tiny_decoder()
+    chosen = ["q_proj", "down_proj", "embed_tokens"]
+    spec = spec_of(name, rank=4, target_modules=chosen, exclude_modules=["layers.2.self_attn.q_proj"], scaling="rslora")
+    start = jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params)
+    q_proj = ("model", "layers", "self_attn", "q_proj")
+    assert all(not np.any(leaf[2]) for leaf in tree.get_in(start, q_proj).values())
+    layers = [(16, 16)] * 2 + [(24, 16)] * 3 + [(31, 16)]
+    assert f"trainable params: {sum(MEMBERS[name][1](*size, 4) for size in layers):,} ||" in describe(
+        params, start, spec
+    )
+
+    merged = jit(lambda adapters: merge(params, adapters, spec))
+    assert largest_difference(merged(start), params) < NOISE.get(name, 1e-6)
+    adapters = moved(start)
+    kept = {key: leaf.at[2].set(0) for key, leaf in tree.get_in(adapters, q_proj).items()}  # gets no gradient
+    adapters = tree.set_in(adapters, q_proj, kept)
+    whole, tokens = merged(adapters), jnp.arange(10).reshape(2, 5)
+    assert largest_difference(whole, params) > 1e-3
+    lora = adapted(model, spec)
+    found = jit(lambda adapters: lora.apply({"params": params, "lora": adapters}, tokens))(adapters)
+    np.testing.assert_allclose(found, jit(model.apply)({"params": whole}, tokens), atol=1e-4)
+
+    plain_adapters, plain_spec = to_lora(adapters, spec, params=params)
+    assert plain_spec.parametrization == ("dora" if name in ("dora", "edora") else "lora")
+    assert largest_difference(jit(lambda a: merge(params, a, plain_spec))(plain_adapters), whole) < 1e-5
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -232,16 +252,6 @@ def test_counts_are_those_of_pefts_benchmark(name, rank, count):
     assert 28 * found == count
 
 
-@pytest.mark.parametrize("name", MEMBERS)
-def test_to_lora_is_the_same_function(name):
-    module, params = tiny_decoder()
-    spec = spec_of(name, rank=4, target_modules=["q_proj", "down_proj"], scaling="rslora")
-    adapters = moved(init_adapters(jax.random.key(0), params, spec))
-    plain_adapters, plain_spec = to_lora(adapters, spec, params=params)
-    assert plain_spec.parametrization == ("dora" if name in ("dora", "edora") else "lora")
-    assert largest_difference(merge(params, plain_adapters, plain_spec), merge(params, adapters, spec)) < 1e-5
-
-
 def test_to_lora_cuts_to_the_best_approximation_of_a_rank():
     _, params = tiny_decoder()
     spec = LoraSpec(rank=4, target_modules=["q_proj"], init="pissa")
@@ -251,7 +261,7 @@ def test_to_lora_cuts_to_the_best_approximation_of_a_rank():
     u, s, vt = np.linalg.svd(change.astype(np.float64))
     best = u[..., :3] * s[:, None, :3] @ vt[:, :3]
     cut, cut_spec = to_lora(adapters, spec, rank=3, params=params)
-    kernel = lambda tree: tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    kernel = lambda params: params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     found = kernel(merge(params, cut, cut_spec)) - kernel(params)
     np.testing.assert_allclose(found, spec.scale_of("q_proj") * best, atol=1e-5)
     assert cut_spec.rank == 3
@@ -264,17 +274,6 @@ def moved(adapters, seed=3):
     rng = np.random.default_rng(seed)
     leaves = [x + jnp.asarray(rng.normal(size=x.shape) / 10, x.dtype) for x in leaves]
     return with_frozen(jax.tree.unflatten(structure, leaves), frozen)
-
-
-@pytest.mark.parametrize("name", MEMBERS)
-def test_the_model_computes_what_merging_means(name):
-    model, params = tiny_decoder()
-    spec = spec_of(name, rank=4, target_modules=["q_proj", "down_proj", "embed_tokens"])
-    adapters = moved(init_adapters(jax.random.key(0), params, spec))
-    tokens = jnp.arange(10).reshape(2, 5)
-    found = adapted(model, spec).apply({"params": params, "lora": adapters}, tokens)
-    expected = model.apply({"params": merge(params, adapters, spec)}, tokens)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_layers_of_a_stack_have_one_rank_where_nothing_can_be_padded():
