@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules, trains_pairs
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.to_lora import to_lora
@@ -56,7 +56,8 @@ def save_gguf_adapter(path: str | Path, adapters: Mapping[str, Any], spec: LoraS
     arch = ARCHITECTURES.get(config.model_type)
     if arch is None:
         raise InputError(f"llama.cpp's name for model_type {config.model_type!r} is not known here; {MERGED}")
-    adapters, spec = to_lora(adapters, spec, params=abstract_params(Decoder(config)))
+    sizes = None if trains_pairs(spec) else abstract_params(Decoder(config))  # pairs tell them themselves
+    adapters, spec = to_lora(adapters, spec, params=sizes)
     for keys, _ in jax.tree_util.tree_leaves_with_path(adapters):
         path_in_tree = tree.keys_of(keys)
         if path_in_tree[-1] not in ("lora_a", "lora_b"):

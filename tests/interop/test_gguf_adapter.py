@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from stablelora_jax import LoraSpec, init_adapters, load_pretrained, merge
 from stablelora_jax.interop.gguf_adapter import save_gguf_adapter
+from stablelora_jax.lora.leaves import trains_pairs
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from tests.helpers import FOREIGN, random_params, trained
@@ -25,6 +26,7 @@ SPECS = {
     "rslora_ranks": LoraSpec(rank=3, alpha=7, target_modules=ALL, scaling="rslora", rank_pattern={"k_proj": 2}),
     "alphas": LoraSpec(rank=3, alpha=7, target_modules=ALL, alpha_pattern={"k_proj": 2, "layers.0.mlp.up_proj": 0.5}),
     "layers": LoraSpec(rank=2, alpha=7, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
+    "miss": LoraSpec(rank=2, parametrization="miss", target_modules=ALL),
     "pissa": LoraSpec(rank=2, init="pissa", target_modules=ALL),
     "ends": LoraSpec(
         rank=2, alpha=7, target_modules=["q_proj", "embed_tokens", "lm_head"], alpha_pattern={"lm_head": 3}
@@ -39,6 +41,8 @@ def base(directory, arch="llama", tied=False):
 
 
 def adapters_of(params, spec):
+    if not trains_pairs(spec):
+        return jax.tree.map(lambda x: x + 0.3, init_adapters(jax.random.key(0), params, spec))
     return trained(init_adapters(jax.random.key(0), params, spec), spec)
 
 
