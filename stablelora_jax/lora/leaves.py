@@ -70,7 +70,10 @@ def leaf_shapes(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ..
     """
     if spec.lora_bias and target.looked_up:
         raise InputError(f"{'.'.join(target.path)} is an embedding, which takes no lora_bias: leave one of them out")
-    shapes = _shapes(target.size, target.rank, target.looked_up, spec.parametrization, spec.init)
+    try:
+        shapes = _shapes(target.size, target.rank, target.looked_up, spec.parametrization, spec.init)
+    except InputError as error:
+        raise InputError(f"{'.'.join(target.path)}: {error}") from None
     bias = {"lora_bias": (target.size[1],)} if spec.lora_bias else {}
     return {name: (*target.stack, *shape) for name, shape in (shapes | bias).items()}
 

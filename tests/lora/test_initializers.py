@@ -150,6 +150,9 @@ def test_svd_has_its_singular_values_in_a(x64):
 def test_more_rank_than_there_is_is_refused(name):
     with pytest.raises(InputError, match="lower the rank"):
         start(name, kernel(3, 5))
+    params = {"q_proj": {"kernel": kernel(3, 5)}}
+    with pytest.raises(InputError, match=f"q_proj: init='{name}' takes 4 directions of a kernel .3, 5.: lower"):
+        init_adapters(jax.random.key(0), params, LoraSpec(rank=R, init=name, target_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize("name", READ_KERNEL)

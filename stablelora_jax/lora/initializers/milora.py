@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers.start import decomposed, subtracted
-from stablelora_jax.utils.errors import InputError
+from stablelora_jax.lora.initializers.start import decomposed, require_rank, subtracted
 
 
 def milora(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeLike) -> dict[str, jax.Array]:
@@ -21,8 +20,7 @@ def milora(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTy
     Raises:
       InputError: the kernel has fewer singular values than the rank.
     """
-    if rank > min(w.shape):
-        raise InputError(f"init='milora' takes {rank} singular triplets of a kernel {w.shape}: lower the rank")
+    require_rank("milora", w, rank)
     u, s, vt = decomposed(w)
     u, s, vt = u[:, ::-1][:, :rank], s[::-1][:rank], vt[::-1][:rank]  # the smallest first
     root = jnp.sqrt(s / scale)

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers.start import subtracted
-from stablelora_jax.utils.errors import InputError
+from stablelora_jax.lora.initializers.start import require_rank, subtracted
 
 
 def olora(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeLike) -> dict[str, jax.Array]:
@@ -21,8 +20,7 @@ def olora(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTyp
     Raises:
       InputError: the kernel has fewer rows or columns than the rank.
     """
-    if rank > min(w.shape):
-        raise InputError(f"init='olora' takes {rank} columns of Q of a kernel {w.shape}: lower the rank")
+    require_rank("olora", w, rank)
     q, r = jnp.linalg.qr(w.astype(jnp.promote_types(w.dtype, jnp.float32)).T)
     sign = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)  # no decomposition fixes it
     return subtracted((sign[:, None] * r)[:rank].T.astype(dtype), (q * sign[None])[:, :rank].T.astype(dtype))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import jax
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers.start import decomposed, subtracted
-from stablelora_jax.utils.errors import InputError
+from stablelora_jax.lora.initializers.start import decomposed, require_rank, subtracted
 
 
 def svd(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeLike) -> dict[str, jax.Array]:
@@ -19,7 +18,6 @@ def svd(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeL
     Raises:
       InputError: the kernel has fewer singular values than the rank.
     """
-    if rank > min(w.shape):
-        raise InputError(f"init='svd' takes {rank} singular triplets of a kernel {w.shape}: lower the rank")
+    require_rank("svd", w, rank)
     u, s, vt = decomposed(w)
     return subtracted((u[:, :rank] * s[None, :rank]).astype(dtype), vt[:rank].astype(dtype))
