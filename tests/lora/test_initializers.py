@@ -83,6 +83,7 @@ def test_uniform_and_normal_starts_have_their_spread():
     bound = 400**-0.5
     assert 0.98 * bound < np.abs(draw("kaiming")["lora_a"]).max() <= bound
     assert 0.98 * bound < np.abs(draw("init_ab")["lora_b"]).max() <= bound
+    assert all(np.array_equal(leaf, draw("init_ab")[key]) for key, leaf in draw("init_ab_off").items())
     assert np.std(draw("gaussian")["lora_a"]) == pytest.approx(1 / 8, rel=0.05)
     assert np.std(draw("init_b")["lora_b"]) == pytest.approx(8**-0.5, rel=0.05)
 
