@@ -26,12 +26,13 @@ from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, is_tied, layout
 from stablelora_jax.interop.peft_weights import PREFIX, WEIGHTS, assemble, check_tensors, read_weights
 from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.full_parameters import unknown_full_parameters
-from stablelora_jax.lora.leaves import adapter_target_modules, require_leaves
+from stablelora_jax.lora.leaf_checks import require_leaves
+from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.peft_config import CONFIG, from_peft, read_config
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, find_target_modules
-from stablelora_jax.lora.to_lora import to_lora
+from stablelora_jax.lora.to_lora import lora_shapes, to_lora
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -202,7 +203,7 @@ def require_peft_form(
     Raises:
       InputError: as :func:`save_peft`.
     """
-    adapters, spec = to_lora(adapters, spec, params=params)
+    adapters, spec = lora_shapes(adapters, spec, params)
     if params is not None:
         targets = fitting_targets(adapters, spec, params)
     else:

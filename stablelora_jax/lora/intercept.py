@@ -23,16 +23,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from stablelora_jax.lora.callables import OWN
 from stablelora_jax.lora.contraction import contract
+from stablelora_jax.lora.dense import changed_kernel, is_dense
 from stablelora_jax.lora.dropout import drop, target_keys
 from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
-from stablelora_jax.lora.leaves import require_leaves
+from stablelora_jax.lora.leaf_checks import require_leaves
+from stablelora_jax.lora.leaves import FROZEN
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.rows import by_number, each_row, numbered, one_of
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.stacks import require_stacks
-from stablelora_jax.lora.target_modules import as_dict, match_target_modules, to_matrix
+from stablelora_jax.lora.target_modules import as_dict, from_matrix, match_target_modules, to_matrix
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
@@ -74,6 +76,8 @@ def apply_intercepted(
     """
     spec, own = how.spec, {name: value for name, value in variables.items() if name not in OWN}
     params, rows = as_dict(own["params"]), variables.get("lora_rows")
+    if rows is not None and is_dense(spec):
+        raise InputError(f"lora_rows take adapters of pairs, not {spec.parametrization}: convert them by to_lora")
     one = variables["lora"] if rows is None else one_of(variables["lora"])
     targets = match_target_modules(params, one, spec)
     params = _checked_full(how, params, one, targets)
@@ -155,6 +159,9 @@ def _interceptor(how: Intercepted, targets: Mapping[Path, TargetModule], reads: 
             return next_fun(*args, **kwargs)
         before = reads[path]
         own = module.variables["params"]
+        if is_dense(how.spec):
+            reads[path] += 1
+            return _with_changed_kernel(how.spec, module, own, targets[path].in_axes, method, args, kwargs)
         if method == "attend":
             reads[path] += 1
             return _attended(member, next_fun, args[0] if args else kwargs["query"], own)
@@ -179,6 +186,19 @@ def _interceptor(how: Intercepted, targets: Mapping[Path, TargetModule], reads: 
         return y if how.observe is None else how.observe(y, own, lambda a: down(x, a)[0])
 
     return intercept
+
+
+def _with_changed_kernel(
+    spec: LoraSpec, module: Any, own: Any, in_axes: tuple[int, ...], method: str, args: Any, kwargs: Any
+) -> jax.Array:
+    """The output of ``module`` with the kernel of a dense parametrisation, formed here: of one layer at a time."""
+    kernel = _kernel(own)
+    changed = changed_kernel(to_matrix(kernel, 0, in_axes), own, own["lora_scale"], spec)
+    bare = {name: leaf for name, leaf in own.items() if not name.startswith(("lora_", FROZEN))}
+    bare["kernel" if "kernel" in own else "embedding"] = from_matrix(changed, kernel.shape, 0, in_axes)
+    with jax.named_scope(SCOPE):
+        y: jax.Array = module.clone(parent=None, name=None).apply({"params": bare}, *args, method=method, **kwargs)
+    return y
 
 
 def _gain(member: Any, own: Any, in_axes: tuple[int, ...]) -> Any:

@@ -6,6 +6,7 @@ and are not. :func:`split_frozen` takes them apart for a gradient or an optimize
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -19,7 +20,7 @@ from jax.typing import DTypeLike
 from stablelora_jax.lora.initializers import INITIALIZERS, READ_KERNEL, embedding
 from stablelora_jax.lora.pairs import FULL, TargetModule, make_target_module, pair_shapes, require_rank
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
-from stablelora_jax.lora.parametrizations.lora import Keys
+from stablelora_jax.lora.parametrizations.lora import SHARED, Keys
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
@@ -71,7 +72,7 @@ def leaf_shapes(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ..
     if spec.lora_bias and target.looked_up:
         raise InputError(f"{'.'.join(target.path)} is an embedding, which takes no lora_bias: leave one of them out")
     try:
-        shapes = _shapes(target.size, target.rank, target.looked_up, spec.parametrization, spec.init)
+        shapes = _shapes(target.size, target.rank, target.looked_up, spec.parametrization, spec.init, spec.options)
     except InputError as error:
         raise InputError(f"{'.'.join(target.path)}: {error}") from None
     bias = {"lora_bias": (target.size[1],)} if spec.lora_bias else {}
@@ -127,29 +128,10 @@ def adapter_nodes(adapters: Any) -> dict[Path, Mapping[str, Any]]:
     Raises:
       InputError: there are none.
     """
-    found = tree.find_dicts(adapters, _is_adapter)
+    found = tree.find_dicts({name: node for name, node in adapters.items() if name != SHARED}, _is_adapter)
     if not found:
         raise InputError("the tree holds no adapter (no dict with leaves lora_...): make them with init_adapters")
     return found
-
-
-def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: LoraSpec) -> None:
-    """Check that each adapter holds what the axes of ``spec`` give it, and nothing else.
-
-    Raises:
-      InputError: naming a leaf that is missing, unknown or of another shape.
-    """
-    for path, target in targets.items():
-        node, wanted, name = tree.get_in(adapters, path), leaf_shapes(target, spec), ".".join(path)
-        carried = {leaf for leaf in node if is_frozen(leaf) and "frozen_seed" in wanted}  # by an adapter of PEFT's
-        if unknown := sorted(set(node) - {*FACTORS, FULL, *wanted, *carried}):
-            raise InputError(f"{name}: {unknown[0]} has no meaning for {_axes(spec)}")
-        for leaf, shape in wanted.items():
-            if leaf in FACTORS or (leaf == "frozen_seed" and carried - {"frozen_seed"}):  # checked, or not needed
-                continue
-            if leaf not in node or jnp.shape(node[leaf]) != shape:
-                found = jnp.shape(node[leaf]) if leaf in node else "missing"
-                raise InputError(f"{name}: {_axes(spec)} needs {leaf} of shape {shape}; it is {found}")
 
 
 def split_frozen(adapters: Any) -> tuple[Any, Any]:
@@ -181,7 +163,7 @@ def _begin(keys: Keys, w: Any, rank: int, scale: Any, *, looked_up: bool, spec: 
     """The leaves for one kernel (in, out)."""
     member: Any = PARAMETRIZATIONS[spec.parametrization]
     begin: Any = embedding if looked_up and member.PAIR == "trained" else INITIALIZERS[spec.init]
-    found: Leaves = member.start(keys, w, begin(keys.own, w, rank, scale, dtype), scale)
+    found: Leaves = member.start(keys, w, begin(keys.own, w, rank, scale, dtype), scale, **spec.arguments)
     return found
 
 
@@ -216,12 +198,12 @@ def _masked(name: str, leaf: jax.Array, used: np.ndarray) -> jax.Array:
 
 @lru_cache(maxsize=4096)
 def _shapes(
-    size: tuple[int, int], rank: int, looked_up: bool, parametrization: str, init: str
+    size: tuple[int, int], rank: int, looked_up: bool, parametrization: str, init: str, options: Any
 ) -> dict[str, tuple[int, ...]]:
     """Of the leaves for one kernel."""
     if parametrization == "lora" and (looked_up or init in ("kaiming", "gaussian", "init_b", "orthogonal")):
         return {"lora_a": (size[0], rank), "lora_b": (rank, size[1])}
-    spec = LoraSpec(parametrization=parametrization, init=init)
+    spec = LoraSpec(parametrization=parametrization, init=init, options=options)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     begin = partial(_begin, rank=rank, scale=jnp.ones(()), looked_up=looked_up, spec=spec, dtype=jnp.float32)
     made = jax.eval_shape(lambda key, w: begin(Keys(key, key), w), key, jax.ShapeDtypeStruct(size, np.float32))
@@ -234,12 +216,8 @@ def _is_adapter(node: Mapping[str, Any]) -> bool:
 
 def _stack(leaves: Mapping[str, Any], spec: LoraSpec) -> tuple[int, ...]:
     """The stack axes of the leaves of an adapter: those beyond the axes that the leaf has at one kernel."""
-    own = _shapes((64, 64), 2, False, spec.parametrization, spec.init)
+    width = math.lcm(64, *(value for value in spec.arguments.values() if isinstance(value, int)))
+    own = _shapes((width, width), 2, False, spec.parametrization, spec.init, spec.options)
     name = next((name for name in sorted(own) if name in leaves), None)
     shape = jnp.shape(leaves[name]) if name else ()
     return tuple(shape[: len(shape) - len(own[name])]) if name else ()
-
-
-def _axes(spec: LoraSpec) -> str:
-    start = f" with init {spec.init!r}" if spec.init != "kaiming" else ""
-    return f"parametrization {spec.parametrization!r}{start}"

@@ -1,4 +1,7 @@
-"""Adapters of any parametrisation as plain pairs, which is how they are applied, merged and exported."""
+"""Adapters of any parametrisation as plain pairs, which is how they are applied, merged and exported.
+
+Where a parametrisation has none, the leaves stay as they are: see :mod:`.dense`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import jax
 from stablelora_jax.lora.leaves import is_frozen
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS, lora
+from stablelora_jax.lora.parametrizations.lora import SHARED
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.tree import Path
@@ -24,15 +28,30 @@ def plain_adapters(adapters: Any, targets: Mapping[Path, TargetModule], spec: Lo
     Differentiable in what is trained; no gradient reaches a frozen leaf. Plain LoRA and DoRA are returned as they are.
     """
     member = PARAMETRIZATIONS[spec.parametrization]
+    shared = _held(adapters.get(SHARED, {}))
+    adapters = {name: node for name, node in adapters.items() if name != SHARED} if shared else adapters
     for path, target in targets.items():
         given = tree.get_in(adapters, path)
         own = {name: leaf for name, leaf in given.items() if name not in KEPT}
         if member.pair is lora.pair and not any(map(is_frozen, own)):
             continue
-        own = {name: jax.lax.stop_gradient(leaf) if is_frozen(name) else leaf for name, leaf in own.items()}
-        pair: Any = partial(member.pair, size=target.size)
-        for _ in target.stack:
-            pair = jax.vmap(pair)
+        own = _held(own)
+        if member.pair is not None:
+            own = _pair(member, own, shared, target, spec)
         kept = {name: given[name] for name in KEPT if name in given}
-        adapters = tree.set_in(adapters, path, {**pair(own), **kept})
+        adapters = tree.set_in(adapters, path, {**own, **kept})
     return adapters
+
+
+def _held(leaves: Any) -> Any:
+    """``leaves``, of which the frozen ones pass no gradient."""
+    return {name: jax.lax.stop_gradient(leaf) if is_frozen(name) else leaf for name, leaf in leaves.items()}
+
+
+def _pair(member: Any, own: Any, shared: Any, target: TargetModule, spec: LoraSpec) -> Any:
+    """The plain pair of each element of the stack."""
+    pair: Any = partial(member.pair, size=target.size, **spec.arguments)
+    axes = {**dict.fromkeys(shared), **dict.fromkeys(own, 0)}
+    for _ in target.stack:
+        pair = jax.vmap(pair, (axes,))
+    return pair({**shared, **own})

@@ -66,6 +66,7 @@ class LoraSpec:
     parametrization: Literal[tuple(PARAMETRIZATIONS)] = _help(  # type: ignore[valid-type]
         "lora", "how an adapter changes a kernel", peft="use_dora"
     )
+    options: Mapping[str, int | float] = _help((), "arguments of the parametrization by name, where it takes any: {topk: 4}")
     init: Literal[tuple(INITIALIZERS)] = _help(  # type: ignore[valid-type]
         "kaiming", "how a pair starts; kaiming is PEFT's default", peft="init_lora_weights"
     )
@@ -81,8 +82,9 @@ class LoraSpec:
         """Check every field and bring lists and maps into their canonical, hashable form."""
         for name in ("target_modules", "exclude_modules", "stacked", "modules_to_save"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern", "in_axes"):
+        for name in ("rank_pattern", "alpha_pattern", "in_axes", "options"):
             object.__setattr__(self, name, _canonical(name, getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern", "in_axes"):
             patterns.table(tuple(key for key, _ in getattr(self, name)))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
@@ -131,7 +133,20 @@ class LoraSpec:
         self._check_axes()
 
     def _check_axes(self) -> None:
-        """Refuse an initialisation that has no meaning for the parametrisation."""
+        """Refuse what has no meaning for the parametrisation."""
+        member = PARAMETRIZATIONS[self.parametrization]
+        defaults = getattr(member, "OPTIONS", {})
+        for name, value in items(self.options):
+            if name not in defaults:
+                known = f"it takes {', '.join(defaults)}" if defaults else "it takes none"
+                raise InputError(f"parametrization {self.parametrization!r} has no option {name!r:.80}: {known}")
+            if isinstance(value, bool) or not isinstance(value, type(defaults[name])) or not value > 0:
+                raise InputError(f"options: {name} must be a positive {_kind(defaults[name])}, not {shown(value)}")
+        if member.pair is None and self.dropout:
+            raise InputError(
+                f"parametrization {self.parametrization!r} changes the kernel itself: dropout, on the input of a "
+                "low-rank path, has no meaning for it: leave it out"
+            )
         what, pair = f"parametrization {self.parametrization!r}", PARAMETRIZATIONS[self.parametrization].PAIR
         if pair == "none" and self.init != "kaiming":
             raise InputError(f"{what} makes its own factors: init={self.init!r} has no meaning for it, leave init out")
@@ -155,7 +170,7 @@ class LoraSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, maps and numbers; ``LoraSpec(**spec.to_dict()) == spec``."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("rank_pattern", "alpha_pattern", "in_axes"):
+        for name in ("rank_pattern", "alpha_pattern", "in_axes", "options"):
             plain[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in plain[name]}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
@@ -182,6 +197,11 @@ class LoraSpec:
         from stablelora_jax.lora.peft_config import from_peft  # which imports this module
 
         return from_peft(config)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument of the parametrization, by name: those of ``options``, else its defaults."""
+        return {**getattr(PARAMETRIZATIONS[self.parametrization], "OPTIONS", {}), **dict(items(self.options))}
 
     def selects(self, name: str) -> bool:
         """Whether the module called ``name`` is adapted; what is trained in full is not."""
@@ -224,6 +244,10 @@ class LoraSpec:
         if self.scaling == "none":
             return 1.0
         return alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
+
+
+def _kind(default: Any) -> str:
+    return "whole number" if isinstance(default, int) else "number"
 
 
 def items(table: Any) -> tuple[tuple[str, Any], ...]:

@@ -13,6 +13,8 @@ from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
 from stablelora_jax.lora.leaves import FACTORS, is_frozen, leaf_shapes
 from stablelora_jax.lora.pairs import TargetModule
+from stablelora_jax.lora.parametrizations.lora import SHARED
+from stablelora_jax.lora.shared import shared_shapes
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict
 from stablelora_jax.quantization import is_quantized
@@ -27,13 +29,15 @@ def describe(params: Any, adapters: Mapping[str, Any], spec: LoraSpec) -> str:
     not counted. ``all params`` includes the adapters, as in PEFT. Of a quantised base a further line gives the size.
     """
     params, adapters = as_dict(params), as_dict(adapters)
-    targets, leaves = fitting_targets(adapters, spec, params).values(), trained_parameters(params, spec).values()
-    counts = [_count(target, spec) for target in targets]
+    targets, leaves = fitting_targets(adapters, spec, params), trained_parameters(params, spec).values()
+    counts = [_count(target, spec) for target in targets.values()]
+    shared = [(name, s) for name, s in shared_shapes(targets, spec).items() if not is_frozen(name)]
     rows: list[tuple[str, ...]] = [("module", "layers", "in", "out", "rank", "scale", "parameters")]
-    rows += [*map(_row, targets, counts), *map(_full_row, leaves)]
+    rows += [*map(_row, targets.values(), counts), *map(_full_row, leaves), *map(_shared_row, shared)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    trained = sum(counts) + sum(int(np.prod(leaf.shape)) for leaf in leaves)
+    full = [*(leaf.shape for leaf in leaves), *(shape for _, shape in shared)]
+    trained = sum(counts) + sum(int(np.prod(shape)) for shape in full)
     total = trained + sum(int(np.prod(leaf.shape)) for leaf in flatten_dict(as_dict(params)).values())
     count = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
     return "\n".join([*lines, count, *_quantised(params)])
@@ -65,6 +69,11 @@ def _full_row(leaf: TrainedParameter) -> tuple[str, ...]:
     layers = f"{len(leaf.chosen)} of {int(np.prod(leaf.stack))}" if leaf.stack else "-"
     sizes = [str(size) for size in leaf.own] if len(leaf.own) == 2 else ["", str(int(np.prod(leaf.own)))]
     return (".".join(leaf.path), layers, *sizes, "full", "", f"{int(np.prod(leaf.shape)):,}")
+
+
+def _shared_row(leaf: tuple[str, tuple[int, ...]]) -> tuple[str, ...]:
+    name, shape = leaf
+    return (f"{SHARED}.{name}", "", *map(str, (*shape, "")[:2]), "", "", f"{int(np.prod(shape)):,}")
 
 
 def _row(target: TargetModule, count: int) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.core.meta import AxisMetadata
 
-from stablelora_jax.lora.leaves import adapter_nodes, require_leaves, trains_pairs
+from stablelora_jax.lora.leaf_checks import require_leaves
+from stablelora_jax.lora.leaves import adapter_nodes, trains_pairs
 from stablelora_jax.lora.names import first_match, hits, layer_number, matches, require_match, stack_depth, suffixes
 from stablelora_jax.lora.pairs import TargetModule, make_target_module, pair_shapes, require_rank
 from stablelora_jax.lora.spec import LoraSpec, items, shown

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from stablelora_jax.lora.combine.lowrank import svd_of_product, truncated
+from stablelora_jax.lora.dense import decomposed_changes, is_dense
 from stablelora_jax.lora.fitting import fitting_targets
-from stablelora_jax.lora.leaves import adapter_target_modules, require_leaves, split_frozen, trains_pairs
+from stablelora_jax.lora.leaf_checks import require_leaves
+from stablelora_jax.lora.leaves import adapter_target_modules, split_frozen, trains_pairs
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.spec import LoraSpec
@@ -31,14 +33,16 @@ def to_lora(
 ) -> tuple[dict[str, Any], LoraSpec]:
     """``(adapters, spec)`` of plain LoRA, or DoRA, with the same function on the same base.
 
-    A start that stays subtracted becomes a part of the pair: PiSSA of rank r is LoRA of rank 2 r.
+    A start that stays subtracted becomes a part of the pair: PiSSA of rank r is LoRA of rank 2 r. The change of a dense
+    parametrisation becomes its singular vectors: as many as the kernel has, unless ``rank`` cuts them.
 
     Args:
       adapters: as made by ``init_adapters`` for ``spec``.
       spec: the spec of the adapters.
       rank: the largest rank of the result: greater ones are cut to their largest singular values, which is the best
         approximation of that rank (LoRA-Squeeze, arXiv 2602.10993, after training). None: as it is, exactly.
-      params: of the base; only shapes are read. Required where the adapters alone do not tell the sizes of the kernels.
+      params: of the base; only shapes are read, but for a dense parametrisation. Required where the adapters alone do
+        not tell the sizes of the kernels.
 
     Raises:
       InputError: adapters that do not fit; sizes that are not known; a DoRA whose rank would be cut, since its
@@ -53,7 +57,10 @@ def to_lora(
     require_leaves(targets, adapters, spec)
     if is_plain(adapters, spec) and (rank is None or all(target.rank <= rank for target in targets.values())):
         return adapters, spec
-    plain = split_frozen(plain_adapters(adapters, targets, spec))[0]
+    plain = plain_adapters(adapters, targets, spec)
+    if is_dense(spec):
+        plain = decomposed_changes(plain, targets, spec, as_dict(params))
+    plain = split_frozen(plain)[0]
     ranks: dict[str, int] = {}
     for path, target in targets.items():
         pair, own = _packed(tree.get_in(plain, path), target)
@@ -64,6 +71,20 @@ def to_lora(
         plain = tree.set_in(plain, path, pair)
         ranks |= dict(zip(target.names, own, strict=True))
     return plain, _plain_spec(spec, list(targets.values()), ranks)
+
+
+def lora_shapes(
+    adapters: Mapping[str, Any], spec: LoraSpec, params: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], LoraSpec]:
+    """What :func:`to_lora` gives, with shapes in the place of arrays; nothing is computed."""
+    specs = []
+
+    def made(adapters: Any) -> Any:
+        plain, plain_spec = to_lora(adapters, spec, params=params)
+        specs.append(plain_spec)
+        return plain
+
+    return jax.eval_shape(made, adapters), specs[0]
 
 
 def is_plain(adapters: Any, spec: LoraSpec) -> bool:
@@ -113,6 +134,7 @@ def _plain_spec(spec: LoraSpec, targets: list[TargetModule], ranks: Mapping[str,
     return replace(
         spec,
         parametrization=form,
+        options={},
         init="kaiming",
         scaling="lora",
         rank=rank,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from stablelora_jax.lora.dense import changed_kernel
 from stablelora_jax.lora.full_parameters import (
     apply_full_parameters,
     init_trained_parameter,
@@ -21,10 +22,16 @@ from stablelora_jax.lora.full_parameters import (
     trained_parameters,
 )
 from stablelora_jax.lora.initializers import READ_KERNEL
-from stablelora_jax.lora.leaves import adapter_target_modules, leaf_shapes, reads_kernel, require_leaves, start_leaves
+from stablelora_jax.lora.leaf_checks import require_leaves
+from stablelora_jax.lora.leaves import (
+    adapter_target_modules,
+    leaf_shapes,
+    reads_kernel,
+    start_leaves,
+)
 from stablelora_jax.lora.pairs import TargetModule
-from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.plain import plain_adapters
+from stablelora_jax.lora.shared import share
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import (
     as_dict,
@@ -78,6 +85,7 @@ def make_adapters(
         leaves = start_leaves(key, _kernel(params, target, spec), target, spec, dtype)
         bias = {"lora_bias": jnp.zeros((*target.stack, target.size[1]), dtype)} if spec.lora_bias else {}
         adapters = tree.set_in(adapters, path, leaves | bias)
+    adapters = share(key, adapters, targets, spec)
     for leaf in trained_parameters(params, spec).values():
         adapters = tree.set_in(adapters, leaf.place, init_trained_parameter(params, leaf, dtype))
     return adapters
@@ -190,7 +198,7 @@ def fold(
     for path, target in targets.items():
         pair = tree.get_in(adapters, path)
         matrix = target_matrix(params, target)
-        merged = PARAMETRIZATIONS[spec.parametrization].merge(matrix, pair, sign * target.scale())
+        merged = changed_kernel(matrix, pair, sign * target.scale(), spec)
         if safe:
             _require_finite(merged, target)
         params = with_matrix(params, target, merged)

@@ -6,6 +6,7 @@ a token are those of :mod:`stablelora_jax.training.flops`; the compiler counts a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data import Batch, bucket
 from stablelora_jax.lora.apply import adapted
+from stablelora_jax.lora.dense import is_dense
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.spec import LoraSpec
@@ -126,4 +128,6 @@ def flops_of(made: Shapes) -> int:
     adapters, targets = made.state.adapters, match_target_modules(made.params, made.state.adapters, made.spec)
     plain = jax.eval_shape(lambda adapters: plain_adapters(adapters, targets, made.spec), adapters)
     count = sum(p[name].size for p in pairs(plain).values() for name in p)
+    if is_dense(made.spec):  # the gradient with respect to the kernel, 2 of a pair's 6
+        count = sum(math.prod((*target.stack, *target.size)) for target in targets.values()) / 3
     return round(flops_per_token(made.model.config, count, made.batch.tokens.shape[-1]))

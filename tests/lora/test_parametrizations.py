@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from stablelora_jax import LoraSpec, adapted, describe, init_adapters, merge, split_frozen, to_lora, with_frozen
+from stablelora_jax.lora.dense import changed_kernel, is_dense
 from stablelora_jax.lora.initializers import INITIALIZERS
 from stablelora_jax.lora.leaves import leaf_shapes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
-from stablelora_jax.lora.parametrizations.lora import Keys
+from stablelora_jax.lora.parametrizations.lora import SHARED, Keys
+from stablelora_jax.lora.shared import share
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from tests.helpers import jit, largest_difference, tiny_decoder
@@ -91,6 +93,25 @@ def randlora_oracle(w, a, s):
     return w + s * (change if w.shape[0] > w.shape[1] else change.T)
 
 
+def shira_oracle(w, a, s):
+    changed = w.copy()
+    changed.reshape(-1)[a["frozen_index"]] += s * a["lora_values"]
+    return changed
+
+
+def vblora_oracle(w, a, s):
+    """Each number of A and B is here a sub-vector of its own."""
+    topk, bank = 2, a["lora_bank"]
+
+    def composed(logits):
+        chosen = np.argsort(-logits, axis=-1)[..., :topk]
+        weights = np.exp(np.take_along_axis(logits, chosen, -1))
+        weights /= weights.sum(-1, keepdims=True)
+        return (weights[..., None] * bank[chosen]).sum(-2).reshape(len(logits), -1)
+
+    return w + s * composed(a["lora_logits_a"]).T @ composed(a["lora_logits_b"])
+
+
 # name: the changed kernel in float64, numbers trained at a kernel (n, m) with rank r, which init
 MEMBERS = {
     "lora": (lora_oracle, lambda n, m, r: r * (n + m), "kaiming"),
@@ -104,14 +125,19 @@ MEMBERS = {
     "randlora": (randlora_oracle, lambda n, m, r: math.ceil(min(n, m) / r) * (r + min(n, m)), "kaiming"),
     "sbora_fa": (rows_oracle, lambda n, m, r: r * m, "kaiming"),
     "sbora_fb": (columns_oracle, lambda n, m, r: r * n, "kaiming"),
+    "shira": (shira_oracle, lambda n, m, r: r * (n + m), "kaiming"),
     "slora": (slora_oracle, lambda n, m, r: r * (n + m) + r * r, "kaiming"),
+    "vblora": (vblora_oracle, lambda n, m, r: r * (n + m) * 6, "kaiming"),
     "vera": (vera_oracle, lambda n, m, r: r + m, "kaiming"),
 }
-NOISE = {"lora_xs": 1e-3, "edora": 1e-3}  # of N(0, 1e-5^2) between two bases
+NOISE = {"lora_xs": 1e-3, "edora": 1e-3, "vblora": 2e-2}  # at the start: N(0, 1e-5^2) between two bases; a small pair
+OPTIONS = {"vblora": {"vectors": 6, "length": 1}}
+SHARED_COUNT = {"vblora": 6}  # numbers trained once for all modules
+RANKS = {"shira": 1}  # where R is more than a small kernel has
 
 
 def spec_of(name, **more):
-    return LoraSpec(parametrization=name, init=MEMBERS[name][2], **more)
+    return LoraSpec(parametrization=name, init=MEMBERS[name][2], options=OPTIONS.get(name, {}), **more)
 
 
 def one(name, size=(IN, OUT), dtype=jnp.float32, seed=1):
@@ -119,8 +145,11 @@ def one(name, size=(IN, OUT), dtype=jnp.float32, seed=1):
     rng = np.random.default_rng(seed)
     w, scale = jnp.asarray(rng.normal(size=size), dtype), jnp.asarray(0.5 + rng.random(), dtype)
     keys = Keys(jax.random.key(seed), jax.random.key(0))
-    begun = INITIALIZERS[MEMBERS[name][2]](keys.own, w, R, scale, dtype)
-    adapter = PARAMETRIZATIONS[name].start(keys, w, begun, scale)
+    rank, spec = RANKS.get(name, R), spec_of(name)
+    begun = INITIALIZERS[spec.init](keys.own, w, rank, scale, dtype)
+    adapter = PARAMETRIZATIONS[name].start(keys, w, begun, scale, **spec.arguments)
+    target = TargetModule(("m",), ("m",), (), (rank,), (1.0,), size)
+    adapter |= share(keys.shared, {"m": adapter}, {("m",): target}, spec).get(SHARED, {})
     if adapter.pop("frozen_seed", None) is not None:  # as an adapter of PEFT's brings its own
         small, terms = min(size), math.ceil(min(size) / R)
         shapes = {"vera": {"a": (size[0], R), "b": (R, size[1])}}.get(name)
@@ -131,17 +160,20 @@ def one(name, size=(IN, OUT), dtype=jnp.float32, seed=1):
 
 
 def plain(name, w, adapter):
-    return PARAMETRIZATIONS[name].pair(adapter, w.shape)
+    return PARAMETRIZATIONS[name].pair(adapter, w.shape, **spec_of(name).arguments)
 
 
 def path(name, x, w, adapter, scale):
+    if is_dense(spec_of(name)):
+        return x @ merged(name, w, adapter, scale)
     member, pair = PARAMETRIZATIONS[name], plain(name, w, adapter)
     gain = member.gain(w, pair, scale)
     return (1 if gain is None else gain[None]) * (x @ w + member.delta(x @ pair["lora_a"], pair, scale))
 
 
 def merged(name, w, adapter, scale):
-    return PARAMETRIZATIONS[name].merge(w, plain(name, w, adapter), scale)
+    found = adapter if is_dense(spec_of(name)) else plain(name, w, adapter)
+    return changed_kernel(w, found, scale, spec_of(name))
 
 
 def test_every_member_has_a_row():
@@ -173,7 +205,7 @@ def test_in_a_decoder(name):
     q_proj = ("model", "layers", "self_attn", "q_proj")
     assert all(not np.any(leaf[2]) for leaf in tree.get_in(start, q_proj).values())
     count = sum(MEMBERS[name][1](*size, 4) for size in [(16, 16)] * 2 + [(24, 16)] * 3 + [(31, 16)])
-    assert f"trainable params: {count:,} ||" in describe(params, start, spec)
+    assert f"trainable params: {count + SHARED_COUNT.get(name, 0):,} ||" in describe(params, start, spec)
 
     merged = jit(lambda adapters: merge(params, adapters, spec))
     assert largest_difference(merged(start), params) < NOISE.get(name, 1e-6)
@@ -210,11 +242,13 @@ def test_gradients_reach_what_is_trained_alone_and_are_finite_differences(name, 
     """Of DoRA's of the function whose norms are held fixed (section 4.3)."""
     w, adapter, scale = one(name, dtype=jnp.float64)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(6, IN)))
-    member, trained = PARAMETRIZATIONS[name], split_frozen(adapter)[0]
-    gain = member.gain(w, plain(name, w, adapter), scale)
+    member, trained, dense = PARAMETRIZATIONS[name], split_frozen(adapter)[0], is_dense(spec_of(name))
+    gain = None if dense else member.gain(w, plain(name, w, adapter), scale)
     norms = 1.0 if gain is None else adapter["lora_magnitude_vector"] / gain
 
     def held(own):
+        if dense:
+            return jnp.square(path(name, x, w, {**adapter, **own}, scale)).sum()
         pair = plain(name, w, {**adapter, **own})
         c = pair.get("lora_magnitude_vector", 1.0) / norms
         return jnp.square(jnp.reshape(c, (1, -1)) * (x @ w + scale * (x @ pair["lora_a"]) @ pair["lora_b"])).sum()

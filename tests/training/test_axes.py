@@ -29,8 +29,13 @@ OPTIMIZERS = {
 STEPS = 20
 
 
+OPTIONS = {"vblora": {"vectors": 16, "length": 32}}
+
+
 def spec_of(parametrization, init):
-    return LoraSpec(rank=4, target_modules=["q_proj", "down_proj"], parametrization=parametrization, init=init)
+    options = OPTIONS.get(parametrization, {})
+    chosen = {"target_modules": ["q_proj", "down_proj"], "options": options}
+    return LoraSpec(rank=4, parametrization=parametrization, init=init, **chosen)
 
 
 def makes_sense(parametrization, init, optimizer):

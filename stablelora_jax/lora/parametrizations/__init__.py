@@ -1,7 +1,8 @@
 """The axis of parametrisations: how an adapter changes a kernel. One file each, one line here.
 
 A member says what it trains, and how a *plain pair* ``lora_a`` (in, k), ``lora_b`` (k, out) is computed from it. Plain
-pairs are applied, merged and exported everywhere in the same way. Of one kernel (in, out):
+pairs are applied, merged and exported everywhere in the same way. A member whose change has no low rank gives the
+change itself instead, and is called *dense*. Of one kernel (in, out):
 
 * ``PAIR``: what the initialisation makes, ``lora_a`` and ``lora_b``, is ``"trained"``, ``"frozen"``, or not used at all
   (``"none"``);
@@ -9,7 +10,11 @@ pairs are applied, merged and exported everywhere in the same way. Of one kernel
 * ``start(keys, w, begun, scale)``: the leaves of its adapter from those that the initialisation has begun. Names that
   begin with ``lora_`` are trained, with ``frozen_`` they are not;
 * ``pair(adapter, size)``: the plain pair of an adapter of the kernel ``size`` (in, out), differentiable, with
-  ``lora_magnitude_vector`` where it is DoRA's.
+  ``lora_magnitude_vector`` where it is DoRA's; None of a dense member, which has ``change(adapter, w)`` (in, out)
+  in its place: the kernel is then ``w + s change``, formed where the module runs;
+* ``OPTIONS``, where it takes arguments: their defaults by name. They are passed by name to all of these functions;
+* ``share(key, adapters, targets)``, where modules share parameters: the tree of adapters that ``start`` has begun, with
+  ``lora_shared`` at its root. ``pair`` finds its leaves beside the module's own.
 
 Of plain pairs, over the last two axes (leading axes are stacks), a table of tests asserts the law, with c = ``gain``
 (out,), or 1 where that is None, and P what ``delta`` computes::
@@ -33,7 +38,9 @@ from stablelora_jax.lora.parametrizations import (
     randlora,
     sbora_fa,
     sbora_fb,
+    shira,
     slora,
+    vblora,
     vera,
 )
 
@@ -49,6 +56,8 @@ PARAMETRIZATIONS = {
     "randlora": randlora,
     "sbora_fa": sbora_fa,
     "sbora_fb": sbora_fb,
+    "shira": shira,
     "slora": slora,
+    "vblora": vblora,
     "vera": vera,
 }

@@ -17,6 +17,7 @@ from stablelora_jax.utils.matmul import matmul
 
 Adapter = Mapping[str, jax.Array]
 PAIR, READS_KERNEL = "trained", False
+SHARED = "lora_shared"  # the key, at the root of a tree of adapters, of what all modules share
 
 
 class Keys(NamedTuple):

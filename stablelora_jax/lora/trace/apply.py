@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.lora.callables import function_of
+from stablelora_jax.lora.dense import changed_kernel, is_dense
 from stablelora_jax.lora.dropout import target_keys
 from stablelora_jax.lora.fitting import require_fitting
 from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
 from stablelora_jax.lora.intercept import adapter_of
-from stablelora_jax.lora.leaves import require_leaves
+from stablelora_jax.lora.leaf_checks import require_leaves
 from stablelora_jax.lora.names import matches
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
@@ -88,7 +89,7 @@ def apply_traced(
     values = {path: _frozen(path, tree.get_in(nested, path)) for path in leaves}
     for target in targets.values():
         adapter = adapter_of(plain, variables.get("lora_hp"), target, spec, keys is not None)
-        if matches(lora.merged, ".".join(target.path)):
+        if is_dense(spec) or matches(lora.merged, ".".join(target.path)):
             values[target.leaf_path] = _merged(nested, adapter, target, spec)
             continue
         if keys is not None:
@@ -183,6 +184,6 @@ def _weight(leaf: Any, adapter: dict[str, Any], target: TargetModule) -> Weight:
 def _merged(nested: Any, adapter: Any, target: TargetModule, spec: LoraSpec) -> jax.Array:
     """The leaf with its change, formed in the step."""
     matrix = target_matrix(nested, target)
-    whole = PARAMETRIZATIONS[spec.parametrization].merge(matrix, adapter, adapter["lora_scale"])
+    whole = changed_kernel(matrix, adapter, adapter["lora_scale"], spec)
     found: jax.Array = tree.get_in(with_matrix(nested, target, whole), target.leaf_path)
     return found
