@@ -64,4 +64,4 @@ def _composed(logits: Float[Array, "r n h"], bank: Float[Array, "h length"], top
     """Each row's sub-vectors, one after another."""
     chosen, index = jax.lax.top_k(logits, topk)
     weights = jax.nn.softmax(chosen, axis=-1)
-    return jnp.einsum("rnk,rnkl->rnl", weights, bank[index]).reshape(logits.shape[0], -1)
+    return jnp.einsum("rnk,rnkl->rnl", weights, jnp.take(bank, index, axis=0)).reshape(logits.shape[0], -1)
