@@ -66,7 +66,9 @@ class LoraSpec:
     parametrization: Literal[tuple(PARAMETRIZATIONS)] = _help(  # type: ignore[valid-type]
         "lora", "how an adapter changes a kernel", peft="use_dora"
     )
-    options: Mapping[str, int | float] = _help((), "arguments of the parametrization by name, where it takes any: {topk: 4}")
+    options: Mapping[str, int | float] = _help(
+        (), "arguments of the parametrization by name, where it takes any: {topk: 4}"
+    )
     init: Literal[tuple(INITIALIZERS)] = _help(  # type: ignore[valid-type]
         "kaiming", "how a pair starts; kaiming is PEFT's default", peft="init_lora_weights"
     )

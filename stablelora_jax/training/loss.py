@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Shaped
 
 from stablelora_jax.data import Batch
 from stablelora_jax.lora.apply import Adapted
+from stablelora_jax.lora.parametrizations.lora import SHARED
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.models.inputs import integers, token_indices
 from stablelora_jax.training.cross_entropy import chunk_length, cross_entropy_of_rows
@@ -67,15 +68,18 @@ def weighted_losses(
     chunk = chunk_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
     path = head_path(config)
     head = get_in(variables, ("lora", *path)) or {}
+    shared = variables["lora"].get(SHARED, {}) if head else {}
     drops, impl = None, None
     if keys is not None and head:  # by token: independent of the chunk length and of the other loss tokens
         drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % chunk)))
         impl = jax.random.key_impl(keys)
     frozen = jax.lax.stop_gradient(dict(variables)), drops
 
-    def logits(head: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
-        variables, drops = frozen
-        variables = {**variables, "lora": set_in(variables["lora"], path, head)} if head else variables
+    def logits(trained: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
+        (head, shared), (variables, drops) = trained, frozen
+        if head:
+            adapters = set_in(variables["lora"], path, head)
+            variables = {**variables, "lora": {**adapters, SHARED: shared} if shared else adapters}
         apply: Callable[..., jax.Array] = partial(model.apply, method="logits")
         if drops is None:
             return apply(variables, x)
@@ -87,7 +91,7 @@ def weighted_losses(
         return apply(variables, x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
     with jax.named_scope("loss"):  # in the names of operations, for a profile
-        return cross_entropy_of_rows(logits, head, frozen, x, targets, weights, chunk)
+        return cross_entropy_of_rows(logits, (head, shared), frozen, x, targets, weights, chunk)
 
 
 def target_positions(batch: Batch) -> tuple[Int[jax.Array, "B K"], Shaped[jax.Array, "B K"]]:

@@ -12,6 +12,7 @@ import pytest
 from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora
 from stablelora_jax.data import Batch, Example, make_batch, pack
 from stablelora_jax.data.batch import positions_of_mask
+from stablelora_jax.lora.leaves import trains_pairs
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.parallel import mesh_layout, pmap_layout
@@ -317,6 +318,15 @@ HEADS = {
     "alone": ({}, LoraSpec(target_modules=["lm_head"], rank=2)),
     "untied": ({}, LoraSpec(target_modules=["lm_head", "v_proj"], rank=2)),
     "dora": ({}, LoraSpec(target_modules=["lm_head", "v_proj"], rank=2, parametrization="dora")),
+    "shared": (
+        {},
+        LoraSpec(
+            target_modules=["lm_head", "v_proj"],
+            rank=2,
+            parametrization="vblora",
+            options={"vectors": 6, "length": 1},
+        ),
+    ),
     "tied": ({"tie_word_embeddings": True}, LoraSpec(target_modules=["embed_tokens", "v_proj"], rank=2)),
     "saved": ({}, LoraSpec(target_modules=["v_proj"], rank=2, modules_to_save=["lm_head"])),
     "saved_tied": (
@@ -331,7 +341,8 @@ def head_case(name, dropout=0.0):
     changes, spec = HEADS[name]
     spec = replace(spec, dropout=dropout)
     model, params = tiny_decoder(jnp.float64, num_hidden_layers=1, **changes)
-    begun = trained(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64), spec)
+    begun = init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64)
+    begun = trained(begun, spec) if trains_pairs(spec) else jax.tree.map(lambda x: 20 * x, begun)
     low_rank, rng = adapted(model, spec), np.random.default_rng(2)
     made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(2)])
     batch = with_places(jax.tree.map(lambda x: x[:, :16], made), 15)
