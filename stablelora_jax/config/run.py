@@ -10,6 +10,8 @@ from msgspec import Meta
 
 from stablelora_jax.config.engine import Section
 from stablelora_jax.config.keys import NonNegativeInt, PositiveFloat, PositiveInt, option, section
+from stablelora_jax.config.objective import CONFIGS as OBJECTIVES
+from stablelora_jax.config.objective import ObjectiveConfig
 from stablelora_jax.config.optimizer import CONFIGS, OptimizerConfig
 from stablelora_jax.config.parallel import DistributedConfig, MeshConfig, PmapConfig
 from stablelora_jax.config.schedule import Cosine, ScheduleConfig, schedule_of
@@ -88,13 +90,15 @@ class JsonlTask(Section):
     """Rows of your own, from a local directory or the hub."""
 
     name: Literal["jsonl"] = option("jsonl", "rows of your own")
-    kind: Literal["choice", "completion", "chat"] = option(
-        "completion", "format of a row: chat: messages; choice: prompt, choices, label"
+    kind: Literal["choice", "completion", "chat", "preference"] = option(
+        "completion", "format of a row: chat: messages; choice: prompt, choices, label; preference: chosen, rejected"
     )
     path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null where hub is given")
     hub: str | None = option(None, "a data set on the hub")
     hub_config: str | None = option(None, "configuration of the hub's data set")
-    fields: Mapping[str, str] = option({}, "column of prompt, choices, label, completion, target, messages or id")
+    fields: Mapping[str, str] = option(
+        {}, "column of prompt, choices, label, completion, target, messages, chosen, rejected or id"
+    )
     train_limit: PositiveInt | None = option(None, "use only the first rows of the training split")
     validation_limit: PositiveInt | None = option(None, "use only the first rows of the validation split")
 
@@ -128,6 +132,9 @@ class RunConfig(Section):
     data: DataConfig = section(DataConfig, "how texts become batches")
     lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's terms")
     optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
+    objective: ObjectiveConfig = section(
+        OBJECTIVES["sft"], "what is minimised; dpo, orpo and simpo prefer the right choice to a wrong one"
+    )
     schedule: ScheduleConfig = section(Cosine, "the learning rate over the run")
     freeze: tuple[str, ...] = option((), "frozen parts of the adapters: ends of names, such as layers.0 or lora_a")
     init_from: str | None = option(
@@ -177,6 +184,8 @@ class RunConfig(Section):
             raise InputError(
                 f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation_steps} micro-batches"
             )
+        if self.objective.name != "sft" and self.data.batching == "pack":
+            raise InputError(f"objective {self.objective.name} takes pairs of rows: say data.batching=bucket")
         now_and_then = self.evaluate_every or self.evaluate_minutes
         if now_and_then and not self.evaluate:
             raise InputError(f"evaluate_{'every' if self.evaluate_every else 'minutes'} needs evaluate: true")

@@ -42,6 +42,25 @@ def training_texts(items: Iterable[Question | Problem | Chat]) -> list[Text]:
     return [_text_of(item) for item in items]
 
 
+def preference_texts(items: Sequence[Question | Problem | Chat], seed: int) -> list[Text]:
+    """Two texts for each question: the right answer, then a wrong one, drawn by ``seed`` where there are several.
+
+    Raises:
+      InputError: an item that has no wrong answer.
+    """
+    texts, rng = [], np.random.default_rng(seed)
+    for item in items:
+        if not isinstance(item, Question) or len(item.choices) < 2:
+            raise InputError(
+                f"{item.id} has nothing to prefer its answer to: pairs come of multiple choice, or of a jsonl task of "
+                "kind preference (prompt, chosen, rejected)"
+            )
+        wrong = [i for i in range(len(item.choices)) if i != item.label]
+        chosen = (item.label, wrong[int(rng.integers(len(wrong)))])
+        texts += [Text(item.prompt, item.choices[i], item.id) for i in chosen]
+    return texts
+
+
 def _text_of(item: Question | Problem | Chat) -> Text:
     if isinstance(item, Question):
         return Text(item.prompt, item.choices[item.label], item.id)

@@ -26,6 +26,7 @@ class Loader(NamedTuple):
     max_loss_tokens: Mapping[
         int, int
     ]  # T -> the maximum of loss tokens of a row of T, rounded up: one shape for each T
+    group: int = 1  # rows of one text that belong together and follow one another
 
     @property
     def rows(self) -> int:
@@ -34,11 +35,17 @@ class Loader(NamedTuple):
 
 
 def make_loader(
-    store: TokenStore, *, batching: Literal["bucket", "pack"], max_length: int, batch_size: int, seed: int
+    store: TokenStore,
+    *,
+    batching: Literal["bucket", "pack"],
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    group: int = 1,
 ) -> Loader:
-    """A loader over ``store``, whose texts have at most ``max_length`` tokens."""
+    """A loader over ``store``, whose texts have at most ``max_length`` tokens; ``group`` of them stay together."""
     plan = plan_of(store.rows) if batching == "pack" else None
-    return Loader(store, plan, max_length, batch_size, seed, _max_loss_tokens(store, plan, max_length))
+    return Loader(store, plan, max_length, batch_size, seed, _max_loss_tokens(store, plan, max_length), group)
 
 
 def batch_of_step(loader: Loader, step: int, part: slice = slice(None)) -> Batch:
@@ -46,13 +53,20 @@ def batch_of_step(loader: Loader, step: int, part: slice = slice(None)) -> Batch
 
     T is the same for every part: the row's length where rows are packed, else the bucket of the step's longest text.
     """
-    rows, store = rows_of_step(step, loader.batch_size, loader.rows, loader.seed), loader.store
+    rows, store = _rows(loader, step), loader.store
     if loader.plan is None:
         longest = int(store.lengths[rows].max())
         examples = [store.example(row) for row in rows[part]]
         return make_batch(examples, longest=longest, max_loss_tokens=loader.max_loss_tokens[bucket(longest)])
     packed = [[store.example(i) for i in texts] for texts in texts_of_rows(loader, rows[part])]
     return pack(packed, loader.max_length, loader.max_loss_tokens[loader.max_length])
+
+
+def _rows(loader: Loader, step: int) -> list[int]:
+    """The rows of a step; groups are shuffled, and what is within them is not."""
+    n = loader.group
+    groups = rows_of_step(step, loader.batch_size // n, loader.rows // n, loader.seed)
+    return [group * n + i for group in groups for i in range(n)]
 
 
 def texts_of_rows(loader: Loader, rows: Sequence[int]) -> list[list[int]]:
@@ -96,7 +110,7 @@ def statistics(loader: Loader, steps: int) -> dict[str, Any]:
         kept, space = int(lengths.sum()), loader.rows * loader.max_length
     else:
         first = range(min(steps, -(-loader.rows // loader.batch_size)))
-        rows = [lengths[rows_of_step(step, loader.batch_size, loader.rows, loader.seed)] for step in first]
+        rows = [lengths[_rows(loader, step)] for step in first]
         kept, space = sum(int(n.sum()) for n in rows), sum(len(n) * bucket(int(n.max())) for n in rows)
     return {
         "texts": len(lengths),

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from stablelora_jax.config import optimizer as optimizer_config
+from stablelora_jax.config.members import arguments_of
+from stablelora_jax.config.objective import arrays_of, takes_pairs
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import schedule_of
 from stablelora_jax.lora.leaves import trains_pairs
 from stablelora_jax.lora.transform import lora_hyperparams, lora_scales
 from stablelora_jax.optimizers import scales
 from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
+from stablelora_jax.training.objective import SFT, Objective, of_pairs
 from stablelora_jax.training.step import Hyperparams
 from stablelora_jax.utils.errors import InputError
 
@@ -62,6 +65,15 @@ def make_optimizer(
     schedule = lambda peak: make_schedule(config, peak) if jnp.ndim(peak) == 0 else lambda count: peak[count]  # noqa: E731
     tx = optimizer_config.make_optimizer(config.optimizer, schedule, rates, scale, numbers)
     return tx if config.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
+
+
+def make_objective(config: RunConfig) -> Objective:
+    """The objective of the configuration, as the training step takes it."""
+    own = config.objective
+    if not takes_pairs(own):
+        return SFT
+    function: Any = type(own).function
+    return of_pairs(partial(function, **arguments_of(own)), arrays_of(function))
 
 
 def make_training(

@@ -30,7 +30,7 @@ from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.parallel import Layout
 from stablelora_jax.quantization import quantize_params
-from stablelora_jax.runs.build import make_hyperparams, make_training
+from stablelora_jax.runs.build import make_hyperparams, make_objective, make_training
 from stablelora_jax.runs.prepare import configure_decoder, make_layout
 from stablelora_jax.training.flops import flops_per_token
 from stablelora_jax.training.step import Hyperparams, init_state, make_train_step
@@ -78,7 +78,8 @@ def shapes(config: RunConfig) -> Shapes:
     placed = layout.abstract(params, "base")
     model = configure_decoder(model, config, layout, placed, adapters, length=T, segments=segments)
     low_rank = adapted(model, config.lora)
-    step = make_train_step(low_rank, tx, layout, trained=trained, accumulate=config.gradient_accumulation_steps)
+    how: dict[str, Any] = {"trained": trained, "accumulate": config.gradient_accumulation_steps}
+    step = make_train_step(low_rank, tx, layout, **how, objective=make_objective(config))
     return Shapes(model, step, state, params, Batch(row, row, row, row), hyperparams, layout, config.lora)
 
 

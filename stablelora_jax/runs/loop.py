@@ -20,6 +20,7 @@ from stablelora_jax.config.optimizer import shrink_ratio
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data import batch_of_step, place_of_step, rows_of_step, texts_of_rows
 from stablelora_jax.parallel import make_agreement
+from stablelora_jax.runs.build import make_objective
 from stablelora_jax.runs.early_stopping import best_step, patience_exceeded
 from stablelora_jax.runs.log import RunLog
 from stablelora_jax.runs.prepare import TrainingSetup
@@ -171,9 +172,8 @@ class _Clock:
 def make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
     """``(state, number of steps so far) -> (state, metrics)``, with the stability terms where they are due."""
     config, layout = setup.config, setup.layout
-    step = make_train_step(
-        setup.model, setup.tx, layout, trained=setup.trained, accumulate=config.gradient_accumulation_steps
-    )
+    how: dict[str, Any] = {"trained": setup.trained, "accumulate": config.gradient_accumulation_steps}
+    step = make_train_step(setup.model, setup.tx, layout, **how, objective=make_objective(config))
     view = make_stability_view(setup.model, shrink_ratio(config.optimizer), layout)
 
     def step_with_stability(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:

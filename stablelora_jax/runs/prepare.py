@@ -26,6 +26,7 @@ from stablelora_jax.data import (
     tokenize_dataset,
     training_texts,
 )
+from stablelora_jax.data.encoding import Text, preference_texts
 from stablelora_jax.data.tasks import load_questions
 from stablelora_jax.evaluation.loglikelihood import Rows, make_compute
 from stablelora_jax.interop.export import locate_adapter
@@ -49,7 +50,7 @@ from stablelora_jax.models.pretrained.load import (
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
-from stablelora_jax.runs.build import make_hyperparams, make_schedule, make_training
+from stablelora_jax.runs.build import make_hyperparams, make_objective, make_schedule, make_training
 from stablelora_jax.runs.directory import identity
 from stablelora_jax.runs.validation import ValidationSet, make_validation_set
 from stablelora_jax.training.remat_policy import choose_remat
@@ -123,7 +124,7 @@ def prepare(
     """
     base = load_base(config) if base is None else base
     layout, model, params = base.layout, base.model, base.params
-    layout.require_rows(config.batch_size, config.gradient_accumulation_steps)
+    require_groups(config, layout)
     if config.max_length > model.config.max_position_embeddings:
         most = model.config.max_position_embeddings
         raise InputError(f"max_length {config.max_length} is more than the {most} of {base.name}: lower it")
@@ -185,7 +186,7 @@ def load_base(config: RunConfig) -> Base:
     """
     name = config.model.path or str(base_directory())
     layout = make_layout(config, architecture(config.model.path))
-    layout.require_rows(config.batch_size, config.gradient_accumulation_steps)  # before minutes of loading
+    require_groups(config, layout)  # before minutes of loading
     model, params = load_pretrained(
         name, dtype=jnp.dtype(config.model.dtype), sharding=layout.base_sharding, quantize=config.model.quantize
     )
@@ -262,10 +263,31 @@ def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:
     return mesh_layout(own.data, own.fsdp, own.tensor, key_value_heads=model.num_key_value_heads)
 
 
+def require_groups(config: RunConfig, layout: Layout) -> None:
+    """Check that the rows of a batch divide over devices and micro-batches, with what belongs together.
+
+    Raises:
+      InputError: they do not.
+    """
+    group, micros = make_objective(config).group, config.gradient_accumulation_steps
+    if config.batch_size % (group * layout.parts * micros) and config.batch_size % (layout.parts * micros) == 0:
+        raise InputError(
+            f"objective {config.objective.name} takes rows in groups of {group}: batch_size must be a multiple of "
+            f"{group * layout.parts * micros}, not {config.batch_size}"
+        )
+    layout.require_rows(config.batch_size, micros)
+
+
+def texts_to_train_on(config: RunConfig) -> list[Text]:
+    """The texts of the training split; of an objective over pairs, each right answer with a wrong one after it."""
+    items = load_questions(config.task, "train")
+    return training_texts(items) if config.objective.name == "sft" else preference_texts(items, config.seed)
+
+
 def training_digest(config: RunConfig) -> str:
     """The digest of the training data as tokens; of the model, only the tokenizer is loaded."""
     tokenizer = pretrained_tokenizer(config.model.path or base_directory())
-    texts, chat = training_texts(load_questions(config.task, "train")), takes_template(config)
+    texts, chat = texts_to_train_on(config), takes_template(config)
     return digest(tokenizer, texts, max_length=config.max_length, truncate=config.data.truncate, chat=chat)
 
 
@@ -276,14 +298,16 @@ def load_training_data(
     once: Callable[[Any, Callable[[], TokenStore]], TokenStore] = lambda key, make: make(),
 ) -> Loader:
     """The loader of the training split; truncated texts are logged. ``once`` may keep the tokens for other runs."""
-    key = "tokens", repr((config.task, config.data, config.max_length))
+    pairs = None if config.objective.name == "sft" else config.seed
+    key = "tokens", repr((config.task, config.data, config.max_length, pairs))
     store = once(key, lambda: _tokens(config, tokenizer, log_fn))
     sizes = {"max_length": config.max_length, "batch_size": config.batch_size, "seed": config.seed}
-    return make_loader(store, batching=config.data.batching, **sizes)
+    group = make_objective(config).group
+    return make_loader(store, batching=config.data.batching, group=group, **sizes)
 
 
 def _tokens(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) -> TokenStore:
-    data, texts, chat = config.data, training_texts(load_questions(config.task, "train")), takes_template(config)
+    data, texts, chat = config.data, texts_to_train_on(config), takes_template(config)
     if is_chat(config) and not chat:
         log_fn(
             "data.chat_template is false: chat messages are joined by blank lines, without the model's chat template"

@@ -80,14 +80,14 @@ def cross_entropy_of_rows(
       weights: 0 where nothing is to be predicted, whatever the target is. Not differentiated.
       chunk: tokens of a row whose logits exist at a time, see :func:`chunk_length`.
     """
-    losses = _losses_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=False)[0]
+    losses = _losses_and_gradients(logits, trained, frozen, x, targets, weights, chunk, False)[0]
     return losses.sum(), losses
 
 
 def _forward(
     logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> tuple[Any, Any]:
-    losses, *gradients = _losses_and_gradients(logits, trained, frozen, x, targets, weights, chunk, with_gradients=True)
+    losses, *gradients = _losses_and_gradients(logits, trained, frozen, x, targets, weights, chunk, True)
     return (losses.sum(), losses), gradients
 
 
@@ -97,6 +97,50 @@ def _backward(logits: Logits, chunk: int, gradients: Any, cotangents: tuple[jax.
 
 
 cross_entropy_of_rows.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+def log_probs_of_tokens(
+    logits: Logits,
+    trained: Any,
+    frozen: Any,
+    x: Float[jax.Array, "B K D"],
+    targets: Int[jax.Array, "B K"],
+    weights: Shaped[jax.Array, "B K"],
+    chunk: int,
+) -> Float[jax.Array, "B K"]:
+    """``weights * log p(targets)`` in the dtype of the logits, each differentiable by itself.
+
+    As :func:`cross_entropy_of_rows`, whose arguments these are, it computes gradients with the losses: those of x, each
+    of which belongs to one token. Where the head is trained, its gradient is a sum over tokens whose weights are not
+    known before the backward pass, which then forms the logits of each chunk again.
+    """
+    losses: jax.Array = _losses_and_gradients(
+        logits, trained, frozen, x, targets, weights, chunk, False, by_token=True
+    )[0]
+    return -losses
+
+
+def _forward_by_token(
+    logits: Logits, trained: Any, frozen: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[Any, Any]:
+    given = trained, frozen, x, targets, weights
+    if jax.tree.leaves(trained):
+        return log_probs_of_tokens(logits, *given, chunk), (*given, None)
+    losses, _, dx = _losses_and_gradients(logits, *given, chunk, True, by_token=True)
+    return -losses, (trained, None, None, None, None, dx)
+
+
+def _backward_by_token(logits: Logits, chunk: int, kept: Any, cotangents: jax.Array) -> tuple[Any, ...]:
+    trained, frozen, x, targets, weights, dx = kept
+    if dx is not None:
+        return trained, None, (dx * -cotangents[..., None]).astype(dx.dtype), None, None
+    weights = -weights.astype(cotangents.dtype) * cotangents
+    _, d_trained, dx = _losses_and_gradients(logits, trained, frozen, x, targets, weights, chunk, True)
+    return d_trained, None, dx, None, None
+
+
+log_probs_of_tokens.defvjp(_forward_by_token, _backward_by_token)
 
 
 def token_scores(
@@ -171,10 +215,14 @@ def _losses_and_gradients(
     targets: jax.Array,
     weights: jax.Array,
     chunk: int,
-    *,
     with_gradients: bool,
+    *,
+    by_token: bool = False,
 ) -> tuple[Any, ...]:
-    """The losses of the rows and, on request, the gradients of their sum with respect to ``trained`` and ``x``."""
+    """The losses of the rows and, on request, the gradients of their sum with respect to ``trained`` and ``x``.
+
+    With ``by_token`` the losses are (B, K).
+    """
     targets = _without_negatives(jnp.where(weights == 0, 0, targets))
     parts = split_chunks(x, chunk), split_chunks(targets, chunk), split_chunks(weights, chunk)
     numbers = jnp.arange(parts[0].shape[0])
@@ -183,7 +231,8 @@ def _losses_and_gradients(
     def value(carry: Any, part: Any) -> tuple[Any, Any]:
         number, x, targets, weights = part
         z = logits(trained, frozen, x, number)
-        return carry - (_log_probs(z, targets) * weights).sum(axis=1), None
+        losses = -_log_probs(z, targets) * weights
+        return (carry, losses) if by_token else (carry + losses.sum(axis=1), None)
 
     def gradients(carry: Any, part: Any) -> tuple[Any, Any]:
         number, x, targets, weights = part
@@ -193,16 +242,18 @@ def _losses_and_gradients(
         total = powers.sum(axis=-1, keepdims=True)
         right = jax.lax.broadcasted_iota(targets.dtype, z.shape, z.ndim - 1) == targets[..., None]
         chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)
-        loss = ((jnp.log(total) + top - chosen)[..., 0] * weights).sum(axis=1)
+        losses = (jnp.log(total) + top - chosen)[..., 0] * weights
         d_trained, dx = pull(((powers / total - right) * weights[..., None]).astype(z.dtype))
-        return jax.tree.map(jnp.add, carry, (loss, d_trained)), dx
+        rows = jnp.zeros_like(carry[0]) if by_token else losses.sum(axis=1)
+        return jax.tree.map(jnp.add, carry, (rows, d_trained)), (dx, losses if by_token else None)
 
     zeros = jnp.zeros(x.shape[0], shape.dtype)  # a sum for each row, which may be on different devices
     if not with_gradients:
-        return (jax.lax.scan(value, zeros, (numbers, *parts))[0],)
+        losses, tokens = jax.lax.scan(value, zeros, (numbers, *parts))
+        return (join_chunks(tokens, x.shape[1]) if by_token else losses,)
     start = zeros, jax.tree.map(jnp.zeros_like, trained)
-    (losses, d_trained), dx = jax.lax.scan(gradients, start, (numbers, *parts))
-    return losses, d_trained, join_chunks(dx, x.shape[1])
+    (losses, d_trained), (dx, tokens) = jax.lax.scan(gradients, start, (numbers, *parts))
+    return join_chunks(tokens, x.shape[1]) if by_token else losses, d_trained, join_chunks(dx, x.shape[1])
 
 
 def _without_negatives(targets: jax.Array) -> jax.Array:

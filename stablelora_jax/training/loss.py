@@ -17,7 +17,7 @@ from stablelora_jax.lora.apply import Adapted
 from stablelora_jax.lora.parametrizations.lora import SHARED
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.models.inputs import integers, token_indices
-from stablelora_jax.training.cross_entropy import chunk_length, cross_entropy_of_rows
+from stablelora_jax.training.cross_entropy import chunk_length, cross_entropy_of_rows, log_probs_of_tokens
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import get_in, set_in
 
@@ -56,9 +56,32 @@ def weighted_losses(
     Raises:
       InputError: a field of ``batch`` of another shape or kind.
     """
-    batch = _checked(batch)
-    at, weights = target_positions(batch)
+    head, weights = _head(model, variables, _checked(batch), keys, parts)
     weights = weights if row_weights is None else weights * jnp.asarray(row_weights)[:, None]
+    with jax.named_scope("loss"):  # in the names of operations, for a profile
+        return cross_entropy_of_rows(*head[:-1], weights, head[-1])
+
+
+def completion_log_probs(
+    model: Adapted, variables: Mapping[str, Any], batch: Batch, keys: jax.Array | None = None, *, parts: int = 1
+) -> Float[jax.Array, " B"]:
+    """``log p`` of each row's loss tokens, summed, differentiable one by one; logits exist for a chunk at a time.
+
+    The arguments are those of :func:`summed_loss`. A row without loss tokens gives 0.
+
+    Raises:
+      InputError: a field of ``batch`` of another shape or kind.
+    """
+    head, weights = _head(model, variables, _checked(batch), keys, parts)
+    with jax.named_scope("loss"):
+        return log_probs_of_tokens(*head[:-1], weights, head[-1]).sum(axis=1)
+
+
+def _head(
+    model: Adapted, variables: Mapping[str, Any], batch: Batch, keys: jax.Array | None, parts: int
+) -> tuple[tuple[Any, ...], jax.Array]:
+    """What :func:`.cross_entropy_of_rows` takes, but for the weights; and these."""
+    at, weights = target_positions(batch)
     rngs = None if keys is None else {"dropout": keys}
     inputs = (batch.tokens, batch.positions, batch.segment_ids)
     reads = None if batch.loss_positions is None else jnp.maximum(at - 1, 0)
@@ -90,8 +113,7 @@ def weighted_losses(
             variables = {**variables, "lora_rows": jnp.repeat(variables["lora_rows"], chunk)}
         return apply(variables, x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
-    with jax.named_scope("loss"):  # in the names of operations, for a profile
-        return cross_entropy_of_rows(logits, (head, shared), frozen, x, targets, weights, chunk)
+    return (logits, (head, shared), frozen, x, targets, chunk), weights
 
 
 def target_positions(batch: Batch) -> tuple[Int[jax.Array, "B K"], Shaped[jax.Array, "B K"]]:

@@ -19,8 +19,9 @@ from stablelora_jax.lora.leaves import split_frozen, with_frozen
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.optimizers import latches
 from stablelora_jax.parallel import Layout, Takes, rows_here
-from stablelora_jax.training.loss import summed_loss, target_positions
+from stablelora_jax.training.loss import target_positions
 from stablelora_jax.training.metrics import norm_summary, stop_ratios
+from stablelora_jax.training.objective import SFT, Objective
 from stablelora_jax.training.stability import Stability, shrunk_adapters, stability
 from stablelora_jax.utils.tree import Path, get_in
 
@@ -60,6 +61,7 @@ def make_train_step(
     *,
     trained: Callable[[Any], Any] = lambda adapters: adapters,
     accumulate: int = 1,
+    objective: Objective = SFT,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """``(state, params, batch) -> (state, metrics)``, compiled for ``layout``.
 
@@ -74,6 +76,7 @@ def make_train_step(
       layout: of state, ``params`` and the rows of ``batch``.
       trained: may stop the gradients of parts of the adapters (``optimizers.freeze_a``).
       accumulate: the number of micro-batches of a batch, computed one after another.
+      objective: what is minimised. The rows of one device and micro-batch are a multiple of its ``group``.
     """
 
     def step(
@@ -82,6 +85,7 @@ def make_train_step(
         rows = rows_here(batch.tokens.shape[0], layout.axis)
         parts = layout.parts if layout.axis is None else 1
         loss_tokens = layout.sum_parts(target_positions(batch)[1].sum())
+        count = loss_tokens if objective is SFT else layout.sum_parts(objective.divisor(batch))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         own, frozen = split_frozen(state.adapters)
 
@@ -90,7 +94,7 @@ def make_train_step(
             variables = {"params": params, "lora": with_frozen(trained(adapters), frozen)}
             if hyperparams is not None and hyperparams.lora_hyperparams is not None:
                 variables["lora_hp"] = hyperparams.lora_hyperparams
-            return summed_loss(model, variables, micro, keys, parts=parts) / jnp.maximum(loss_tokens, 1)
+            return objective.loss(model, variables, micro, keys, parts) / jnp.maximum(count, 1)
 
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
         loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), own, micros))

@@ -17,7 +17,8 @@ from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.quantization import dequantize_tree, quantize_params
-from stablelora_jax.training.loss import summed_loss
+from stablelora_jax.training.cross_entropy import token_log_probs
+from stablelora_jax.training.loss import completion_log_probs, summed_loss
 from stablelora_jax.training.stability import stability
 from stablelora_jax.training.step import init_state, make_stability_view, make_train_step
 from stablelora_jax.utils import tree
@@ -368,6 +369,33 @@ def test_an_adapted_head_learns_as_over_all_logits(name, x64):
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-9)
     head = tree.get_in(expected, head_path(tiny_decoder(**HEADS[name][0])[0].config))
     assert min(float(np.abs(g).max()) for g in jax.tree.leaves(head)) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["none", "shared", *(long(name) for name in HEADS if name != "shared")])
+def test_log_probs_of_completions_are_those_of_all_logits(name, x64):
+    """Each with a weight of its own in the loss, so that each has a gradient of its own."""
+    changes, spec = HEADS.get(name, ({}, LoraSpec(rank=2)))
+    model, params = tiny_decoder(jnp.float64, num_hidden_layers=1, **changes)
+    begun = init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64)
+    begun = trained(begun, spec) if trains_pairs(spec) else jax.tree.map(lambda x: 20 * x, begun)
+    lora, rng = adapted(model, spec), np.random.default_rng(2)
+    made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(3)])
+    batch = with_places(jax.tree.map(lambda x: x[:, :16], made), 15)
+
+    def tiled(adapters):
+        return completion_log_probs(lora, {"params": params, "lora": adapters}, batch)
+
+    def plain(adapters):
+        logits = lora.apply({"params": params, "lora": adapters}, batch.tokens, batch.positions, batch.segment_ids)
+        return (token_log_probs(logits, batch.tokens) * batch.loss_mask).sum(axis=1)
+
+    weigh = lambda log_probs: jnp.tanh(log_probs / 30) @ jnp.array([1.0, -2.0, 3.0])
+    (value, found), (total, expected) = (
+        jit(jax.value_and_grad(lambda a, f=f: weigh(f(a))))(begun) for f in (tiled, plain)
+    )
+    np.testing.assert_allclose(value, total, rtol=1e-10)
+    np.testing.assert_allclose(tiled(begun), plain(begun), rtol=1e-10)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["untied", "dora"])

@@ -4,6 +4,7 @@
 
     choice       prompt, choices (list of strings), label (index from 0)                    -> Question
     completion   prompt, completion, target (optional: what the answer is judged by)        -> Problem
+    preference   prompt, chosen, rejected                                                   -> Question of two choices
     chat         messages: [{"role", "content"}]: a system's (optional), a user's, an assistant's  -> Chat
 
 Messages stay as they are, for the model's chat template; a prompt of them joined by blank lines is there beside them.
@@ -23,6 +24,7 @@ NEEDED = {
     "choice": ("prompt", "choices", "label"),
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
+    "preference": ("prompt", "chosen", "rejected"),
 }
 OFTEN = {
     "prompt": ("instruction", "question", "input", "query", "text"),
@@ -30,14 +32,17 @@ OFTEN = {
     "choices": ("options", "endings"),
     "label": ("answer", "gold"),
     "messages": ("conversations", "conversation", "chat", "dialog"),
+    "chosen": ("preferred", "accepted", "response_chosen"),
+    "rejected": ("dispreferred", "response_rejected"),
     "target": (),
     "id": (),
 }
-Kind = Literal["choice", "completion", "chat"]
+Kind = Literal["choice", "completion", "chat", "preference"]
 NAMES = {
     "choice": ("prompt", "choices", "label", "id"),
     "completion": ("prompt", "completion", "target", "id"),
     "chat": ("messages", "id"),
+    "preference": ("prompt", "chosen", "rejected", "id"),
 }
 
 
@@ -64,7 +69,7 @@ def items(
         raise InputError(
             f"task.fields.{unknown[0]} is not read for kind {kind}: task.fields maps {names} to columns of the file"
         )
-    make: Any = {"choice": _question, "completion": _completion, "chat": _chat}[kind]
+    make: Any = {"choice": _question, "completion": _completion, "chat": _chat, "preference": _preference}[kind]
     found = rows.hub_rows(rows.Hub(hub, config), split) if hub else rows.local_split(Path(str(path)), split)
     return rows.parse(*found, split, lambda row, name: make(_named(row, kind, fields), name))
 
@@ -102,6 +107,14 @@ def _completion(row: Mapping[str, Any], name: str) -> Problem:
         None if target is None else str(target),
         str(row.get("id", name)),
     )
+
+
+def _preference(row: Mapping[str, Any], name: str) -> Question:
+    prompt = rows.text(row, "prompt").rstrip()
+    pair = tuple(_apart(rows.text(row, side), row["prompt"]) for side in ("chosen", "rejected"))
+    if pair[0] == pair[1]:
+        raise rows.Unsupported("chosen and rejected are the same: leave the row out")
+    return Question(prompt, pair, 0, str(row.get("id", name)))
 
 
 def _chat(row: Mapping[str, Any], name: str) -> Chat:
