@@ -47,7 +47,8 @@ def orpo(
 
 
 def _log_odds(log_p: jax.Array) -> jax.Array:
-    """``log (p / (1 - p))``; exact for p near 0 and near 1."""
+    """``log (p / (1 - p))``; exact for p near 0 and near 1, and finite at 1."""
+    log_p = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)
     near_one = log_p > -jnp.log(2.0)
     small = jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, log_p)))
     large = jnp.log(-jnp.expm1(jnp.where(near_one, log_p, -1.0)))

@@ -47,9 +47,10 @@ def of_pairs(function: Callable[..., jax.Array], arrays: Sequence[str]) -> Objec
             base = completion_log_probs(model, {"params": variables["params"]}, batch, parts=parts)
             given |= _sides("ref_", jax.lax.stop_gradient(base))
         lengths = _lengths(batch)
-        given |= {f"{side}_length": jnp.maximum(n, 1) for side, n in _sides("", lengths).items()}
-        losses = function(**{name: given[name] for name in arrays})
-        return jnp.where(lengths[::2] > 0, losses, 0).sum()
+        given |= {f"{side}_length": n for side, n in _sides("", lengths).items()}
+        there = lengths[::2] > 0  # an absent pair is given numbers whose gradients are finite
+        losses = function(**{name: jnp.where(there, given[name], 1 if "_length" in name else -1) for name in arrays})
+        return jnp.where(there, losses, 0).sum()
 
     return Objective(loss, lambda batch: (_lengths(batch)[::2] > 0).sum(), group=2)
 

@@ -94,7 +94,7 @@ def test_eight_devices_equal_one_written_by_hand(tx, tolerance):
 
 def test_compiles_once_counts_tokens_and_reports_latches_and_norms(monkeypatch):
     from stablelora_jax import still_shrinking
-    from stablelora_jax.training import step as module
+    from stablelora_jax.training import objective as module
 
     monkeypatch.setattr(module, "summed_loss", chex.assert_max_traces(module.summed_loss, n=1))
     metrics = train(SPEC, stable_lora(1e-3))[5]
