@@ -3,6 +3,8 @@
 A member is a pure function of log-probabilities of completions, each the sum over a completion's tokens, and gives a
 loss for each pair or each sequence. Where the lengths of completions count, they are arguments. The reference model of
 ``dpo`` and ``kto`` is the base: the adapted model without its adapters.
+
+Imports: utils.
 """
 
 from stablelora_jax.objectives.dpo import dpo
