@@ -1,5 +1,6 @@
 """The laws of a parametrisation, for every member, and float64 transcriptions of what each computes."""
 
+import itertools
 import math
 
 import jax
@@ -14,10 +15,12 @@ from stablelora_jax.lora.leaves import leaf_shapes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.parametrizations.lora import SHARED, Keys
+from stablelora_jax.lora.parametrizations.select import drawn_of_many
 from stablelora_jax.lora.shared import share
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from tests.helpers import jit, largest_difference, tiny_decoder
+from tests.lora.foreign.test_function_cases import sizes
 
 IN, OUT, R, STACK = 7, 5, 3, 4
 
@@ -99,6 +102,17 @@ def shira_oracle(w, a, s):
     return changed
 
 
+def bat_oracle(w, a, s):
+    """By blocks of the transposed kernel, as PEFT's weight lies: W' = W + s (W b + b)."""
+    weight, b = w.T, a["lora_blocks"]
+    r = b.shape[1]
+    changed = weight.copy()
+    for o, i in itertools.product(range(0, weight.shape[0], r), range(0, weight.shape[1], r)):
+        block = weight[o : o + r, i : i + r]
+        changed[o : o + r, i : i + r] += s * (block @ b[o // r] + b[o // r])
+    return changed.T
+
+
 def vblora_oracle(w, a, s):
     """Each number of A and B is here a sub-vector of its own."""
     topk, bank = 2, a["lora_bank"]
@@ -117,6 +131,7 @@ MEMBERS = {
     "lora": (lora_oracle, lambda n, m, r: r * (n + m), "kaiming"),
     "dora": (dora_oracle, lambda n, m, r: r * (n + m) + m, "kaiming"),
     "adalora": (adalora_oracle, lambda n, m, r: r * (n + m + 1), "init_ab"),
+    "bat": (bat_oracle, lambda n, m, r: r * m, "kaiming"),
     "edora": (edora_oracle, lambda n, m, r: r * r + m, "svd"),
     "loldu": (loldu_oracle, lambda n, m, r: r, "kaiming"),
     "lora_xs": (xs_oracle, lambda n, m, r: r * r, "svd"),
@@ -134,14 +149,16 @@ NOISE = {"lora_xs": 1e-3, "edora": 1e-3, "vblora": 2e-2}  # at the start: N(0, 1
 OPTIONS = {"vblora": {"vectors": 6, "length": 1}}
 SHARED_COUNT = {"vblora": 6}  # numbers trained once for all modules
 RANKS = {"shira": 1}  # where R is more than a small kernel has
+SIZES = {"bat": (6, 9)}  # where R has to divide both sides
 
 
 def spec_of(name, **more):
     return LoraSpec(parametrization=name, init=MEMBERS[name][2], options=OPTIONS.get(name, {}), **more)
 
 
-def one(name, size=(IN, OUT), dtype=jnp.float32, seed=1):
+def one(name, size=None, dtype=jnp.float32, seed=1):
     """A kernel, the leaves of a trained adapter with whatever is drawn from seeds drawn, and a scale."""
+    size = size or SIZES.get(name, (IN, OUT))
     rng = np.random.default_rng(seed)
     w, scale = jnp.asarray(rng.normal(size=size), dtype), jnp.asarray(0.5 + rng.random(), dtype)
     keys = Keys(jax.random.key(seed), jax.random.key(0))
@@ -180,11 +197,12 @@ def test_every_member_has_a_row():
     assert MEMBERS.keys() == PARAMETRIZATIONS.keys()
 
 
-@pytest.mark.parametrize("size", [(IN, OUT), (OUT, IN)])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("name", MEMBERS)
-def test_path_equals_merging_equals_the_transcription(name, size, x64):
-    w, adapter, scale = one(name, size, jnp.float64)
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, size[0])))
+def test_path_equals_merging_equals_the_transcription(name, turned, x64):
+    size = SIZES.get(name, (IN, OUT))
+    w, adapter, scale = one(name, size[::-1] if turned else size, jnp.float64)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, len(w))))
     found = merged(name, w, adapter, scale)
     oracle = MEMBERS[name][0](np.asarray(w), jax.tree.map(np.asarray, adapter), float(scale))
     np.testing.assert_allclose(found, oracle, atol=1e-12)
@@ -202,13 +220,13 @@ def test_in_a_decoder(name):
 
     Of the kernels (3, in, out) of q_proj one is not adapted.
     """
-    model, params = tiny_decoder()
+    model, params = tiny_decoder(vocab_size=32)
     chosen = ["q_proj", "down_proj", "embed_tokens"]
     spec = spec_of(name, rank=4, target_modules=chosen, exclude_modules=["layers.2.self_attn.q_proj"], scaling="rslora")
     start = jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params)
     q_proj = ("model", "layers", "self_attn", "q_proj")
     assert all(not np.any(leaf[2]) for leaf in tree.get_in(start, q_proj).values())
-    count = sum(MEMBERS[name][1](*size, 4) for size in [(16, 16)] * 2 + [(24, 16)] * 3 + [(31, 16)])
+    count = sum(MEMBERS[name][1](*size, 4) for size in [(16, 16)] * 2 + [(24, 16)] * 3 + [(32, 16)])
     assert f"trainable params: {count + SHARED_COUNT.get(name, 0):,} ||" in describe(params, start, spec)
 
     merged = jit(lambda adapters: merge(params, adapters, spec))
@@ -233,9 +251,9 @@ def test_in_a_decoder(name):
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_stack_starts_as_its_layers(name):
     """As the same kernels with the same names, one at a time."""
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, IN, OUT)), jnp.float32)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, *SIZES.get(name, (IN, OUT)))), jnp.float32)
     stacked = {"model": {"layers": {"q_proj": {"kernel": kernel}}}}
-    spec = spec_of(name, rank=2, target_modules=["q_proj"], stacked=("layers",))
+    spec = spec_of(name, rank=RANKS.get(name, R), target_modules=["q_proj"], stacked=("layers",))
     found = init_adapters(jax.random.key(0), stacked, spec)["model"]["layers"]["q_proj"]
     for i in range(2):
         alone = {"model": {"layers": {str(i): {"q_proj": {"kernel": kernel[i]}}}}}
@@ -248,7 +266,7 @@ def test_a_stack_starts_as_its_layers(name):
 def test_gradients_reach_what_is_trained_alone_and_are_finite_differences(name, x64):
     """Of DoRA's of the function whose norms are held fixed (section 4.3)."""
     w, adapter, scale = one(name, dtype=jnp.float64)
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, IN)))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, len(w))))
     member, trained, dense = PARAMETRIZATIONS[name], split_frozen(adapter)[0], is_dense(spec_of(name))
     gain = None if dense else member.gain(w, plain(name, w, adapter), scale)
     norms = 1.0 if gain is None else adapter["lora_magnitude_vector"] / gain
@@ -280,6 +298,8 @@ def test_gradients_reach_what_is_trained_alone_and_are_finite_differences(name, 
         ("randlora", 32, 9_289_728),
         ("vera", 256, 129_024),
         ("sbora_fa", 32, 3_670_016),  # that of LoRA-FA
+        ("bat", 64, 7_340_032),
+        ("shira", 32, 9_175_040),
     ],
 )
 def test_counts_are_those_of_pefts_benchmark(name, rank, count):
@@ -397,3 +417,35 @@ def test_dora_leaves_columns_of_zeros_and_padding_alone():
     assert np.isfinite(found).all() and not found[:, 2].any()
     padded = {"lora_a": jnp.zeros((IN, R)), "lora_b": jnp.zeros((R, OUT)), "lora_magnitude_vector": jnp.zeros(OUT)}
     np.testing.assert_array_equal(PARAMETRIZATIONS["dora"].merge(w, padded, scale), w)
+
+
+def test_bat_refuses_a_rank_that_does_not_divide_both_sides():
+    params = {"m": {"kernel": jnp.ones((6, 8))}}
+    with pytest.raises(InputError, match=r"^m: bat cuts a kernel \(6, 8\) into blocks of 3 x 3"):
+        init_adapters(jax.random.key(0), params, spec_of("bat", rank=3, target_modules=["m"], stacked=()))
+
+
+@pytest.mark.parametrize("size,count", [(8, 2), (50, 40)])
+def test_a_draw_of_many_is_uniform_over_sets(size, count):
+    """Of every number as often, and of 2 of 8 of every pair as often: by chi-square, at five deviations."""
+    draws = 20_000
+    keys = jax.random.split(jax.random.key(0), draws)
+    found = np.asarray(jit(jax.vmap(lambda key: drawn_of_many(key, size, count)))(keys))
+    assert (np.diff(found, axis=1) > 0).all() and found.min() >= 0 and found.max() < size
+    assert surprise(np.bincount(found.reshape(-1), minlength=size)) < 5
+    if count == 2:
+        pairs = [size * a + b for a, b in itertools.combinations(range(size), 2)]
+        assert surprise(np.bincount(found @ [size, 1], minlength=size**2)[pairs]) < 5
+
+
+def surprise(counts):
+    """By how many deviations chi-square is above its mean, were all counts equal but for chance."""
+    expected = counts.sum() / len(counts)
+    return (np.square(counts - expected).sum() / expected - len(counts)) / (2 * len(counts)) ** 0.5
+
+
+def test_a_draw_of_many_needs_no_memory_for_all():
+    """Of a kernel 4096 x 4096 in 32 layers: no array is as large as the kernel."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 32))
+    made = jax.make_jaxpr(jax.vmap(lambda key: drawn_of_many(key, 4096**2, 8 * 8192)))(keys)
+    assert max(sizes(made.jaxpr)) <= 4 * 32 * 8 * 8192

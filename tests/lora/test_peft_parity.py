@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,14 +17,17 @@ from tests.lora.test_parametrizations import MEMBERS, moved, spec_of
 
 SIZES = {"narrow": (7, 5), "wide": (5, 9), "square": (9, 9), "halved": (9, 4)}  # kernels (in, out), one after another
 R = 3  # divides neither 7 nor 5
+EVEN = {"narrow": (6, 4), "wide": (4, 8), "square": (8, 8), "halved": (8, 2)}  # for a rank of 2 that divides all
 
 
 class Layers(nn.Module):
-    """The linear layers of SIZES, with a bias each and a tanh between."""
+    """Linear layers of some sizes, with a bias each and a tanh between."""
+
+    sizes: Any
 
     @nn.compact
     def __call__(self, x):
-        for name, (_, out) in SIZES.items():
+        for name, (_, out) in self.sizes.items():
             x = nn.tanh(nn.Dense(out, name=name)(x))
         return x
 
@@ -33,10 +37,10 @@ def libraries():
     return pytest.importorskip("torch"), pytest.importorskip("peft")
 
 
-def layers(torch, seed=0):
+def layers(torch, sizes, seed=0):
     """The same network twice: PyTorch's module, and our parameters."""
     rng, theirs, params = np.random.default_rng(seed), OrderedDict(), {}
-    for name, (inputs, out) in SIZES.items():
+    for name, (inputs, out) in sizes.items():
         kernel, bias = rng.normal(size=(inputs, out)) / inputs**0.5, rng.normal(size=out) / 3
         params[name] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
         theirs[name] = torch.nn.Linear(inputs, out)
@@ -57,6 +61,12 @@ def vera_bases(module, size):
     return {"frozen_a": numbers(a).T, "frozen_b": numbers(b).T}
 
 
+def shira_places(module, size):
+    """PEFT's are (outputs, inputs), two rows of numbers."""
+    rows, columns = module.shira_indices["default"].numpy()
+    return {"frozen_index": columns * size[1] + rows}
+
+
 def randlora_bases(module, size):
     """PEFT's, cut to the layer, are A (r, 1, p) and B (q, n, r).
 
@@ -72,8 +82,22 @@ def randlora_bases(module, size):
 
 
 # PEFT's configuration; what each trained leaf is called there; the frozen leaves of one of its layers; our scaling
+# and rank, and the sizes of the kernels
 OTHERS = {
     "miss": (lambda peft, **k: peft.MissConfig(**k), {"lora_d": "miss_block"}, lambda *_: {}, dict(scaling="none")),
+    "bat": (
+        lambda peft, **k: peft.MissConfig(init_weights="bat", **k),
+        {"lora_blocks": "miss_block"},
+        lambda *_: {},
+        dict(scaling="none", rank=2),
+        EVEN,
+    ),
+    "shira": (
+        lambda peft, **k: peft.ShiraConfig(**k),
+        {"lora_values": "shira_weight"},
+        shira_places,
+        dict(scaling="none", rank=2),
+    ),
     "vera": (
         lambda peft, **k: peft.VeraConfig(save_projection=True, **k),
         {"lora_lambda_d": "vera_lambda_d", "lora_lambda_b": "vera_lambda_b"},
@@ -90,21 +114,23 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_a_parametrisation_of_pefts(name):
     """Its numbers in ours: the start, the count, the function, every gradient, and the merged weights."""
-    config, names, bases, scaling = OTHERS[name]
+    config, names, bases, own_spec, *sizes = OTHERS[name]
     torch, peft = libraries()
-    base, params = layers(torch)
+    sizes, rank = sizes[0] if sizes else SIZES, own_spec.get("rank", R)
+    base, params = layers(torch, sizes)
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(base, config(peft, r=R, target_modules=list(SIZES)))
-    spec = LoraSpec(parametrization=name, rank=R, target_modules=tuple(SIZES), stacked=(), **scaling)
+    theirs = peft.get_peft_model(base, config(peft, r=rank, target_modules=list(sizes)))
+    spec = LoraSpec(parametrization=name, target_modules=tuple(sizes), stacked=(), **{"rank": rank, **own_spec})
     start = split_frozen(jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params))[0]
-    modules = {layer: theirs.get_submodule(f"base_model.model.{layer}") for layer in SIZES}
+    modules = {layer: theirs.get_submodule(f"base_model.model.{layer}") for layer in sizes}
     own = lambda layer, leaf: getattr(modules[layer], names[leaf])["default"]
     count = sum(leaf.size for leaf in jax.tree.leaves(start))
-    assert count == theirs.get_nb_trainable_parameters()[0] == sum(MEMBERS[name][1](*s, R) for s in SIZES.values())
+    assert count == theirs.get_nb_trainable_parameters()[0] == sum(MEMBERS[name][1](*s, rank) for s in sizes.values())
     adapters = {}
-    for layer, size in SIZES.items():
+    for layer, size in sizes.items():
         assert start[layer].keys() == names.keys()
         for leaf in names:
             parameter = own(layer, leaf)
@@ -112,26 +138,26 @@ def test_a_parametrisation_of_pefts(name):
             with torch.no_grad():
                 parameter.add_(torch.randn(parameter.shape) / 3)
         adapters[layer] = {leaf: numbers(own(layer, leaf)) for leaf in names} | bases(modules[layer], size)
-    x = np.random.default_rng(1).normal(size=(6, SIZES["narrow"][0])).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(6, sizes["narrow"][0])).astype(np.float32)
     expected = theirs(torch.tensor(x))
     torch.square(expected).sum().backward()
     trained, frozen = split_frozen(adapters)
 
     def cost(trained):
-        whole = {layer: {**trained[layer], **frozen.get(layer, {})} for layer in SIZES}
-        y = adapted(Layers(), spec).apply({"params": params, "lora": whole}, jnp.asarray(x))
+        whole = {layer: {**trained[layer], **frozen.get(layer, {})} for layer in sizes}
+        y = adapted(Layers(sizes), spec).apply({"params": params, "lora": whole}, jnp.asarray(x))
         return jnp.square(y).sum(), (y, merge(params, whole, spec))
 
     gradient, (ours, merged) = jit(jax.grad(cost, has_aux=True))(trained)
     np.testing.assert_allclose(ours, expected.detach(), atol=1e-5)
-    for layer in SIZES:
+    for layer in sizes:
         for leaf in names:
             wanted = own(layer, leaf).grad.numpy()
             assert np.abs(wanted).max() > 1e-3
             scale = max(1, np.abs(wanted).max())
             np.testing.assert_allclose(gradient[layer][leaf], wanted, atol=1e-5 * scale, err_msg=f"{layer} {leaf}")
     plain = theirs.merge_and_unload()
-    for layer in SIZES:
+    for layer in sizes:
         weight = plain.get_submodule(layer).weight.detach().numpy()
         np.testing.assert_allclose(merged[layer]["kernel"], weight.T, atol=1e-5, err_msg=layer)
 

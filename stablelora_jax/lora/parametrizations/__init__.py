@@ -28,6 +28,7 @@ Of plain pairs, over the last two axes (leading axes are stacks), a table of tes
 
 from stablelora_jax.lora.parametrizations import (
     adalora,
+    bat,
     dora,
     edora,
     loldu,
@@ -48,6 +49,7 @@ PARAMETRIZATIONS = {
     "lora": lora,
     "dora": dora,
     "adalora": adalora,
+    "bat": bat,
     "edora": edora,
     "loldu": loldu,
     "lora_xs": lora_xs,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from stablelora_jax.lora.parametrizations.lora import Adapter, Keys
+from stablelora_jax.lora.parametrizations.select import drawn_of_many
 from stablelora_jax.utils.errors import InputError
 
 PAIR, READS_KERNEL = "none", False
@@ -24,15 +25,16 @@ def start(keys: Keys, w: Any, begun: Adapter, scale: Any) -> dict[str, jax.Array
     """``lora_values`` (n,), zero, and ``frozen_index`` (n,): their places in the flat kernel, n = r (in + out).
 
     Raises:
-      InputError: the kernel has fewer entries.
+      InputError: the kernel has fewer entries, or more than int32 can number.
     """
     (inputs, rank), outputs = begun["lora_a"].shape, begun["lora_b"].shape[1]
     count, size = rank * (inputs + outputs), inputs * outputs
     if count > size:
         raise InputError(f"rank {rank} trains {count} entries of a kernel {(inputs, outputs)}: lower the rank")
-    index = jax.random.choice(keys.own, size, (count,), replace=False)
+    if size >= 2**31:
+        raise InputError(f"a kernel {(inputs, outputs)} has more entries than shira can number: leave it out")
     values = jnp.zeros(count, begun["lora_a"].dtype)
-    return {"lora_values": values, "frozen_index": jnp.sort(index).astype(jnp.int32)}
+    return {"lora_values": values, "frozen_index": drawn_of_many(keys.own, size, count)}
 
 
 def change(adapter: Adapter, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
