@@ -216,7 +216,7 @@ def _is_adapter(node: Mapping[str, Any]) -> bool:
 
 def _stack(leaves: Mapping[str, Any], spec: LoraSpec) -> tuple[int, ...]:
     """The stack axes of the leaves of an adapter: those beyond the axes that the leaf has at one kernel."""
-    width = math.lcm(64, *(value for value in spec.arguments.values() if isinstance(value, int)))
+    width = 2 * math.lcm(64, *(value for value in spec.arguments.values() if isinstance(value, int)))
     own = _shapes((width, width), 2, False, spec.parametrization, spec.init, spec.options)
     name = next((name for name in sorted(own) if name in leaves), None)
     shape = jnp.shape(leaves[name]) if name else ()

@@ -142,7 +142,7 @@ class LoraSpec:
             if name not in defaults:
                 known = f"it takes {', '.join(defaults)}" if defaults else "it takes none"
                 raise InputError(f"parametrization {self.parametrization!r} has no option {name!r:.80}: {known}")
-            if isinstance(value, bool) or not isinstance(value, type(defaults[name])) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, int | type(defaults[name])) or not value > 0:
                 raise InputError(f"options: {name} must be a positive {_kind(defaults[name])}, not {shown(value)}")
         if member.pair is None and self.dropout:
             raise InputError(

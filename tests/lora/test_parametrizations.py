@@ -113,6 +113,17 @@ def bat_oracle(w, a, s):
     return changed.T
 
 
+def salt_oracle(w, a, s):
+    """The whole matrix between the singular vectors, as it is written in the paper."""
+    u, vt, top = a["frozen_u"], a["frozen_v"], len(a["lora_alpha"])
+    middle = np.diag(np.linalg.svd(w)[1])
+    change = np.zeros_like(middle)
+    scaled = np.maximum((1 + a["lora_alpha"]) * np.diag(middle)[:top] + a["lora_beta"], 0)
+    change[:top, :top] = np.diag(scaled) - middle[:top, :top]
+    change[top:, top:] = a["lora_x"] @ a["lora_y"]
+    return w + s * u @ change @ vt
+
+
 def vblora_oracle(w, a, s):
     """Each number of A and B is here a sub-vector of its own."""
     topk, bank = 2, a["lora_bank"]
@@ -138,6 +149,7 @@ MEMBERS = {
     "miss": (miss_oracle, lambda n, m, r: r * m, "kaiming"),
     "paca": (paca_oracle, lambda n, m, r: r * m, "kaiming"),
     "randlora": (randlora_oracle, lambda n, m, r: math.ceil(min(n, m) / r) * (r + min(n, m)), "kaiming"),
+    "salt": (salt_oracle, lambda n, m, r: 2 * 2 + 2 * r * (min(n, m) - 2), "kaiming"),
     "sbora_fa": (rows_oracle, lambda n, m, r: r * m, "kaiming"),
     "sbora_fb": (columns_oracle, lambda n, m, r: r * n, "kaiming"),
     "shira": (shira_oracle, lambda n, m, r: r * (n + m), "kaiming"),
@@ -146,7 +158,7 @@ MEMBERS = {
     "vera": (vera_oracle, lambda n, m, r: r + m, "kaiming"),
 }
 NOISE = {"lora_xs": 1e-3, "edora": 1e-3, "vblora": 2e-2}  # at the start: N(0, 1e-5^2) between two bases; a small pair
-OPTIONS = {"vblora": {"vectors": 6, "length": 1}}
+OPTIONS = {"salt": {"k": 2}, "vblora": {"vectors": 6, "length": 1}}
 SHARED_COUNT = {"vblora": 6}  # numbers trained once for all modules
 RANKS = {"shira": 1}  # where R is more than a small kernel has
 SIZES = {"bat": (6, 9)}  # where R has to divide both sides
@@ -449,3 +461,37 @@ def test_a_draw_of_many_needs_no_memory_for_all():
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 32))
     made = jax.make_jaxpr(jax.vmap(lambda key: drawn_of_many(key, 4096**2, 8 * 8192)))(keys)
     assert max(sizes(made.jaxpr)) <= 4 * 32 * 8 * 8192
+
+
+def test_salt_scales_the_largest_singular_values_alone_and_never_below_zero(x64):
+    w, adapter, _ = one("salt", dtype=jnp.float64)
+    u, values, vt = np.linalg.svd(np.asarray(w), full_matrices=False)
+    for alpha, beta, expected in (([1.0, -0.5], [0.0, 0.0], [2.0, 0.5]), ([-3.0, 0.0], [0.0, -1e3], [0.0, 0.0])):
+        own = {"lora_alpha": jnp.array(alpha), "lora_beta": jnp.array(beta), "lora_y": 0 * adapter["lora_y"]}
+        found = merged("salt", w, {**adapter, **own}, jnp.ones(()))
+        scaled = values * np.array([*expected, 1, 1, 1])
+        np.testing.assert_allclose(found, u * scaled @ vt, atol=1e-12)
+
+
+def test_salts_rest_is_not_clipped(x64):
+    """What the authors' code does with X Y: half of it would be gone."""
+    w, adapter, _ = one("salt", dtype=jnp.float64)
+    own = {"lora_alpha": jnp.zeros(2), "lora_beta": jnp.zeros(2)}
+    change = merged("salt", w, {**adapter, **own}, jnp.ones(())) - w
+    between = adapter["frozen_u"][:, 2:].T @ change @ adapter["frozen_v"][2:].T
+    np.testing.assert_allclose(between, adapter["lora_x"] @ adapter["lora_y"], atol=1e-12)
+    assert (between < -1e-3).any()
+
+
+@pytest.mark.parametrize("k,top", [(0.1, 2), (0.01, 1), (3, 3)])
+def test_salts_k_is_a_part_or_a_number(k, top):
+    spec = LoraSpec(parametrization="salt", rank=4, options={"k": k})
+    shapes = leaf_shapes(TargetModule(("m",), ("m",), (), (4,), (1.0,), (20, 30)), spec)
+    assert shapes["lora_alpha"] == (top,) and shapes["lora_x"] == (20 - top, 4)
+
+
+@pytest.mark.parametrize("k", [2.5, 20, 21.0])
+def test_salt_refuses(k):
+    spec = LoraSpec(parametrization="salt", rank=4, options={"k": k})
+    with pytest.raises(InputError, match="^m: options: k "):
+        leaf_shapes(TargetModule(("m",), ("m",), (), (4,), (1.0,), (20, 30)), spec)
