@@ -124,6 +124,25 @@ def salt_oracle(w, a, s):
     return w + s * u @ change @ vt
 
 
+def mpo(a, kind):
+    """Of three cores, every sum at once."""
+    cores = [a[f"{kind}_core_{k}"] for k in (1, 2, 3)]
+    whole = np.einsum("zadp,pbeq,qcfy->abcdef", *cores)
+    return whole.reshape(math.prod(whole.shape[:3]), -1)
+
+
+def dota_oracle(w, a, s):
+    return w + s * (mpo(a, "lora") - mpo(a, "frozen"))
+
+
+def dota_count(n, m, r):
+    """Of the sides of the kernels of a small decoder."""
+    cut = {16: (4, 2, 2), 24: (4, 3, 2), 32: (4, 4, 2)}
+    (i, j, k), (x, y, z) = cut[n], cut[m]
+    first, second = min(r, i * x, j * y * k * z), min(r, r * j * y, k * z)
+    return i * x * first + first * j * y * second + second * k * z
+
+
 def vblora_oracle(w, a, s):
     """Each number of A and B is here a sub-vector of its own."""
     topk, bank = 2, a["lora_bank"]
@@ -143,6 +162,7 @@ MEMBERS = {
     "dora": (dora_oracle, lambda n, m, r: r * (n + m) + m, "kaiming"),
     "adalora": (adalora_oracle, lambda n, m, r: r * (n + m + 1), "init_ab"),
     "bat": (bat_oracle, lambda n, m, r: r * m, "kaiming"),
+    "dota": (dota_oracle, dota_count, "kaiming"),
     "edora": (edora_oracle, lambda n, m, r: r * r + m, "svd"),
     "loldu": (loldu_oracle, lambda n, m, r: r, "kaiming"),
     "lora_xs": (xs_oracle, lambda n, m, r: r * r, "svd"),
@@ -161,7 +181,7 @@ NOISE = {"lora_xs": 1e-3, "edora": 1e-3, "vblora": 2e-2}  # at the start: N(0, 1
 OPTIONS = {"salt": {"k": 2}, "vblora": {"vectors": 6, "length": 1}}
 SHARED_COUNT = {"vblora": 6}  # numbers trained once for all modules
 RANKS = {"shira": 1}  # where R is more than a small kernel has
-SIZES = {"bat": (6, 9)}  # where R has to divide both sides
+SIZES = {"bat": (6, 9), "dota": (6, 8)}  # where R has to divide both sides, or primes are not to be cut
 
 
 def spec_of(name, **more):
@@ -494,4 +514,31 @@ def test_salts_k_is_a_part_or_a_number(k, top):
 def test_salt_refuses(k):
     spec = LoraSpec(parametrization="salt", rank=4, options={"k": k})
     with pytest.raises(InputError, match="^m: options: k "):
+        leaf_shapes(TargetModule(("m",), ("m",), (), (4,), (1.0,), (20, 30)), spec)
+
+
+@pytest.mark.parametrize("rank", [2, 24])
+def test_dotas_cores_are_those_of_the_kernel(rank, x64):
+    """All of it where no bond is cut; else at most as far from it as what was cut at each bond."""
+    w = np.random.default_rng(0).normal(size=(12, 8))
+    begun = INITIALIZERS["kaiming"](jax.random.key(0), jnp.asarray(w), rank, jnp.ones(()), jnp.float64)
+    adapter = PARAMETRIZATIONS["dota"].start(None, jnp.asarray(w), begun, jnp.ones(()), cores=3)
+    assert [adapter[f"lora_core_{k}"].shape[1:3] for k in (1, 2, 3)] == [(3, 2), (2, 2), (2, 2)]
+    left = np.linalg.norm(w - mpo(adapter, "lora"))
+    tensor = w.reshape(3, 2, 2, 2, 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    cut = [np.linalg.svd(tensor.reshape(rows, -1))[1][rank:] for rows in (6, 24)]
+    at_most = np.linalg.norm(np.concatenate(cut))
+    assert left < 1e-12 if rank == 24 else cut[1][0] < left <= at_most + 1e-12
+    bonds = [adapter[f"lora_core_{k}"].shape[3] for k in (1, 2)]
+    assert bonds == ([2, 2] if rank == 2 else [6, 4])
+
+
+def test_dota_has_more_than_its_rank(x64):
+    w, adapter, scale = one("dota", dtype=jnp.float64)
+    assert np.linalg.matrix_rank(merged("dota", w, adapter, scale) - w) == min(w.shape) > R
+
+
+def test_dota_needs_a_bond():
+    spec = LoraSpec(parametrization="dota", rank=4, options={"cores": 1})
+    with pytest.raises(InputError, match="^m: options: dota needs at least 2 cores, not 1"):
         leaf_shapes(TargetModule(("m",), ("m",), (), (4,), (1.0,), (20, 30)), spec)
