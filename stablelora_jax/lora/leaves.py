@@ -53,7 +53,7 @@ def start_leaves(key: jax.Array, kernel: Any, target: TargetModule, spec: LoraSp
         name = ".".join(target.path)
         raise InputError(f"{name}: with {spec.parametrization}, the layers of a stack have one rank, not {own}")
     keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names])
-    begin = partial(_begin, looked_up=target.looked_up, spec=spec, dtype=dtype)
+    begin = partial(_begin, axes=_axes(target), looked_up=target.looked_up, spec=spec, dtype=dtype)
     if reads_kernel(spec):
         rows = _each(begin, keys, key, kernel.reshape(-1, *target.size), target)
     else:
@@ -72,7 +72,8 @@ def leaf_shapes(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ..
     if spec.lora_bias and target.looked_up:
         raise InputError(f"{'.'.join(target.path)} is an embedding, which takes no lora_bias: leave one of them out")
     try:
-        shapes = _shapes(target.size, target.rank, target.looked_up, spec.parametrization, spec.init, spec.options)
+        of_spec = spec.parametrization, spec.init, spec.options
+        shapes = _shapes(target.size, _axes(target), target.rank, target.looked_up, *of_spec)
     except InputError as error:
         raise InputError(f"{'.'.join(target.path)}: {error}") from None
     bias = {"lora_bias": (target.size[1],)} if spec.lora_bias else {}
@@ -159,11 +160,27 @@ def with_frozen(trained: Any, frozen: Any) -> Any:
     return joined
 
 
-def _begin(keys: Keys, w: Any, rank: int, scale: Any, *, looked_up: bool, spec: LoraSpec, dtype: DTypeLike) -> Leaves:
+def _axes(target: TargetModule) -> tuple[int, ...]:
+    """The sizes of the axes that a kernel contracts."""
+    return target.in_sizes or target.size[:1]
+
+
+def _begin(
+    keys: Keys,
+    w: Any,
+    rank: int,
+    scale: Any,
+    *,
+    axes: tuple[int, ...],
+    looked_up: bool,
+    spec: LoraSpec,
+    dtype: DTypeLike,
+) -> Leaves:
     """The leaves for one kernel (in, out)."""
     member: Any = PARAMETRIZATIONS[spec.parametrization]
     begin: Any = embedding if looked_up and member.PAIR == "trained" else INITIALIZERS[spec.init]
-    found: Leaves = member.start(keys, w, begin(keys.own, w, rank, scale, dtype), scale, **spec.arguments)
+    arguments = spec.arguments | ({"axes": axes} if getattr(member, "READS_AXES", False) else {})
+    found: Leaves = member.start(keys, w, begin(keys.own, w, rank, scale, dtype), scale, **arguments)
     return found
 
 
@@ -198,14 +215,20 @@ def _masked(name: str, leaf: jax.Array, used: np.ndarray) -> jax.Array:
 
 @lru_cache(maxsize=4096)
 def _shapes(
-    size: tuple[int, int], rank: int, looked_up: bool, parametrization: str, init: str, options: Any
+    size: tuple[int, int],
+    axes: tuple[int, ...],
+    rank: int,
+    looked_up: bool,
+    parametrization: str,
+    init: str,
+    options: Any,
 ) -> dict[str, tuple[int, ...]]:
     """Of the leaves for one kernel."""
     if parametrization == "lora" and (looked_up or init in ("kaiming", "gaussian", "init_b", "orthogonal")):
         return {"lora_a": (size[0], rank), "lora_b": (rank, size[1])}
     spec = LoraSpec(parametrization=parametrization, init=init, options=options)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    begin = partial(_begin, rank=rank, scale=jnp.ones(()), looked_up=looked_up, spec=spec, dtype=jnp.float32)
+    begin = partial(_begin, rank=rank, scale=jnp.ones(()), axes=axes, looked_up=looked_up, spec=spec, dtype=jnp.float32)
     made = jax.eval_shape(lambda key, w: begin(Keys(key, key), w), key, jax.ShapeDtypeStruct(size, np.float32))
     return {name: leaf.shape for name, leaf in made.items()}
 
@@ -217,7 +240,7 @@ def _is_adapter(node: Mapping[str, Any]) -> bool:
 def _stack(leaves: Mapping[str, Any], spec: LoraSpec) -> tuple[int, ...]:
     """The stack axes of the leaves of an adapter: those beyond the axes that the leaf has at one kernel."""
     width = 2 * math.lcm(64, *(value for value in spec.arguments.values() if isinstance(value, int)))
-    own = _shapes((width, width), 2, False, spec.parametrization, spec.init, spec.options)
+    own = _shapes((width, width), (width,), 2, False, spec.parametrization, spec.init, spec.options)
     name = next((name for name in sorted(own) if name in leaves), None)
     shape = jnp.shape(leaves[name]) if name else ()
     return tuple(shape[: len(shape) - len(own[name])]) if name else ()

@@ -44,6 +44,7 @@ class TargetModule(NamedTuple):
     in_axes: tuple[int, ...] = (0,)  # that the kernel contracts, after the stack; adapters alone do not tell
     looked_up: bool = False  # an embedding (vocabulary, features), read by indices
     stack_axes: tuple[int, ...] | None = None  # of the parameter; None: the leading ones
+    in_sizes: tuple[int, ...] = ()  # of ``in_axes``; (): of one axis
 
     @property
     def leaf_path(self) -> Path:

@@ -244,6 +244,7 @@ def _target(path: Path, module: Mapping[str, Any], spec: LoraSpec) -> TargetModu
     rows = math.prod(shape[depth + axis] for axis in in_axes)
     columns = math.prod(size for axis, size in enumerate(shape[depth:]) if axis not in in_axes)
     target = make_target_module(path, shape[:depth], (rows, columns), spec, leaf, in_axes)
+    target = target._replace(in_sizes=tuple(shape[depth + axis] for axis in in_axes))
     if target.rank and not rows * columns:
         raise InputError(
             f"{'.'.join(path)}: a kernel of shape {shape} holds nothing to adapt: leave it out of target_modules"

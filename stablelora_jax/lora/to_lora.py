@@ -17,6 +17,7 @@ from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.leaf_checks import require_leaves
 from stablelora_jax.lora.leaves import adapter_target_modules, split_frozen, trains_pairs
 from stablelora_jax.lora.pairs import TargetModule
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS, dora
 from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict
@@ -130,10 +131,10 @@ def _plain_spec(spec: LoraSpec, targets: list[TargetModule], ranks: Mapping[str,
     found = {name: (rank, scales[name] * rank) for name, rank in ranks.items() if rank}
     (rank, alpha), _ = Counter(found.values()).most_common(1)[0]
     others = {name: own for name, own in found.items() if own != (rank, alpha)}
-    form = "dora" if spec.parametrization in ("dora", "edora") else "lora"
+    rescaled = getattr(PARAMETRIZATIONS[spec.parametrization], "merge", None) is dora.merge
     return replace(
         spec,
-        parametrization=form,
+        parametrization="dora" if rescaled else "lora",
         options={},
         init="kaiming",
         scaling="lora",

@@ -19,7 +19,7 @@ from stablelora_jax.lora.parametrizations.select import drawn_of_many
 from stablelora_jax.lora.shared import share
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
-from tests.helpers import jit, largest_difference, tiny_decoder
+from tests.helpers import jit, largest_difference, long, tiny_decoder
 from tests.lora.foreign.test_function_cases import sizes
 
 IN, OUT, R, STACK = 7, 5, 3, 4
@@ -143,6 +143,23 @@ def dota_count(n, m, r):
     return i * x * first + first * j * y * second + second * k * z
 
 
+def cp_oracle(w, a, s):
+    """Each number of the kernel by itself; of one axis where the kernel contracts one."""
+    factors = [a[f"lora_in_{at}"] for at in range(sum(name.startswith("lora_in_") for name in a))]
+    change = np.zeros((*(len(f) for f in factors), w.shape[1]))
+    for at in np.ndindex(*change.shape[:-1]):
+        row = np.prod([factor[i] for factor, i in zip(factors, at, strict=True)], axis=0)
+        change[at] = row @ a["lora_out"]
+    return w + s * change.reshape(w.shape)
+
+
+def lora_c_oracle(w, a, s):
+    """``(B @ A).view(out, in, k, k)``, from PyTorch's order of axes to ours."""
+    product, outputs = a["lora_up"] @ a["lora_down"], w.shape[1]
+    side = len(a["lora_up"]) // outputs
+    return w + s * product.reshape(outputs, -1, side, side).transpose(2, 3, 1, 0).reshape(w.shape)
+
+
 def vblora_oracle(w, a, s):
     """Each number of A and B is here a sub-vector of its own."""
     topk, bank = 2, a["lora_bank"]
@@ -162,9 +179,21 @@ MEMBERS = {
     "dora": (dora_oracle, lambda n, m, r: r * (n + m) + m, "kaiming"),
     "adalora": (adalora_oracle, lambda n, m, r: r * (n + m + 1), "init_ab"),
     "bat": (bat_oracle, lambda n, m, r: r * m, "kaiming"),
+    "cp": (cp_oracle, lambda n, m, r: r * (n + m), "kaiming"),
+    "cp_dora": (
+        lambda w, a, s: rescaled(cp_oracle(w, a, s), a["lora_magnitude_vector"]),
+        lambda n, m, r: r * (n + m) + m,
+        "kaiming",
+    ),
+    "dora_c": (
+        lambda w, a, s: rescaled(lora_c_oracle(w, a, s), a["lora_magnitude_vector"]),
+        lambda n, m, r: r * (n + m) + m,
+        "kaiming",
+    ),
     "dota": (dota_oracle, dota_count, "kaiming"),
     "edora": (edora_oracle, lambda n, m, r: r * r + m, "svd"),
     "loldu": (loldu_oracle, lambda n, m, r: r, "kaiming"),
+    "lora_c": (lora_c_oracle, lambda n, m, r: r * (n + m), "kaiming"),
     "lora_xs": (xs_oracle, lambda n, m, r: r * r, "svd"),
     "miss": (miss_oracle, lambda n, m, r: r * m, "kaiming"),
     "paca": (paca_oracle, lambda n, m, r: r * m, "kaiming"),
@@ -181,7 +210,9 @@ NOISE = {"lora_xs": 1e-3, "edora": 1e-3, "vblora": 2e-2}  # at the start: N(0, 1
 OPTIONS = {"salt": {"k": 2}, "vblora": {"vectors": 6, "length": 1}}
 SHARED_COUNT = {"vblora": 6}  # numbers trained once for all modules
 RANKS = {"shira": 1}  # where R is more than a small kernel has
-SIZES = {"bat": (6, 9), "dota": (6, 8)}  # where R has to divide both sides, or primes are not to be cut
+# where R has to divide both sides, or primes are not to be cut; (in, out) of convolutions
+SIZES = {"bat": (6, 9), "dota": (6, 8), "cp": (12, 5), "cp_dora": (12, 5), "lora_c": (12, 5), "dora_c": (12, 5)}
+AXES = {"cp": (2, 3, 2), "cp_dora": (2, 3, 2), "lora_c": (2, 2, 3), "dora_c": (2, 2, 3)}  # (h, w, in)
 
 
 def spec_of(name, **more):
@@ -196,7 +227,9 @@ def one(name, size=None, dtype=jnp.float32, seed=1):
     keys = Keys(jax.random.key(seed), jax.random.key(0))
     rank, spec = RANKS.get(name, R), spec_of(name)
     begun = INITIALIZERS[spec.init](keys.own, w, rank, scale, dtype)
-    adapter = PARAMETRIZATIONS[name].start(keys, w, begun, scale, **spec.arguments)
+    axes = AXES.get(name, ()) if size == SIZES.get(name) else size[:1]  # turned, it is no convolution
+    arguments = spec.arguments | ({"axes": axes} if name in AXES else {})
+    adapter = PARAMETRIZATIONS[name].start(keys, w, begun, scale, **arguments)
     target = TargetModule(("m",), ("m",), (), (rank,), (1.0,), size)
     adapter |= share(keys.shared, {"m": adapter}, {("m",): target}, spec).get(SHARED, {})
     if adapter.pop("frozen_seed", None) is not None:  # as an adapter of PEFT's brings its own
@@ -246,7 +279,7 @@ def test_path_equals_merging_equals_the_transcription(name, turned, x64):
     np.testing.assert_array_equal(rounded, wide.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", [long(n) if n in AXES else n for n in MEMBERS])  # of Dense alone they are LoRA
 def test_in_a_decoder(name):
     """The start is the base, the count is the formula, the model computes what merging means, and to_lora is the same.
 
@@ -276,7 +309,7 @@ def test_in_a_decoder(name):
     np.testing.assert_allclose(found, jit(model.apply)({"params": whole}, tokens), atol=1e-4)
 
     plain_adapters, plain_spec = to_lora(adapters, spec, params=params)
-    assert plain_spec.parametrization == ("dora" if name in ("dora", "edora") else "lora")
+    assert plain_spec.parametrization == ("dora" if "dora" in name else "lora")
     assert largest_difference(jit(lambda a: merge(params, a, plain_spec))(plain_adapters), whole) < 1e-5
 
 

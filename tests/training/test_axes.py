@@ -49,7 +49,8 @@ def makes_sense(parametrization, init, optimizer):
 PRODUCT = [c for c in itertools.product(PARAMETRIZATIONS, INITIALIZERS, OPTIMIZERS) if makes_sense(*c)]
 
 
-NO_PAIR = sorted(row[0] for row in PRODUCT if PARAMETRIZATIONS[row[0]].PAIR == "none")
+OF_CONVOLUTIONS = {name for name, member in PARAMETRIZATIONS.items() if hasattr(member, "READS_AXES")}  # else LoRA
+NO_PAIR = sorted(row[0] for row in PRODUCT if PARAMETRIZATIONS[row[0]].PAIR == "none" and row[0] not in OF_CONVOLUTIONS)
 SHORT = [
     ("lora", "kaiming", "stable_lora"),
     ("lora", "pissa", "adamw"),
@@ -83,7 +84,11 @@ def base():
 
 def test_the_short_rows_cover_every_member():
     parametrizations, inits, names = map(set, zip(*SHORT, strict=True))
-    assert (parametrizations, inits, names) == (set(PARAMETRIZATIONS), set(INITIALIZERS), set(OPTIMIZERS))
+    assert (parametrizations, inits, names) == (
+        set(PARAMETRIZATIONS) - OF_CONVOLUTIONS,
+        set(INITIALIZERS),
+        set(OPTIMIZERS),
+    )
 
 
 @pytest.mark.parametrize("parametrization,init,optimizer", rows())

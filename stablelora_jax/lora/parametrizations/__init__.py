@@ -13,6 +13,8 @@ change itself instead, and is called *dense*. Of one kernel (in, out):
   ``lora_magnitude_vector`` where it is DoRA's; None of a dense member, which has ``change(adapter, w)`` (in, out)
   in its place: the kernel is then ``w + s change``, formed where the module runs;
 * ``OPTIONS``, where it takes arguments: their defaults by name. They are passed by name to all of these functions;
+* ``READS_AXES``, where the matrix (in, out) does not say enough: ``start`` also gets ``axes``, the sizes of the axes
+  that the kernel contracts, (h, w, in) of a convolution;
 * ``share(key, adapters, targets)``, where modules share parameters: the tree of adapters that ``start`` has begun, with
   ``lora_shared`` at its root. ``pair`` finds its leaves beside the module's own.
 
@@ -29,11 +31,15 @@ Of plain pairs, over the last two axes (leading axes are stacks), a table of tes
 from stablelora_jax.lora.parametrizations import (
     adalora,
     bat,
+    cp,
+    cp_dora,
     dora,
+    dora_c,
     dota,
     edora,
     loldu,
     lora,
+    lora_c,
     lora_xs,
     miss,
     paca,
@@ -52,9 +58,13 @@ PARAMETRIZATIONS = {
     "dora": dora,
     "adalora": adalora,
     "bat": bat,
+    "cp": cp,
+    "cp_dora": cp_dora,
+    "dora_c": dora_c,
     "dota": dota,
     "edora": edora,
     "loldu": loldu,
+    "lora_c": lora_c,
     "lora_xs": lora_xs,
     "miss": miss,
     "paca": paca,

@@ -113,7 +113,7 @@ def _target(path: Path, place: Path, layout: Layout, spec: LoraSpec) -> TargetMo
     )
     leaf = path[-1] if len(place) < len(path) else ""
     found = make_target_module(place, tuple(shape[a] for a in stack), size, spec, leaf, _own(layout), layout.looked_up)
-    return found._replace(stack_axes=stack)
+    return found._replace(stack_axes=stack, in_sizes=tuple(shape[axis] for axis in rows))
 
 
 def _lists(spec: LoraSpec) -> list[str]:
