@@ -71,6 +71,9 @@ def leaf_shapes(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ..
     """
     if spec.lora_bias and target.looked_up:
         raise InputError(f"{'.'.join(target.path)} is an embedding, which takes no lora_bias: leave one of them out")
+    if hasattr(PARAMETRIZATIONS[spec.parametrization], "across") and not target.stack:
+        name = ".".join(target.path)
+        raise InputError(f"{name} is in no stack, whose layers {spec.parametrization} links: put it in exclude_modules")
     try:
         of_spec = spec.parametrization, spec.init, spec.options
         shapes = _shapes(target.size, _axes(target), target.rank, target.looked_up, *of_spec)

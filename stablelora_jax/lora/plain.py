@@ -36,6 +36,8 @@ def plain_adapters(adapters: Any, targets: Mapping[Path, TargetModule], spec: Lo
         if member.pair is lora.pair and not any(map(is_frozen, own)):
             continue
         own = _held(own)
+        if hasattr(member, "across"):
+            own = member.across(own, target.mask().any(axis=-1), **spec.arguments)
         if member.pair is not None:
             own = _pair(member, own, shared, target, spec)
         kept = {name: given[name] for name in KEPT if name in given}

@@ -12,6 +12,7 @@ from tests.helpers import jit, largest_difference, long, random_params
 from tests.lora.test_parametrizations import moved, spec_of
 
 LEFT_OUT = dict.fromkeys(("lora_c", "dora_c"), ("join", "conv"))  # that contract two axes
+LEFT_OUT["reslora"] = ("embed", "split", "join", "heads", "conv", "experts")  # that are in no stack of layers
 DEFAULT = ("shira", "vblora")  # the others have rows in the long tier
 
 

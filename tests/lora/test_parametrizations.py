@@ -198,6 +198,7 @@ MEMBERS = {
     "miss": (miss_oracle, lambda n, m, r: r * m, "kaiming"),
     "paca": (paca_oracle, lambda n, m, r: r * m, "kaiming"),
     "randlora": (randlora_oracle, lambda n, m, r: math.ceil(min(n, m) / r) * (r + min(n, m)), "kaiming"),
+    "reslora": (lora_oracle, lambda n, m, r: r * (n + m), "kaiming"),  # of one layer alone
     "salt": (salt_oracle, lambda n, m, r: 2 * 2 + 2 * r * (min(n, m) - 2), "kaiming"),
     "sbora_fa": (rows_oracle, lambda n, m, r: r * m, "kaiming"),
     "sbora_fb": (columns_oracle, lambda n, m, r: r * n, "kaiming"),
@@ -207,6 +208,7 @@ MEMBERS = {
     "vera": (vera_oracle, lambda n, m, r: r + m, "kaiming"),
 }
 NOISE = {"lora_xs": 1e-3, "edora": 1e-3, "vblora": 2e-2}  # at the start: N(0, 1e-5^2) between two bases; a small pair
+LINKED = ("reslora",)  # whose layers of a stack use each other's
 OPTIONS = {"salt": {"k": 2}, "vblora": {"vectors": 6, "length": 1}}
 SHARED_COUNT = {"vblora": 6}  # numbers trained once for all modules
 RANKS = {"shira": 1}  # where R is more than a small kernel has
@@ -286,12 +288,14 @@ def test_in_a_decoder(name):
     Of the kernels (3, in, out) of q_proj one is not adapted.
     """
     model, params = tiny_decoder(vocab_size=32)
-    chosen = ["q_proj", "down_proj", "embed_tokens"]
+    chosen = ["q_proj", "down_proj"] + ["embed_tokens"] * (name not in LINKED)
     spec = spec_of(name, rank=4, target_modules=chosen, exclude_modules=["layers.2.self_attn.q_proj"], scaling="rslora")
     start = jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params)
     q_proj = ("model", "layers", "self_attn", "q_proj")
     assert all(not np.any(leaf[2]) for leaf in tree.get_in(start, q_proj).values())
-    count = sum(MEMBERS[name][1](*size, 4) for size in [(16, 16)] * 2 + [(24, 16)] * 3 + [(32, 16)])
+    count = sum(
+        MEMBERS[name][1](*size, 4) for size in [(16, 16)] * 2 + [(24, 16)] * 3 + [(32, 16)] * (name not in LINKED)
+    )
     assert f"trainable params: {count + SHARED_COUNT.get(name, 0):,} ||" in describe(params, start, spec)
 
     merged = jit(lambda adapters: merge(params, adapters, spec))
@@ -313,7 +317,7 @@ def test_in_a_decoder(name):
     assert largest_difference(jit(lambda a: merge(params, a, plain_spec))(plain_adapters), whole) < 1e-5
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", [name for name in MEMBERS if name not in LINKED])
 def test_a_stack_starts_as_its_layers(name):
     """As the same kernels with the same names, one at a time."""
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, *SIZES.get(name, (IN, OUT)))), jnp.float32)
@@ -575,3 +579,27 @@ def test_dota_needs_a_bond():
     spec = LoraSpec(parametrization="dota", rank=4, options={"cores": 1})
     with pytest.raises(InputError, match="^m: options: dota needs at least 2 cores, not 1"):
         leaf_shapes(TargetModule(("m",), ("m",), (), (4,), (1.0,), (20, 30)), spec)
+
+
+@pytest.mark.parametrize("previous,init", [(1, "kaiming"), (2, "pissa"), (9, "kaiming")])
+def test_reslora_adds_the_pairs_of_the_layers_before(previous, init):
+    """Of five layers, of which the third is not adapted: none uses its pair, and it uses none."""
+    kernel = np.random.default_rng(0).normal(size=(5, IN, OUT))
+    params = {"layers": {"m": {"kernel": jnp.asarray(kernel, jnp.float32)}}}
+    chosen = {"target_modules": ["m"], "exclude_modules": ["layers.2.m"], "options": {"previous": previous}}
+    spec = LoraSpec(parametrization="reslora", rank=R, init=init, scaling="rslora", **chosen)
+    adapters = moved(init_adapters(jax.random.key(0), params, spec))
+    own = {name: np.asarray(leaf, np.float64) for name, leaf in adapters["layers"]["m"].items()}
+    own = {name: leaf * (np.arange(5) != 2)[:, None, None] for name, leaf in own.items()}
+    changes = [lora_oracle(0, {name: leaf[n] for name, leaf in own.items()}, spec.scale_of("m")) for n in range(5)]
+    expected = [w + (n != 2) * sum(changes[max(0, n - previous) : n + 1]) for n, w in enumerate(kernel)]
+    found = jit(lambda adapters: merge(params, adapters, spec))(adapters)["layers"]["m"]["kernel"]
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
+    plain_adapters, plain_spec = to_lora(adapters, spec, params=params)
+    assert plain_spec.rank == (1 + (init == "pissa")) * R * (min(previous, 4) + 1)
+
+
+def test_reslora_needs_a_stack():
+    params = {"layers_0": {"m": {"kernel": jnp.ones((IN, OUT))}}}
+    with pytest.raises(InputError, match="^layers_0.m is in no stack, whose layers reslora links"):
+        init_adapters(jax.random.key(0), params, spec_of("reslora", target_modules=["m"]))

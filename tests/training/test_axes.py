@@ -65,6 +65,7 @@ SHORT = [
     ("slora", "svd", "lora_rite"),
     ("lora_xs", "svd", "adamw"),
     ("edora", "orthogonal", "adamw"),
+    ("reslora", "kaiming", "stable_lora"),
     *((name, "kaiming", "adamw") for name in NO_PAIR),
 ]
 

@@ -15,6 +15,8 @@ change itself instead, and is called *dense*. Of one kernel (in, out):
 * ``OPTIONS``, where it takes arguments: their defaults by name. They are passed by name to all of these functions;
 * ``READS_AXES``, where the matrix (in, out) does not say enough: ``start`` also gets ``axes``, the sizes of the axes
   that the kernel contracts, (h, w, in) of a convolution;
+* ``across(adapter, used)``, where layers of a stack use each other's: the leaves (layers, ...), of which ``used``
+  (layers, ...) says where there is an adapter, as ``pair`` takes them of each layer;
 * ``share(key, adapters, targets)``, where modules share parameters: the tree of adapters that ``start`` has begun, with
   ``lora_shared`` at its root. ``pair`` finds its leaves beside the module's own.
 
@@ -44,6 +46,7 @@ from stablelora_jax.lora.parametrizations import (
     miss,
     paca,
     randlora,
+    reslora,
     salt,
     sbora_fa,
     sbora_fb,
@@ -69,6 +72,7 @@ PARAMETRIZATIONS = {
     "miss": miss,
     "paca": paca,
     "randlora": randlora,
+    "reslora": reslora,
     "salt": salt,
     "sbora_fa": sbora_fa,
     "sbora_fb": sbora_fb,
