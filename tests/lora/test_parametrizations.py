@@ -1,12 +1,17 @@
 """The laws of a parametrisation, for every member, and float64 transcriptions of what each computes."""
 
+import contextlib
+import io
 import itertools
 import math
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from stablelora_jax import LoraSpec, adapted, describe, init_adapters, merge, split_frozen, to_lora, with_frozen
 from stablelora_jax.lora.dense import changed_kernel, is_dense
@@ -19,7 +24,7 @@ from stablelora_jax.lora.parametrizations.select import drawn_of_many
 from stablelora_jax.lora.shared import share
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
-from tests.helpers import jit, largest_difference, long, tiny_decoder
+from tests.helpers import jit, largest_difference, long, random_params, tiny_decoder
 from tests.lora.foreign.test_function_cases import sizes
 
 IN, OUT, R, STACK = 7, 5, 3, 4
@@ -603,3 +608,27 @@ def test_reslora_needs_a_stack():
     params = {"layers_0": {"m": {"kernel": jnp.ones((IN, OUT))}}}
     with pytest.raises(InputError, match="^layers_0.m is in no stack, whose layers reslora links"):
         init_adapters(jax.random.key(0), params, spec_of("reslora", target_modules=["m"]))
+
+
+class Chain(nn.Module):
+    """Two linear layers, whose own gradient needs nothing of what they are given."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(13, use_bias=False, name="second")(nn.Dense(11, use_bias=False, name="first")(x))
+
+
+@pytest.mark.parametrize("name,kept", [("lora", {IN, 11, R}), ("paca", {R}), ("sbora_fa", {R}), ("miss", {R})])
+def test_what_a_backward_pass_keeps(name, kept):
+    """Of tokens (2, 6): LoRA keeps every feature of what a layer is given, PaCA its R chosen ones alone."""
+    x = jnp.ones((2, 6, IN))
+    params = random_params(Chain(), x)
+    spec = spec_of(name, rank=R, target_modules=["first", "second"], stacked=())
+    trained, frozen = split_frozen(init_adapters(jax.random.key(0), params, spec))
+    lora, printed = adapted(Chain(), spec), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        print_saved_residuals(
+            lambda trained: lora.apply({"params": params, "lora": with_frozen(trained, frozen)}, x).sum(), trained
+        )
+    features = re.findall(r"^f32\[2,6,(\d+)\]", printed.getvalue(), re.MULTILINE)
+    assert set(map(int, features)) == kept and features.count(str(R)) == 2
