@@ -7,14 +7,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from stablelora_jax.lora.leaves import FACTORS, is_frozen, leaf_shapes
+from stablelora_jax.lora.leaves import FACTORS, REDRAWN, is_frozen, leaf_shapes
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations.lora import SHARED
-from stablelora_jax.lora.shared import require_shared
+from stablelora_jax.lora.shared import shared_shapes
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: LoraSpec) -> None:
@@ -24,19 +26,28 @@ def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: Lo
       InputError: naming a leaf that is missing, unknown or of another shape.
     """
     for path, target in targets.items():
-        node, wanted, name = tree.get_in(adapters, path), leaf_shapes(target, spec), ".".join(path)
-        carried = {leaf for leaf in node if is_frozen(leaf) and "frozen_seed" in wanted}  # by an adapter of PEFT's
-        if unknown := sorted(set(node) - {*FACTORS, FULL, SHARED, *wanted, *carried}):
-            raise InputError(f"{name}: {unknown[0]} has no meaning for {_axes(spec)}")
-        for leaf, shape in wanted.items():
-            if leaf in FACTORS or (leaf == "frozen_seed" and carried - {"frozen_seed"}):  # checked, or not needed
-                continue
-            if leaf not in node or jnp.shape(node[leaf]) != shape:
-                found = jnp.shape(node[leaf]) if leaf in node else "missing"
-                raise InputError(f"{name}: {_axes(spec)} needs {leaf} of shape {shape}; it is {found}")
-    require_shared(targets, adapters, spec)
+        others = (*FACTORS, FULL, SHARED)  # checked elsewhere
+        wanted = {name: shape for name, shape in leaf_shapes(target, spec).items() if name not in others}
+        found = {name: jnp.shape(leaf) for name, leaf in tree.get_in(adapters, path).items() if name not in others}
+        if wrong := _difference(wanted, found, spec):
+            raise InputError(f"{'.'.join(path)}: {wrong}")
+    wanted = {".".join(path): shape for path, shape in shared_shapes(targets, spec).items()}
+    leaves = tree.leaves_by_path(adapters.get(SHARED, {}))
+    if wrong := _difference(wanted, {".".join(path): jnp.shape(leaf) for path, leaf in leaves.items()}, spec):
+        raise InputError(f"{SHARED}: {wrong}")
 
 
-def _axes(spec: LoraSpec) -> str:
-    start = f" with init {spec.init!r}" if spec.init != "kaiming" else ""
-    return f"parametrization {spec.parametrization!r}{start}"
+def _difference(wanted: Shapes, found: Shapes, spec: LoraSpec) -> str:
+    """What of ``found`` is not as ``wanted``, in words; "" where nothing is.
+
+    Frozen parts that would be drawn again may be carried instead.
+    """
+    carried = {name for name in set(found) - set(wanted) if is_frozen(name)} if set(wanted) & set(REDRAWN) else set()
+    axes = f"parametrization {spec.parametrization!r}"
+    axes += f" with init {spec.init!r}" if spec.init != "kaiming" else ""
+    if unknown := sorted(set(found) - set(wanted) - carried):
+        return f"{unknown[0]} has no meaning for {axes}"
+    for name, shape in wanted.items():
+        if found.get(name) != shape and not (name in REDRAWN and carried):
+            return f"{axes} needs {name} of shape {shape}; it is {found.get(name, 'missing')}"
+    return ""

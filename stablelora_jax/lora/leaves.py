@@ -27,6 +27,7 @@ from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
 
 FACTORS, FROZEN = ("lora_a", "lora_b"), "frozen_"
+REDRAWN = ("frozen_seed", "frozen_first", "frozen_total")  # from which frozen parts are drawn again
 Leaves = dict[str, jax.Array]
 
 

@@ -70,6 +70,22 @@ def layer_number(name: str, stacked: Sequence[str]) -> int | None:
     return None
 
 
+def kind_of(path: Path, stacked: Sequence[str]) -> Path:
+    """The path of a module without numbers, which is the same in every layer.
+
+    Example::
+
+        >>> kind_of(("model", "layers", "3", "mlp"), ("layers",)), kind_of(("layers_3", "mlp"), ("layers",))
+        (('model', 'layers', 'mlp'), ('layers', 'mlp'))
+    """
+    parts = []
+    for part in path:
+        stack, underscore, digits = part.rpartition("_")
+        if not part.isdecimal():
+            parts.append(stack if underscore and digits.isdecimal() and stack in stacked else part)
+    return tuple(parts)
+
+
 def matches(pattern: str | Iterable[str], name: str) -> bool:
     """PEFT's rule for targets: a string is a regular expression (full match), a list holds name suffixes."""
     if isinstance(pattern, str):

@@ -15,6 +15,7 @@ from stablelora_jax.lora.leaves import is_frozen
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS, lora
 from stablelora_jax.lora.parametrizations.lora import SHARED
+from stablelora_jax.lora.shared import shared_by
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.tree import Path
@@ -28,8 +29,8 @@ def plain_adapters(adapters: Any, targets: Mapping[Path, TargetModule], spec: Lo
     Differentiable in what is trained; no gradient reaches a frozen leaf. Plain LoRA and DoRA are returned as they are.
     """
     member = PARAMETRIZATIONS[spec.parametrization]
-    shared = _held(adapters.get(SHARED, {}))
-    adapters = {name: node for name, node in adapters.items() if name != SHARED} if shared else adapters
+    whole = adapters
+    adapters = {name: node for name, node in whole.items() if name != SHARED} if SHARED in whole else whole
     for path, target in targets.items():
         given = tree.get_in(adapters, path)
         own = {name: leaf for name, leaf in given.items() if name not in KEPT}
@@ -39,7 +40,7 @@ def plain_adapters(adapters: Any, targets: Mapping[Path, TargetModule], spec: Lo
         if hasattr(member, "across"):
             own = member.across(own, target.mask().any(axis=-1), **spec.arguments)
         if member.pair is not None:
-            own = _pair(member, own, shared, target, spec)
+            own = _pair(member, own, _held(shared_by(whole, path, spec)), target, spec)
         kept = {name: given[name] for name in KEPT if name in given}
         adapters = tree.set_in(adapters, path, {**own, **kept})
     return adapters

@@ -19,6 +19,7 @@ from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict
 from stablelora_jax.quantization import is_quantized
 from stablelora_jax.utils.checked import checked
+from stablelora_jax.utils.tree import Path
 
 
 @checked
@@ -31,7 +32,7 @@ def describe(params: Any, adapters: Mapping[str, Any], spec: LoraSpec) -> str:
     params, adapters = as_dict(params), as_dict(adapters)
     targets, leaves = fitting_targets(adapters, spec, params), trained_parameters(params, spec).values()
     counts = [_count(target, spec) for target in targets.values()]
-    shared = [(name, s) for name, s in shared_shapes(targets, spec).items() if not is_frozen(name)]
+    shared = [(path, shape) for path, shape in shared_shapes(targets, spec).items() if not is_frozen(path[-1])]
     rows: list[tuple[str, ...]] = [("module", "layers", "in", "out", "rank", "scale", "parameters")]
     rows += [*map(_row, targets.values(), counts), *map(_full_row, leaves), *map(_shared_row, shared)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -71,9 +72,9 @@ def _full_row(leaf: TrainedParameter) -> tuple[str, ...]:
     return (".".join(leaf.path), layers, *sizes, "full", "", f"{int(np.prod(leaf.shape)):,}")
 
 
-def _shared_row(leaf: tuple[str, tuple[int, ...]]) -> tuple[str, ...]:
-    name, shape = leaf
-    return (f"{SHARED}.{name}", "", *map(str, (*shape, "")[:2]), "", "", f"{int(np.prod(shape)):,}")
+def _shared_row(leaf: tuple[Path, tuple[int, ...]]) -> tuple[str, ...]:
+    path, shape = leaf
+    return (".".join((SHARED, *path)), "", *map(str, (*shape, "")[:2]), "", "", f"{int(np.prod(shape)):,}")
 
 
 def _row(target: TargetModule, count: int) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def make_adapters(
         leaves = start_leaves(key, _kernel(params, target, spec), target, spec, dtype)
         bias = {"lora_bias": jnp.zeros((*target.stack, target.size[1]), dtype)} if spec.lora_bias else {}
         adapters = tree.set_in(adapters, path, leaves | bias)
-    adapters = share(key, adapters, targets, spec)
+    adapters = share(key, adapters, targets, spec, dtype)
     for leaf in trained_parameters(params, spec).values():
         adapters = tree.set_in(adapters, leaf.place, init_trained_parameter(params, leaf, dtype))
     return adapters

@@ -7,9 +7,10 @@
     tx = freeze(optax.chain(optax.clip_by_global_norm(1.0), stable_lora(1e-4)), mask)
 
 Names are those of single layers, leaves included: ``model.layers.3.self_attn.q_proj.lora_a``, of what is trained in
-full the module's own and the parameter's: ``lm_head.kernel``. **The rule** is that of ``rank_pattern``: a pattern is a
-regular expression for the end of a name, here of the leaf's or of any module that holds it. So ``layers.1``,
-``q_proj``, ``lora_b`` and ``layers.0.*lora_a`` are patterns; mind that ``layers.1.*`` means ``layers.10``, too.
+full the module's own and the parameter's: ``lm_head.kernel``; of what modules share ``lora_shared.lora_bank``. **The
+rule** is that of ``rank_pattern``: a pattern is a regular expression for the end of a name, here of the leaf's or of
+any module that holds it. So ``layers.1``, ``q_proj``, ``lora_b`` and ``layers.0.*lora_a`` are patterns; mind that
+``layers.1.*`` means ``layers.10``, too.
 
 :func:`stop_frozen_gradients` keeps gradients away, and a leaf that is frozen whole costs no backward pass.
 :func:`freeze` wraps last: the optimizer sees zero gradients there and its updates are dropped, so that frozen numbers
@@ -42,6 +43,8 @@ from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parame
 from stablelora_jax.lora.leaves import is_frozen, leaf_shapes
 from stablelora_jax.lora.names import hits, require_match
 from stablelora_jax.lora.pairs import TargetModule, is_pair
+from stablelora_jax.lora.parametrizations.lora import SHARED
+from stablelora_jax.lora.shared import shared_shapes
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import match_target_modules
 from stablelora_jax.optimizers.batched_pairs import PairwiseState
@@ -70,7 +73,9 @@ def freeze_mask(
       InputError: a pattern that matches nothing, or patterns that leave nothing to train; as ``describe`` besides.
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    rows = [row for target in match_target_modules(params, adapters, spec).values() for row in _pair_rows(target, spec)]
+    targets = match_target_modules(params, adapters, spec)
+    rows = [row for target in targets.values() for row in _pair_rows(target, spec)]
+    rows += [row for path, shape in shared_shapes(targets, spec).items() for row in _shared_rows(path, shape)]
     rows += [row for leaf in trained_parameters(params, spec).values() for row in _full_rows(leaf)]
     every = sorted({name for _, names, used, _ in rows for name, one in zip(names, used, strict=True) if one})
     found = hits(patterns, {holder for name in every for holder in _holders(name)})
@@ -78,6 +83,8 @@ def freeze_mask(
     for pattern in patterns:
         require_match("freeze:", pattern, pattern in found, [*every, *modules])
     mask: Any = {}
+    for path in targets:  # which need not train anything of their own
+        mask = tree.set_in(mask, path, {})
     for place, names, used, shape in rows:
         hit = np.array([_freezes(patterns, name) for name in names])
         hit = np.where(used, hit, hit[np.array(used)].all())  # padding goes with the others
@@ -179,6 +186,12 @@ def _pair_rows(target: TargetModule, spec: LoraSpec) -> list[Any]:
         ((*target.path, leaf), [f"{name}.{leaf}" for name in target.names], used, target.stack + (1,) * len(shape))
         for leaf, shape in shapes.items()
     ]
+
+
+def _shared_rows(path: tree.Path, shape: tuple[int, ...]) -> list[Any]:
+    """Of what modules share, frozen as a whole or not."""
+    place = (SHARED, *path)
+    return [] if is_frozen(path[-1]) else [(place, [".".join(place)], [True], (1,) * len(shape))]
 
 
 def _full_rows(leaf: TrainedParameter) -> list[Any]:

@@ -62,7 +62,10 @@ def test_the_path_is_the_merged_model_in_values_and_gradients(name, model_of):
     ids = jnp.arange(10).reshape(2, 5)
     model, params, chosen = model_of(ids)
     kept = [target for target in chosen["target_modules"] if target not in LEFT_OUT.get(name, ())]
-    spec = spec_of(name, rank=2, **{**chosen, "target_modules": kept})
+    chosen = {**chosen, "target_modules": kept}
+    if name == "lorta":  # kernels of one size
+        chosen = {"target_modules": ["split", "heads"] if model_of is of_modules else ["layers"]}
+    spec = spec_of(name, rank=2, **chosen)
     lora = adapted(model, spec)
     adapters = moved(jit(lambda params: lora.init(jax.random.key(0), params, ids))(params))
     plain = model.apply if isinstance(model, nn.Module) else lambda variables, ids: model(variables["params"], ids)

@@ -19,9 +19,10 @@ from stablelora_jax.lora.initializers import INITIALIZERS
 from stablelora_jax.lora.leaves import leaf_shapes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
-from stablelora_jax.lora.parametrizations.lora import SHARED, Keys
+from stablelora_jax.lora.parametrizations.lora import Keys
 from stablelora_jax.lora.parametrizations.select import drawn_of_many
-from stablelora_jax.lora.shared import share
+from stablelora_jax.lora.parametrizations.unilora import permuted
+from stablelora_jax.lora.shared import share, shared_by
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from tests.helpers import jit, largest_difference, long, random_params, tiny_decoder
@@ -165,6 +166,17 @@ def lora_c_oracle(w, a, s):
     return w + s * product.reshape(outputs, -1, side, side).transpose(2, 3, 1, 0).reshape(w.shape)
 
 
+def tied_oracle(w, a, s):
+    return w + s * a["lora_a"] @ np.diag(a["lora_u"]) @ a["lora_b"] @ np.diag(a["lora_v"])
+
+
+def lorta_oracle(w, a, s):
+    """The slice of the tensor, entry by entry."""
+    layer, kind = a["lora_layers"][a["frozen_layer"]], a["lora_types"][a["frozen_type"]]
+    factors = (a[f"lora_{name}"] for name in ("in", "heads", "head_dim"))
+    return w + s * np.einsum("aq,hq,bq,q,q->ahb", *factors, layer, kind).reshape(w.shape)
+
+
 def vblora_oracle(w, a, s):
     """Each number of A and B is here a sub-vector of its own."""
     topk, bank = 2, a["lora_bank"]
@@ -176,6 +188,14 @@ def vblora_oracle(w, a, s):
         return (weights[..., None] * bank[chosen]).sum(-2).reshape(len(logits), -1)
 
     return w + s * composed(a["lora_logits_a"]).T @ composed(a["lora_logits_b"])
+
+
+def unilora_oracle(w, a, s):
+    """With the list of what each number of the pair is, as PEFT writes it down."""
+    total, length = int(a["frozen_total"]), len(a["lora_theta"])
+    columns = np.asarray(permuted(jnp.arange(total, dtype=jnp.uint32), a["frozen_total"], a["frozen_seed"])) % length
+    numbers = (a["lora_theta"] / np.sqrt(np.bincount(columns)))[columns].reshape(-1, sum(w.shape))
+    return w + s * numbers[:, : len(w)].T @ numbers[:, len(w) :]
 
 
 # name: the changed kernel in float64, numbers trained at a kernel (n, m) with rank r, which init
@@ -200,6 +220,7 @@ MEMBERS = {
     "loldu": (loldu_oracle, lambda n, m, r: r, "kaiming"),
     "lora_c": (lora_c_oracle, lambda n, m, r: r * (n + m), "kaiming"),
     "lora_xs": (xs_oracle, lambda n, m, r: r * r, "svd"),
+    "lorta": (lorta_oracle, lambda n, m, r: 0, "kaiming"),
     "miss": (miss_oracle, lambda n, m, r: r * m, "kaiming"),
     "paca": (paca_oracle, lambda n, m, r: r * m, "kaiming"),
     "randlora": (randlora_oracle, lambda n, m, r: math.ceil(min(n, m) / r) * (r + min(n, m)), "kaiming"),
@@ -209,13 +230,27 @@ MEMBERS = {
     "sbora_fb": (columns_oracle, lambda n, m, r: r * n, "kaiming"),
     "shira": (shira_oracle, lambda n, m, r: r * (n + m), "kaiming"),
     "slora": (slora_oracle, lambda n, m, r: r * (n + m) + r * r, "kaiming"),
+    "tied_lora": (tied_oracle, lambda n, m, r: r + m, "kaiming"),
+    "unilora": (unilora_oracle, lambda n, m, r: 0, "kaiming"),
     "vblora": (vblora_oracle, lambda n, m, r: r * (n + m) * 6, "kaiming"),
     "vera": (vera_oracle, lambda n, m, r: r + m, "kaiming"),
 }
-NOISE = {"lora_xs": 1e-3, "edora": 1e-3, "vblora": 2e-2}  # at the start: N(0, 1e-5^2) between two bases; a small pair
+NOISE = {
+    "lora_xs": 1e-3,
+    "edora": 1e-3,
+    "vblora": 2e-2,
+    "unilora": 1e-3,
+}  # at the start: N(0, 1e-5^2) between two bases; a small pair
 LINKED = ("reslora",)  # whose layers of a stack use each other's
-OPTIONS = {"salt": {"k": 2}, "vblora": {"vectors": 6, "length": 1}}
-SHARED_COUNT = {"vblora": 6}  # numbers trained once for all modules
+OPTIONS = {"salt": {"k": 2}, "vblora": {"vectors": 6, "length": 1}, "unilora": {"length": 16}}
+# numbers trained once for all modules, or for all of a kind
+SHARED_COUNT = {
+    "vblora": 6,
+    "unilora": 16,
+    "tied_lora": 4 * (32 + 40 + 48),
+    "lorta": 4 * (16 + 16 + 1 + 3 + 2),  # in, out, heads, layers, types
+}
+CHOSEN = {"lorta": ["q_proj", "o_proj"]}  # where all kernels have one size
 RANKS = {"shira": 1}  # where R is more than a small kernel has
 # where R has to divide both sides, or primes are not to be cut; (in, out) of convolutions
 SIZES = {"bat": (6, 9), "dota": (6, 8), "cp": (12, 5), "cp_dora": (12, 5), "lora_c": (12, 5), "dora_c": (12, 5)}
@@ -238,8 +273,10 @@ def one(name, size=None, dtype=jnp.float32, seed=1):
     arguments = spec.arguments | ({"axes": axes} if name in AXES else {})
     adapter = PARAMETRIZATIONS[name].start(keys, w, begun, scale, **arguments)
     target = TargetModule(("m",), ("m",), (), (rank,), (1.0,), size)
-    adapter |= share(keys.shared, {"m": adapter}, {("m",): target}, spec).get(SHARED, {})
-    if adapter.pop("frozen_seed", None) is not None:  # as an adapter of PEFT's brings its own
+    whole = share(keys.shared, {"m": adapter}, {("m",): target}, spec, dtype)
+    adapter = whole["m"] | shared_by(whole, ("m",), spec)
+    if name in ("vera", "randlora"):  # as an adapter of PEFT's brings its own
+        adapter.pop("frozen_seed")
         small, terms = min(size), math.ceil(min(size) / R)
         shapes = {"vera": {"a": (size[0], R), "b": (R, size[1])}}.get(name)
         shapes = shapes or {"wide": (max(size), terms, R), "thin": (R, small)}
@@ -293,14 +330,18 @@ def test_in_a_decoder(name):
     Of the kernels (3, in, out) of q_proj one is not adapted.
     """
     model, params = tiny_decoder(vocab_size=32)
-    chosen = ["q_proj", "down_proj"] + ["embed_tokens"] * (name not in LINKED)
+    chosen = CHOSEN.get(name, ["q_proj", "down_proj"] + ["embed_tokens"] * (name not in LINKED))
+    sizes = {
+        "q_proj": [(16, 16)] * 2,
+        "o_proj": [(16, 16)] * 3,
+        "down_proj": [(24, 16)] * 3,
+        "embed_tokens": [(32, 16)],
+    }
     spec = spec_of(name, rank=4, target_modules=chosen, exclude_modules=["layers.2.self_attn.q_proj"], scaling="rslora")
     start = jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params)
     q_proj = ("model", "layers", "self_attn", "q_proj")
     assert all(not np.any(leaf[2]) for leaf in tree.get_in(start, q_proj).values())
-    count = sum(
-        MEMBERS[name][1](*size, 4) for size in [(16, 16)] * 2 + [(24, 16)] * 3 + [(32, 16)] * (name not in LINKED)
-    )
+    count = sum(MEMBERS[name][1](*size, 4) for module in chosen for size in sizes[module])
     assert f"trainable params: {count + SHARED_COUNT.get(name, 0):,} ||" in describe(params, start, spec)
 
     merged = jit(lambda adapters: merge(params, adapters, spec))
@@ -329,10 +370,10 @@ def test_a_stack_starts_as_its_layers(name):
     stacked = {"model": {"layers": {"q_proj": {"kernel": kernel}}}}
     spec = spec_of(name, rank=RANKS.get(name, R), target_modules=["q_proj"], stacked=("layers",))
     found = init_adapters(jax.random.key(0), stacked, spec)["model"]["layers"]["q_proj"]
+    apart = {"model": {"layers": {str(i): {"q_proj": {"kernel": kernel[i]}} for i in range(2)}}}
+    layers = init_adapters(jax.random.key(0), apart, spec)["model"]["layers"]
     for i in range(2):
-        alone = {"model": {"layers": {str(i): {"q_proj": {"kernel": kernel[i]}}}}}
-        own = init_adapters(jax.random.key(0), alone, spec)["model"]["layers"][str(i)]["q_proj"]
-        for key, leaf in own.items():
+        for key, leaf in layers[str(i)]["q_proj"].items():
             np.testing.assert_allclose(found[key][i], leaf, atol=1e-6, err_msg=key)
 
 

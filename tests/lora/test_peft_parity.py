@@ -13,7 +13,7 @@ import pytest
 from stablelora_jax import LoraSpec, adapted, init_adapters, merge, save_peft, save_pretrained, split_frozen
 from stablelora_jax.lora.initializers import INITIALIZERS
 from tests.helpers import jit, long, tiny_decoder, tokens
-from tests.lora.test_parametrizations import MEMBERS, moved, spec_of
+from tests.lora.test_parametrizations import CHOSEN, MEMBERS, moved, spec_of
 
 SIZES = {"narrow": (7, 5), "wide": (5, 9), "square": (9, 9), "halved": (9, 4)}  # kernels (in, out), one after another
 R = 3  # divides neither 7 nor 5
@@ -272,7 +272,9 @@ def test_peft_computes_what_was_converted(name, init, base, tmp_path):
     """Of every parametrisation and start, two sizes of kernels and a layer without an adapter."""
     torch, peft = libraries()
     model, params, directory, load, plain = base
-    chosen = dict(rank=4, target_modules=["q_proj", "down_proj"], exclude_modules=["layers.1.self_attn.q_proj"])
+    chosen = dict(
+        rank=4, target_modules=CHOSEN.get(name, ["q_proj", "down_proj"]), exclude_modules=["layers.1.self_attn.q_proj"]
+    )
     spec = LoraSpec(parametrization=name, init=init, **chosen) if init else spec_of(name, **chosen)
     adapters = moved(jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params))
     own = jax.device_get(adapters["model"]["layers"]["self_attn"]["q_proj"])

@@ -29,12 +29,13 @@ OPTIMIZERS = {
 STEPS = 20
 
 
-OPTIONS = {"vblora": {"vectors": 16, "length": 32}}
+OPTIONS = {"vblora": {"vectors": 16, "length": 32}, "unilora": {"length": 512}, "lorta": {"heads": 4}}
+CHOSEN = {"lorta": ["q_proj", "o_proj"]}  # where all kernels have one size
 
 
 def spec_of(parametrization, init):
     options = OPTIONS.get(parametrization, {})
-    chosen = {"target_modules": ["q_proj", "down_proj"], "options": options}
+    chosen = {"target_modules": CHOSEN.get(parametrization, ["q_proj", "down_proj"]), "options": options}
     return LoraSpec(rank=4, parametrization=parametrization, init=init, **chosen)
 
 

@@ -30,7 +30,7 @@ def plain_target_modules(adapters: Any, spec: LoraSpec, label: str) -> dict[Path
       InputError: another parametrization, a leaf outside the pairs, or adapters that do not fit ``spec``; the message
         begins with ``label``.
     """
-    wayout = "only plain LoRA and rsLoRA can be; merge it into the base with merge"
+    wayout = "only plain LoRA and rsLoRA can be; convert it with to_lora, or merge it into the base with merge"
     if spec.parametrization != "lora":
         raise InputError(f"{label} is {spec.parametrization} and cannot be taken together with others: {wayout}")
     for path, _ in jax.tree_util.tree_leaves_with_path(adapters):

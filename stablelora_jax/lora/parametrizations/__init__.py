@@ -17,8 +17,14 @@ change itself instead, and is called *dense*. Of one kernel (in, out):
   that the kernel contracts, (h, w, in) of a convolution;
 * ``across(adapter, used)``, where layers of a stack use each other's: the leaves (layers, ...), of which ``used``
   (layers, ...) says where there is an adapter, as ``pair`` takes them of each layer;
-* ``share(key, adapters, targets)``, where modules share parameters: the tree of adapters that ``start`` has begun, with
-  ``lora_shared`` at its root. ``pair`` finds its leaves beside the module's own.
+* ``share(key, adapters, places, dtype)``, where modules share parameters: the tree of adapters that ``start`` has
+  begun, with ``lora_shared`` at its root. ``pair`` finds its leaves beside the module's own: those that lie in
+  ``lora_shared`` itself, and those under the module's ``kind``, its path without the numbers of layers. What depends on
+  all modules together, such as the number of a layer, ``share`` writes into leaves ``frozen_...`` for which ``start``
+  left room.
+
+Where frozen parts are drawn again from ``frozen_seed`` and the like (:data:`.leaves.REDRAWN`), an adapter may carry the
+parts themselves, as other programs' files do.
 
 Of plain pairs, over the last two axes (leading axes are stacks), a table of tests asserts the law, with c = ``gain``
 (out,), or 1 where that is None, and P what ``delta`` computes::
@@ -43,6 +49,7 @@ from stablelora_jax.lora.parametrizations import (
     lora,
     lora_c,
     lora_xs,
+    lorta,
     miss,
     paca,
     randlora,
@@ -52,6 +59,8 @@ from stablelora_jax.lora.parametrizations import (
     sbora_fb,
     shira,
     slora,
+    tied_lora,
+    unilora,
     vblora,
     vera,
 )
@@ -69,6 +78,7 @@ PARAMETRIZATIONS = {
     "loldu": loldu,
     "lora_c": lora_c,
     "lora_xs": lora_xs,
+    "lorta": lorta,
     "miss": miss,
     "paca": paca,
     "randlora": randlora,
@@ -78,6 +88,8 @@ PARAMETRIZATIONS = {
     "sbora_fb": sbora_fb,
     "shira": shira,
     "slora": slora,
+    "tied_lora": tied_lora,
+    "unilora": unilora,
     "vblora": vblora,
     "vera": vera,
 }

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from stablelora_jax.utils.matmul import matmul
+from stablelora_jax.utils.tree import Path
 
 Adapter = Mapping[str, jax.Array]
 PAIR, READS_KERNEL = "trained", False
-SHARED = "lora_shared"  # the key, at the root of a tree of adapters, of what all modules share
+SHARED = "lora_shared"  # the key, at the root of a tree of adapters, of what modules share
 
 
 class Keys(NamedTuple):
@@ -25,6 +26,16 @@ class Keys(NamedTuple):
 
     own: jax.Array  # of the module
     shared: jax.Array  # the same for all modules
+
+
+class Place(NamedTuple):
+    """Where a module lies that shares parameters, or a stack of modules: one entry for each element, in C order."""
+
+    kind: Path  # the module's path without the numbers of layers
+    names: tuple[str, ...]
+    layers: tuple[int | None, ...]  # the number of the layer; None outside of layers
+    ranks: tuple[int, ...]  # 0 where the layer is not adapted
+    size: tuple[int, int]  # of the kernel (in, out)
 
 
 def start(keys: Keys, w: Any, begun: Adapter, scale: Any) -> dict[str, jax.Array]:

@@ -42,9 +42,8 @@ def start(keys: Keys, w: Any, begun: Adapter, scale: Any, vectors: int, length: 
     return {f"lora_logits_{s}": LOGITS_DEVIATION * jax.random.normal(keys_of[s], shapes[s], dtype) for s in "ab"}
 
 
-def share(key: jax.Array, adapters: Any, targets: Any, vectors: int, length: int, topk: int) -> Any:
+def share(key: jax.Array, adapters: Any, places: Any, dtype: Any, vectors: int, length: int, topk: int) -> Any:
     """``lora_bank`` (vectors, length), one for all modules."""
-    dtype = jax.tree.leaves(adapters)[0].dtype
     bank = jax.random.uniform(key, (vectors, length), dtype, -BANK_BOUND, BANK_BOUND)
     return {**adapters, SHARED: {"lora_bank": bank}}
 
@@ -54,10 +53,6 @@ def pair(adapter: Adapter, size: tuple[int, ...], vectors: int, length: int, top
     bank = adapter["lora_bank"]
     a, b = (_composed(adapter[f"lora_logits_{side}"], bank, topk) for side in "ab")
     return {"lora_a": a.T, "lora_b": b}
-
-
-def _logits(key: jax.Array, rank: int, parts: int, vectors: int, dtype: Any) -> jax.Array:
-    return LOGITS_DEVIATION * jax.random.normal(key, (rank, parts, vectors), dtype)
 
 
 def _composed(logits: Float[Array, "r n h"], bank: Float[Array, "h length"], topk: int) -> Float[Array, "r size"]:
