@@ -22,7 +22,7 @@ from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.parametrizations.lora import Keys
 from stablelora_jax.lora.parametrizations.select import drawn_of_many
 from stablelora_jax.lora.parametrizations.unilora import permuted
-from stablelora_jax.lora.shared import share, shared_by
+from stablelora_jax.lora.shared import share, shared_by, shared_shapes
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from tests.helpers import jit, largest_difference, long, random_params, tiny_decoder
@@ -415,15 +415,21 @@ def test_gradients_reach_what_is_trained_alone_and_are_finite_differences(name, 
         ("sbora_fa", 32, 3_670_016),  # that of LoRA-FA
         ("bat", 64, 7_340_032),
         ("shira", 32, 9_175_040),
+        ("vblora", 4, 1_212_416),
+        ("unilora", 4, 256),
     ],
 )
 def test_counts_are_those_of_pefts_benchmark(name, rank, count):
-    found = 0
-    for size in ((3072, 3072), (3072, 1024)):
-        target = TargetModule(("m",), ("m",), (), (rank,), (1.0,), size)
-        shapes = leaf_shapes(target, spec_of(name, rank=rank))
-        found += sum(math.prod(shape) for key, shape in shapes.items() if key.startswith("lora_"))
-    assert 28 * found == count
+    spec, targets = LoraSpec(parametrization=name, init=MEMBERS[name][2], rank=rank), {}
+    for module, size in (("q_proj", (3072, 3072)), ("v_proj", (3072, 1024))):
+        names = tuple(f"layers.{i}.{module}" for i in range(28))
+        path = ("layers", module)
+        targets[path] = TargetModule(path, names, (28,), (rank,) * 28, (1.0,) * 28, size)
+    own = [
+        shape for target in targets.values() for key, shape in leaf_shapes(target, spec).items() if key[:5] == "lora_"
+    ]
+    shared = [shape for path, shape in shared_shapes(targets, spec).items() if path[-1].startswith("lora_")]
+    assert sum(map(math.prod, [*own, *shared])) == count
 
 
 def test_to_lora_cuts_to_the_best_approximation_of_a_rank():

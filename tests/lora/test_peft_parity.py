@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stablelora_jax import LoraSpec, adapted, init_adapters, merge, save_peft, save_pretrained, split_frozen
+from stablelora_jax import (
+    LoraSpec,
+    adapted,
+    init_adapters,
+    merge,
+    save_peft,
+    save_pretrained,
+    split_frozen,
+    with_frozen,
+)
 from stablelora_jax.lora.initializers import INITIALIZERS
 from tests.helpers import jit, long, tiny_decoder, tokens
 from tests.lora.test_parametrizations import CHOSEN, MEMBERS, moved, spec_of
@@ -156,6 +165,92 @@ def test_a_parametrisation_of_pefts(name):
             assert np.abs(wanted).max() > 1e-3
             scale = max(1, np.abs(wanted).max())
             np.testing.assert_allclose(gradient[layer][leaf], wanted, atol=1e-5 * scale, err_msg=f"{layer} {leaf}")
+    plain = theirs.merge_and_unload()
+    for layer in sizes:
+        weight = plain.get_submodule(layer).weight.detach().numpy()
+        np.testing.assert_allclose(merged[layer]["kernel"], weight.T, atol=1e-5, err_msg=layer)
+
+
+def vblora_leaves(theirs, modules, of):
+    """PEFT's logits of B are (parts, r, vectors)."""
+    logits = {
+        layer: {"lora_logits_a": of(m.vblora_logits_A), "lora_logits_b": of(m.vblora_logits_B).swapaxes(0, 1)}
+        for layer, m in modules.items()
+    }
+    return {**logits, "lora_shared": {"lora_bank": of(theirs.base_model.vblora_vector_bank)}}
+
+
+def unilora_leaves(theirs, modules, of):
+    return {**{layer: {} for layer in modules}, "lora_shared": {"lora_theta": of(theirs.base_model.unilora_theta_d)}}
+
+
+def unilora_frozen(modules):
+    """PEFT's own assignment, drawn by NumPy."""
+    of = lambda own: numbers(own["default"]).T
+    index = {
+        layer: {"frozen_index_a": of(m.unilora_indices_A), "frozen_index_b": of(m.unilora_indices_B)}
+        for layer, m in modules.items()
+    }
+    every = np.concatenate([leaf.ravel() for own in index.values() for leaf in own.values()])
+    return {**index, "lora_shared": {"frozen_counts": np.bincount(every, minlength=24)}}
+
+
+# PEFT's configuration; its trained leaves, and frozen ones, as ours lie; our options
+TOGETHER = {
+    "vblora": (
+        lambda peft, **k: peft.VBLoRAConfig(num_vectors=6, vector_length=4, topk=2, **k),
+        vblora_leaves,
+        lambda modules: {},
+        {"vectors": 6, "length": 4},
+    ),
+    "unilora": (
+        lambda peft, **k: peft.UniLoraConfig(theta_d_length=24, **k),
+        unilora_leaves,
+        unilora_frozen,
+        {"length": 24},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_parametrisation_of_pefts_that_shares(name):
+    """Its numbers in ours: where the start lies, the count, the function, every gradient, and the merged weights."""
+    config, leaves, frozen_of, options = TOGETHER[name]
+    torch, peft = libraries()
+    sizes = {"narrow": (12, 8), "wide": (8, 16)}
+    base, params = layers(torch, sizes=sizes)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(base, config(peft, r=R, target_modules=list(sizes)))
+    modules = {layer: theirs.get_submodule(f"base_model.model.{layer}") for layer in sizes}
+    chosen = {"rank": R, "target_modules": tuple(sizes), "stacked": (), "scaling": "none", "options": options}
+    spec = LoraSpec(parametrization=name, **chosen)
+    start = split_frozen(jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params))[0]
+    begun = leaves(theirs, modules, lambda own: numbers(own["default"]))
+    assert jax.tree.map(jnp.shape, start) == jax.tree.map(np.shape, begun)
+    count = sum(leaf.size for leaf in jax.tree.leaves(start))
+    assert count == theirs.get_nb_trainable_parameters()[0]
+    for ours, other in zip(jax.tree.leaves(start), jax.tree.leaves(begun), strict=True):  # draws of one distribution
+        assert 0.5 < np.std(ours) / np.std(other) < 2
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) / 3)
+    trained = leaves(theirs, modules, lambda own: numbers(own["default"]))
+    x = np.random.default_rng(1).normal(size=(6, 12)).astype(np.float32)
+    expected = theirs(torch.tensor(x))
+    torch.square(expected).sum().backward()
+
+    def cost(trained):
+        whole = with_frozen(trained, frozen_of(modules))
+        y = adapted(Layers(sizes), spec).apply({"params": params, "lora": whole}, jnp.asarray(x))
+        return jnp.square(y).sum(), (y, merge(params, whole, spec))
+
+    gradient, (ours, merged) = jit(jax.grad(cost, has_aux=True))(trained)
+    np.testing.assert_allclose(ours, expected.detach(), atol=1e-5)
+    wanted = leaves(theirs, modules, lambda own: own["default"].grad.numpy().copy())
+    scale = max(1, *(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted)))
+    assert scale > 1
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * scale), gradient, wanted)
     plain = theirs.merge_and_unload()
     for layer in sizes:
         weight = plain.get_submodule(layer).weight.detach().numpy()
