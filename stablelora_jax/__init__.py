@@ -90,8 +90,8 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 _FOLDERS = (
-    "cli config data evaluation generation interop jobs lora models objectives optimizers parallel quantization runs"
-    " studies training utils"
+    "cli config data evaluation generation interop jobs lora models objectives optimizers parallel quantization"
+    " rank_allocation runs studies training utils"
 )
 __all__ = sorted(_HOME)
 

@@ -16,13 +16,15 @@ IMPORTS = {  # a folder imports from those named here, and from nothing else of 
     "lora": "utils quantization",
     "optimizers": "utils lora",
     "objectives": "utils",
-    "config": "utils lora optimizers objectives",
+    "rank_allocation": "utils lora",
+    "config": "utils lora optimizers objectives rank_allocation",
     "data": "utils config",
     "interop": "utils quantization models lora",
     "training": "utils parallel models lora optimizers data",
     "generation": "utils models lora data",
     "evaluation": "utils parallel models interop data training generation",
-    "runs": "utils quantization parallel models lora optimizers config interop data training evaluation",
+    "runs": "utils quantization parallel models lora optimizers rank_allocation config interop data training "
+    "evaluation",
     "jobs": "utils parallel lora optimizers config data training runs",
     "studies": "utils lora optimizers config interop data training evaluation runs jobs",
     "cli": "utils config data interop generation evaluation runs jobs studies",
@@ -76,8 +78,10 @@ def test_imports_go_one_way(folder):
 
 @pytest.mark.parametrize("folder", IMPORTS)
 def test_each_folder_says_what_it_imports(folder):
-    said = re.search(r"^Imports:? (.*?)\.( |$)", import_module(f"stablelora_jax.{folder}").__doc__, re.MULTILINE)[1]
-    names = said.replace("nothing of the package", "")
+    said = re.search(
+        r"^Imports:? (.*?)\.( |$)", import_module(f"stablelora_jax.{folder}").__doc__, re.MULTILINE | re.DOTALL
+    )[1]
+    names = " ".join(said.replace("nothing of the package", "").split())
     assert set(filter(None, names.split(", "))) == set(IMPORTS[folder].split())
 
 

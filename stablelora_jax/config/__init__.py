@@ -1,6 +1,6 @@
 """Configuration: dataclasses from YAML files and ``key=value`` overrides. Each key is a field of a dataclass here.
 
-Imports: utils, lora, optimizers, objectives.
+Imports: utils, lora, optimizers, objectives, rank_allocation.
 """
 
 from stablelora_jax.config.dump import dump, to_dict

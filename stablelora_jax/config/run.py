@@ -14,6 +14,7 @@ from stablelora_jax.config.objective import CONFIGS as OBJECTIVES
 from stablelora_jax.config.objective import ObjectiveConfig
 from stablelora_jax.config.optimizer import CONFIGS, OptimizerConfig
 from stablelora_jax.config.parallel import DistributedConfig, MeshConfig, PmapConfig
+from stablelora_jax.config.rank_allocation import RankAllocationConfig, allocation_of
 from stablelora_jax.config.schedule import Cosine, ScheduleConfig, schedule_of
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils.errors import InputError
@@ -136,6 +137,7 @@ class RunConfig(Section):
         OBJECTIVES["sft"], "what is minimised; dpo, orpo and simpo prefer the right choice to a wrong one"
     )
     schedule: ScheduleConfig = section(Cosine, "the learning rate over the run")
+    rank_allocation: RankAllocationConfig | None = section(lambda: None, "which ranks are trained when; null: all")
     freeze: tuple[str, ...] = option((), "frozen parts of the adapters: ends of names, such as layers.0 or lora_a")
     init_from: str | None = option(
         None, "adapter or run that a new run starts from; null: fresh adapters", was="adapter"
@@ -193,6 +195,7 @@ class RunConfig(Section):
             raise InputError(f"{'select: best' if self.patience is None else 'patience'} needs evaluate_every")
         if self.epochs is None:
             schedule_of(self.schedule, 1.0, self.steps)  # names the key that does not fit
+            allocation_of(self.rank_allocation, self.lora, self.optimizer, self.steps)
 
 
 def takes_template(config: RunConfig) -> bool:

@@ -97,6 +97,8 @@ def require_together(names: Sequence[str], setups: Sequence[TrainingSetup]) -> N
                 raise InputError(f"jobs.{name}: lora.{key} must be the same for all jobs: train it alone")
         if own.objective.name != "sft":
             raise InputError(f"jobs.{name}: objective {own.objective.name} is for a run alone")
+        if own.rank_allocation is not None:
+            raise InputError(f"jobs.{name}: rank_allocation is for a run alone")
         if own.stability_every is not None:
             raise InputError(f"jobs.{name}: stability_every is for a run alone")
         if any(FULL in keys_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(setup.start.adapters)):

@@ -29,6 +29,7 @@ def require_leaves(targets: Mapping[Path, TargetModule], adapters: Any, spec: Lo
         others = (*FACTORS, FULL, SHARED)  # checked elsewhere
         wanted = {name: shape for name, shape in leaf_shapes(target, spec).items() if name not in others}
         found = {name: jnp.shape(leaf) for name, leaf in tree.get_in(adapters, path).items() if name not in others}
+        wanted |= _tied_pairs(tree.get_in(adapters, path), target, spec)
         if wrong := _difference(wanted, found, spec):
             raise InputError(f"{'.'.join(path)}: {wrong}")
     wanted = {".".join(path): shape for path, shape in shared_shapes(targets, spec).items()}
@@ -51,3 +52,12 @@ def _difference(wanted: Shapes, found: Shapes, spec: LoraSpec) -> str:
         if found.get(name) != shape and not (name in REDRAWN and carried):
             return f"{axes} needs {name} of shape {shape}; it is {found.get(name, 'missing')}"
     return ""
+
+
+def _tied_pairs(node: Mapping[str, Any], target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a chain of LoRA keeps beside a pair (``rank_allocation/cola.py``): pairs of the same rank."""
+    columns = jnp.shape(node["frozen_a"])[-1] if "frozen_a" in node else 0
+    if spec.parametrization not in ("lora", "dora") or not columns or columns % target.rank:
+        return {}
+    rows, outputs = target.size
+    return {"frozen_a": (*target.stack, rows, columns), "frozen_b": (*target.stack, columns, outputs)}

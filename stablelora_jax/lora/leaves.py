@@ -94,6 +94,12 @@ def trains_pairs(spec: LoraSpec) -> bool:
     return bool(PARAMETRIZATIONS[spec.parametrization].PAIR == "trained")
 
 
+def subtracts_start(spec: LoraSpec) -> bool:
+    """Whether adapters of ``spec`` keep their start, as frozen leaves, to subtract it from what they change."""
+    own = _shapes((64, 64), 2, False, spec.parametrization, spec.init, spec.options)
+    return trains_pairs(spec) and any(map(is_frozen, own))
+
+
 def pads(spec: LoraSpec) -> bool:
     """Whether layers of one stack may differ in rank."""
     return spec.parametrization in ("lora", "dora")

@@ -68,10 +68,10 @@ def to_lora(
         if rank is not None and pair["lora_a"].shape[-1] > rank:
             if MAGNITUDE in pair:
                 raise InputError(f"{'.'.join(path)} is DoRA of rank {max(own)}, which cannot be cut to {rank}")
-            pair, own = _cut(pair, rank), tuple(min(rank, one) for one in own)
+            pair, own = best_pair(pair, rank), tuple(min(rank, one) for one in own)
         plain = tree.set_in(plain, path, pair)
         ranks |= dict(zip(target.names, own, strict=True))
-    return plain, _plain_spec(spec, list(targets.values()), ranks)
+    return plain, plain_spec(spec, list(targets.values()), ranks)
 
 
 def lora_shapes(
@@ -97,19 +97,19 @@ def is_plain(adapters: Any, spec: LoraSpec) -> bool:
 def _packed(pair: Mapping[str, Any], target: TargetModule) -> tuple[dict[str, Any], tuple[int, ...]]:
     """The pair whose used ranks come first in each layer, and their number; a padded start leaves gaps between."""
     width = pair["lora_a"].shape[-1]
-    if target.rank and width == 2 * target.rank and len(set(target.ranks) - {0}) > 1:
-        order = [[*range(r), *range(target.rank, target.rank + r)] for r in target.ranks]
+    blocks = width // target.rank if len(set(target.ranks) - {0}) > 1 else 0  # of target.rank columns, each padded
+    if blocks > 1:
+        order = [[block * target.rank + i for block in range(blocks) for i in range(r)] for r in target.ranks]
         order = [[*row, *(i for i in range(width) if i not in row)] for row in order]
         index = jnp.asarray(np.array(order).reshape(*target.stack, width))
         a = jnp.take_along_axis(pair["lora_a"], index[..., None, :], axis=-1)
         b = jnp.take_along_axis(pair["lora_b"], index[..., :, None], axis=-2)
-        return {**pair, "lora_a": a, "lora_b": b}, tuple(2 * r for r in target.ranks)
-    factor = width // target.rank if len(set(target.ranks) - {0}) > 1 else 0
-    return dict(pair), tuple((factor * r if factor else width) if r else 0 for r in target.ranks)
+        pair = {**pair, "lora_a": a, "lora_b": b}
+    return dict(pair), tuple((blocks * r if blocks else width) if r else 0 for r in target.ranks)
 
 
-def _cut(pair: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """The best pair of ``rank``, its singular values shared evenly between the factors."""
+def best_pair(pair: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """The best pair of ``rank``, its singular values shared evenly between the factors, which lead with the largest."""
 
     def one(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         u, sv = truncated(*svd_of_product(a, b), rank, None)
@@ -125,7 +125,7 @@ def _cut(pair: Mapping[str, Any], rank: int) -> dict[str, Any]:
     return {**pair, "lora_a": cut_a, "lora_b": cut_b}
 
 
-def _plain_spec(spec: LoraSpec, targets: list[TargetModule], ranks: Mapping[str, int]) -> LoraSpec:
+def plain_spec(spec: LoraSpec, targets: list[TargetModule], ranks: Mapping[str, int]) -> LoraSpec:
     """The spec with the rank and the scale of each module; the usual ones as ``rank`` and ``alpha``."""
     scales = {name: s for t in targets for name, s in zip(t.names, t.scales, strict=True)}
     found = {name: (rank, scales[name] * rank) for name, rank in ranks.items() if rank}

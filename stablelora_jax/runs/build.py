@@ -12,12 +12,15 @@ import optax
 from stablelora_jax.config import optimizer as optimizer_config
 from stablelora_jax.config.members import arguments_of
 from stablelora_jax.config.objective import arrays_of, takes_pairs
+from stablelora_jax.config.rank_allocation import allocation_of
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.config.schedule import schedule_of
 from stablelora_jax.lora.leaves import trains_pairs
 from stablelora_jax.lora.transform import lora_hyperparams, lora_scales
 from stablelora_jax.optimizers import scales
 from stablelora_jax.optimizers.freeze import freeze, freeze_mask, stop_frozen_gradients
+from stablelora_jax.rank_allocation import Allocation
+from stablelora_jax.rank_allocation.restart import restartable
 from stablelora_jax.training.objective import SFT, Objective, of_pairs
 from stablelora_jax.training.step import Hyperparams
 from stablelora_jax.utils.errors import InputError
@@ -48,8 +51,13 @@ def make_hyperparams(config: RunConfig, adapters: Any) -> Hyperparams:
     )
 
 
+def make_allocation(config: RunConfig) -> Allocation:
+    """What the rank allocation of the configuration changes; nothing where it has none."""
+    return allocation_of(config.rank_allocation, config.lora, config.optimizer, config.steps)
+
+
 def make_optimizer(
-    config: RunConfig, adapters: Any, hyperparams: Hyperparams | None = None
+    config: RunConfig, adapters: Any, hyperparams: Hyperparams | None = None, began: Any = 0
 ) -> optax.GradientTransformation:
     """Gradient clipping and the optimizer of the configuration, every learning rate on the schedule.
 
@@ -58,12 +66,19 @@ def make_optimizer(
       adapters: or their shapes.
       hyperparams: learning rates and LoRA scales, concrete or traced; None: those of ``config``. A learning rate is a
         peak, or an array (steps,) with the rate of every update.
+      began: updates before the first one that this optimizer counts, which the schedule has behind it.
     """
     rates = optimizer_config.learning_rates(config.optimizer) if hyperparams is None else hyperparams.rates
     numbers = {} if hyperparams is None else hyperparams.numbers
     scale = lambda: scales(adapters, config.lora) if hyperparams is None else lora_scales(hyperparams.lora_hyperparams)  # noqa: E731
-    schedule = lambda peak: make_schedule(config, peak) if jnp.ndim(peak) == 0 else lambda count: peak[count]  # noqa: E731
+
+    def schedule(peak: Any) -> optax.Schedule:
+        whole = make_schedule(config, peak) if jnp.ndim(peak) == 0 else lambda count: peak[count]
+        return whole if isinstance(began, int) and began == 0 else lambda count: whole(count + began)
+
     tx = optimizer_config.make_optimizer(config.optimizer, schedule, rates, scale, numbers)
+    around = make_allocation(config).around
+    tx = tx if around is None else around(tx)
     return tx if config.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
 
 
@@ -81,8 +96,9 @@ def make_training(
 ) -> tuple[Callable[[Hyperparams], optax.GradientTransformation], Callable[[Any], Any]]:
     """``(tx, trained)`` for :func:`.make_train_step`, with ``config.freeze`` applied to both.
 
-    ``tx`` makes the optimizer from the result of :func:`make_hyperparams`; ``trained`` stops the gradients of frozen
-    parts of the adapters. Shapes of ``params`` and ``adapters`` suffice.
+    ``tx`` makes the optimizer from the result of :func:`make_hyperparams`, one that can begin anew where the rank
+    allocation restarts it; ``trained`` stops the gradients of frozen parts of the adapters. Shapes of ``params`` and
+    ``adapters`` suffice.
 
     Raises:
       InputError: a pattern of ``config.freeze`` matches nothing, nothing is left to train, or the optimizer needs pairs
@@ -95,10 +111,15 @@ def make_training(
             f"{config.lora.parametrization!r} trains none: say optimizer: {{name: adamw}}"
         )
     trained = optimizer_config.trained_part(config.optimizer)
-    make = partial(make_optimizer, config, adapters)
-    if not config.freeze:
-        return make, trained
-    mask = freeze_mask(params, adapters, config.lora, config.freeze)
-    return lambda hyperparams: freeze(make(hyperparams), mask), lambda adapters: trained(
-        stop_frozen_gradients(adapters, mask)
-    )
+    mask = freeze_mask(params, adapters, config.lora, config.freeze) if config.freeze else None
+    once = partial(_make, config, adapters, mask)
+    restarts = make_allocation(config).restarts
+    make = (lambda hyperparams: restartable(lambda began: once(hyperparams, began))) if restarts else once
+    return make, trained if mask is None else lambda adapters: trained(stop_frozen_gradients(adapters, mask))
+
+
+def _make(
+    config: RunConfig, adapters: Any, mask: Any, hyperparams: Hyperparams, began: Any = 0
+) -> optax.GradientTransformation:
+    tx = make_optimizer(config, adapters, hyperparams, began)
+    return tx if mask is None else freeze(tx, mask)

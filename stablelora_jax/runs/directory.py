@@ -194,6 +194,8 @@ def identity(run_config: RunConfig) -> dict[str, Any]:
     }
     quantized = model["quantize"] is not None  # runs from before there was this key go on
     plain["model"] = {k: own for k, own in model.items() if k not in FREE_OF_MODEL and (k != "quantize" or quantized)}
+    if plain["rank_allocation"] is None:  # likewise
+        del plain["rank_allocation"]
     plain["optimizer"] = {k: own for k, own in plain["optimizer"].items() if (k, own) != ("stop_rule", True)}
     lora = plain["lora"]
     lists = {name: [[key, value] for key, value in lora[name].items()] for name in ("rank_pattern", "alpha_pattern")}

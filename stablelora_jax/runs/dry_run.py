@@ -30,7 +30,7 @@ from stablelora_jax.models.pretrained.load import abstract_params
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.parallel import Layout
 from stablelora_jax.quantization import quantize_params
-from stablelora_jax.runs.build import make_hyperparams, make_objective, make_training
+from stablelora_jax.runs.build import make_allocation, make_hyperparams, make_objective, make_training
 from stablelora_jax.runs.prepare import configure_decoder, make_layout
 from stablelora_jax.training.flops import flops_per_token
 from stablelora_jax.training.step import Hyperparams, init_state, make_train_step
@@ -69,6 +69,8 @@ def shapes(config: RunConfig) -> Shapes:
     if config.model.quantize:
         params = jax.eval_shape(partial(quantize_params, kind=config.model.quantize), params)
     adapters = jax.eval_shape(lambda p: init_adapters(key, p, config.lora), params)
+    own = make_allocation(config)
+    adapters = adapters if own.start is None else jax.eval_shape(own.start, adapters)
     tx, trained = make_training(config, params, adapters)
     hyperparams = jax.eval_shape(lambda a: make_hyperparams(config, a), adapters)
     state = jax.eval_shape(lambda a, n: init_state(a, tx(n), key), adapters, hyperparams)
@@ -78,8 +80,9 @@ def shapes(config: RunConfig) -> Shapes:
     placed = layout.abstract(params, "base")
     model = configure_decoder(model, config, layout, placed, adapters, length=T, segments=segments)
     low_rank = adapted(model, config.lora)
-    how: dict[str, Any] = {"trained": trained, "accumulate": config.gradient_accumulation_steps}
-    step = make_train_step(low_rank, tx, layout, **how, objective=make_objective(config))
+    parts: dict[str, Any] = {"trained": trained, "seen": own.seen, "penalty": own.penalty}
+    parts |= {"objective": make_objective(config), "accumulate": config.gradient_accumulation_steps}
+    step = make_train_step(low_rank, tx, layout, **parts)
     return Shapes(model, step, state, params, Batch(row, row, row, row), hyperparams, layout, config.lora)
 
 

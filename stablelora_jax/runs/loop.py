@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from stablelora_jax.config.optimizer import shrink_ratio
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data import batch_of_step, place_of_step, rows_of_step, texts_of_rows
-from stablelora_jax.parallel import make_agreement
-from stablelora_jax.runs.build import make_objective
+from stablelora_jax.lora.leaves import split_frozen
+from stablelora_jax.parallel import make_agreement, to_host
+from stablelora_jax.rank_allocation.restart import restart
+from stablelora_jax.runs.build import make_hyperparams, make_objective
 from stablelora_jax.runs.early_stopping import best_step, patience_exceeded
 from stablelora_jax.runs.log import RunLog
 from stablelora_jax.runs.prepare import TrainingSetup
@@ -29,6 +31,7 @@ from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import TrainState, make_stability_view, make_train_step
 from stablelora_jax.utils.errors import Interrupted, RunError
 
+RESTART = 2**31  # folded into the key of a restart, which is then none of a row's
 PendingMetrics = tuple[int, Callable[[], Any]]  # the number of a step, and its metrics
 
 
@@ -171,12 +174,15 @@ class _Clock:
 
 def make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]:
     """``(state, number of steps so far) -> (state, metrics)``, with the stability terms where they are due."""
-    config, layout = setup.config, setup.layout
-    how: dict[str, Any] = {"trained": setup.trained, "accumulate": config.gradient_accumulation_steps}
-    step = make_train_step(setup.model, setup.tx, layout, **how, objective=make_objective(config))
+    config, layout, own = setup.config, setup.layout, setup.allocation
+    parts: dict[str, Any] = {"trained": setup.trained, "seen": own.seen, "penalty": own.penalty}
+    parts |= {"objective": make_objective(config), "accumulate": config.gradient_accumulation_steps}
+    step = make_train_step(setup.model, setup.tx, layout, **parts)
     view = make_stability_view(setup.model, shrink_ratio(config.optimizer), layout)
 
     def step_with_stability(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
+        if number in own.restarts:
+            state = layout.place_state(restarted(setup, layout.fetch(state), number))
         batch = layout.place_rows(lambda part: batch_of_step(setup.loader, number, part), config.batch_size)
         due = config.stability_every is not None and (number + 1) % config.stability_every == 0
         before = jax.tree.map(jnp.copy, state.adapters) if due else None  # the step donates its own
@@ -186,6 +192,14 @@ def make_step(setup: TrainingSetup) -> Callable[[TrainState, int], tuple[TrainSt
         return state, metrics
 
     return step_with_stability
+
+
+def restarted(setup: TrainingSetup, state: TrainState, number: int) -> TrainState:
+    """``state``, host arrays, as step ``number`` of a rank allocation that restarts there begins with it."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(state.key)), number), RESTART)
+    adapters = setup.allocation.restarts[number](state.adapters, key, setup.params)
+    tx = setup.tx(make_hyperparams(setup.config, adapters))
+    return to_host(state._replace(adapters=adapters, opt_state=restart(tx, state.opt_state, split_frozen(adapters)[0])))
 
 
 def _evaluates(config: RunConfig, step: int, now: int) -> bool:

@@ -50,7 +50,14 @@ from stablelora_jax.models.pretrained.load import (
 from stablelora_jax.models.pretrained.shapes import architecture
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, mesh_layout, pmap_layout, to_host
-from stablelora_jax.runs.build import make_hyperparams, make_objective, make_schedule, make_training
+from stablelora_jax.rank_allocation import Allocation
+from stablelora_jax.runs.build import (
+    make_allocation,
+    make_hyperparams,
+    make_objective,
+    make_schedule,
+    make_training,
+)
 from stablelora_jax.runs.directory import identity
 from stablelora_jax.runs.validation import ValidationSet, make_validation_set
 from stablelora_jax.training.remat_policy import choose_remat
@@ -77,6 +84,7 @@ class TrainingSetup(NamedTuple):
     tx: Callable[[Hyperparams], optax.GradientTransformation]
     hyperparams: Hyperparams  # placed by the layout
     trained: Callable[[Any], Any]  # stops the gradients of frozen parts of the adapters
+    allocation: Allocation  # of the ranks
     start: TrainState  # host arrays
     compute: Callable[[Any, Any, Rows], tuple[np.ndarray, np.ndarray]]  # of make_compute
     metadata: dict[str, Any]  # of every checkpoint; must match on resuming
@@ -138,6 +146,8 @@ def prepare(
     key = jax.random.key(config.seed)
     fresh = config.init_from is None or resumes
     adapters = init_adapters(key, params, config.lora) if fresh else _warm_start(config, params)
+    allocation = make_allocation(config)
+    adapters = adapters if allocation.start is None else allocation.start(adapters)
     require_peft_form(adapters, config.lora, params)
     if config.stability_every and not is_plain(adapters, config.lora):
         raise InputError("stability_every is for plain LoRA and DoRA whose start is the base's: leave it out")
@@ -165,6 +175,7 @@ def prepare(
         tx=tx,
         hyperparams=layout.place_base(hyperparams),
         trained=trained,
+        allocation=allocation,
         start=start,
         compute=_compute(base, adapted_model, hyperparams),
         metadata={"run": identity(config), "base": base.fingerprint, "data": {"digest": data["digest"]}},

@@ -204,7 +204,13 @@ def keep_adapter(setup: TrainingSetup, state: TrainState, checkpoints: Path, log
         metadata |= {"quantize": config.model.quantize} if config.model.quantize else {}
         partial = partial_name(setup.directory / ADAPTER)
         try:
-            save_peft(partial, state.adapters, config.lora, base_model=setup.base, params=params, metadata=metadata)
+            finished = setup.allocation.finished
+            adapters, spec = (
+                (state.adapters, config.lora)
+                if finished is None
+                else finished(state.adapters, config.lora, params=params)
+            )
+            save_peft(partial, adapters, spec, base_model=setup.base, params=params, metadata=metadata)
             with writing(setup.directory / ADAPTER):
                 put_new(partial, setup.directory / ADAPTER)
         except InputError as error:

@@ -60,6 +60,8 @@ def make_train_step(
     layout: Layout,
     *,
     trained: Callable[[Any], Any] = lambda adapters: adapters,
+    seen: Callable[[Any, jax.Array], Any] | None = None,
+    penalty: Callable[[Any], jax.Array] | None = None,
     accumulate: int = 1,
     objective: Objective = SFT,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
@@ -75,6 +77,8 @@ def make_train_step(
         them as its fourth argument, placed like ``params``, and compiles once for all of them.
       layout: of state, ``params`` and the rows of ``batch``.
       trained: may stop the gradients of parts of the adapters (``optimizers.freeze_a``).
+      seen: gives the adapters, frozen leaves included, as the model sees them in a step, by the step's key.
+      penalty: of the trained leaves, whose gradient is added to that of the loss; metrics report the loss without it.
       accumulate: the number of micro-batches of a batch, computed one after another.
       objective: what is minimised. The rows of one device and micro-batch are a multiple of its ``group``.
     """
@@ -91,13 +95,17 @@ def make_train_step(
 
         def loss_of(adapters: Any, micro: Batch, rows: jax.Array) -> jax.Array:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows) if model.spec.dropout else None
-            variables = {"params": params, "lora": with_frozen(trained(adapters), frozen)}
+            lora = with_frozen(trained(adapters), frozen)
+            variables = {"params": params, "lora": lora if seen is None else seen(lora, key)}
             if hyperparams is not None and hyperparams.lora_hyperparams is not None:
                 variables["lora_hp"] = hyperparams.lora_hyperparams
             return objective.loss(model, variables, micro, keys, parts) / jnp.maximum(count, 1)
 
         micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
         loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), own, micros))
+        if penalty is not None:
+            more = jax.grad(lambda adapters: penalty(trained(adapters)))(own)
+            grads = jax.tree.map(jnp.add, grads, more)
         with jax.named_scope("update"):  # in the names of operations, for a profile
             after, metrics = updated(state, made(hyperparams), loss, grads)
         used, space = (layout.sum_parts(jnp.asarray(x)) for x in ((batch.segment_ids > 0).sum(), batch.tokens.size))
