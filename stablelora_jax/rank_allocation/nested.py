@@ -50,7 +50,7 @@ def truncate(adapters: Mapping[str, Any], spec: LoraSpec, rank: int) -> tuple[di
     cut = at_rank(spec, rank)
     for path, target in adapter_target_modules(adapters, spec).items():
         node, kept = tree.get_in(adapters, path), min(rank, target.rank)
-        own = {name: jax.lax.slice_in_dim(node[name], 0, kept, axis=axis) for name, axis in _axes(node, target)}
+        own = {name: node[name][(..., slice(kept), *[slice(None)] * (-1 - axis))] for name, axis in _axes(node, target)}
         adapters = tree.set_in(adapters, path, {**node, **own})
     return dict(adapters), cut
 

@@ -1,0 +1,190 @@
+"""Each rank allocation in the steps of a run: it trains, one program serves all steps, and it goes on from a checkpoint."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stablelora_jax import InputError, adapted, config, init_adapters
+from stablelora_jax.config.optimizer import OPTIMIZERS
+from stablelora_jax.config.rank_allocation import CONFIGS, MIX_RANKS
+from stablelora_jax.config.run import RunConfig
+from stablelora_jax.lora.leaves import is_frozen
+from stablelora_jax.parallel import pmap_layout, to_host
+from stablelora_jax.runs import loop
+from stablelora_jax.runs.build import make_allocation, make_hyperparams, make_training
+from stablelora_jax.runs.directory import identity
+from stablelora_jax.training.step import init_state
+from stablelora_jax.utils import tree
+from tests.helpers import jit, long, tiny_decoder
+from tests.training.test_fast_path import batch_of
+
+STEPS = 6
+ADALORA = ("lora.parametrization=adalora", "lora.init=init_ab", "rank_allocation.target_rank=2")
+ROWS = {  # further keys of a run
+    "adalora": ("optimizer.name=adamw", *ADALORA),
+    "cola": ("optimizer.name=stable_lora", "rank_allocation.length=3"),
+    "dylora": ("optimizer.name=stable_lora", "lora.parametrization=dora"),
+    "matryoshka": ("optimizer.name=lora_rite",),
+    "squeeze": ("optimizer.name=lora_plus", "rank_allocation.target_rank=1"),
+}
+BY_OPTIMIZER = [long(name, optimizer) for name in ROWS for optimizer in OPTIMIZERS if name != "dylora"]
+
+
+def run_config(name, *more):
+    keys = ("lora.rank=4", "lora.target_modules=[q_proj]", "schedule.name=constant", "optimizer.learning_rate=5e-3")
+    keys += ("batch_size=4",)
+    return config.load(RunConfig, None, [f"rank_allocation.name={name}", f"steps={STEPS}", *keys, *more])
+
+
+def setup_of(chosen):
+    """What the loop uses of a run, for a small decoder, and the step as the run makes it."""
+    model, params = tiny_decoder(num_hidden_layers=2)
+    layout, own = pmap_layout(jax.devices()[:1]), make_allocation(chosen)
+    adapters = init_adapters(jax.random.key(0), params, chosen.lora)
+    adapters = own.start(adapters) if own.start else adapters
+    tx, trained = make_training(chosen, params, adapters)
+    numbers = make_hyperparams(chosen, adapters)
+    return SimpleNamespace(
+        config=chosen,
+        layout=layout,
+        model=adapted(model, chosen.lora),
+        params=layout.place_base(params),
+        loader=None,
+        tx=tx,
+        trained=trained,
+        allocation=own,
+        hyperparams=layout.place_base(numbers),
+        start=to_host(init_state(adapters, tx(numbers), jax.random.key(1))),
+    )
+
+
+@pytest.mark.parametrize(
+    "name,optimizer",
+    [
+        ("adalora", ""),
+        ("cola", ""),
+        *(long(name, "") for name in ROWS if name not in ("adalora", "cola")),
+        *BY_OPTIMIZER,
+    ],
+)
+def test_it_trains_and_goes_on_from_what_was_saved(name, optimizer, monkeypatch):
+    monkeypatch.setattr(loop, "batch_of_step", lambda loader, step, part: batch_of())
+    setup = setup_of(run_config(name, *ROWS[name], *[f"optimizer.name={optimizer}"] * bool(optimizer)))
+    step, states, losses = loop.make_step(setup), [setup.start], []
+    for number in range(STEPS):
+        placed, metrics = step(setup.layout.place_state(states[-1]), number)
+        states.append(setup.layout.fetch(placed))
+        losses.append(float(setup.layout.fetch(metrics)["loss"]))
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] and int(states[-1].skipped) == 0
+    placed = setup.layout.place_state(jax.tree.map(np.array, states[2]))  # a restart of cola and squeeze is at 2 or 3
+    for number in range(2, STEPS):
+        placed, _ = step(placed, number)
+    for a, b in zip(jax.tree.leaves(setup.layout.fetch(placed)), jax.tree.leaves(states[-1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    LAWS[name](setup, states)
+
+
+def at(state):
+    return tree.get_in(state.adapters, ("model", "layers", "self_attn", "q_proj"))
+
+
+def masked_to_budget(setup, states):
+    """2 layers of mean rank 2 at the end."""
+    assert (at(states[-1])["lora_e"] != 0).sum() == 4
+
+
+def two_tied(setup, states):
+    """Knots at steps 2 and 4 begin the latches and moments anew; what is tied is never trained."""
+    assert list(setup.allocation.restarts) == [2, 4]
+    tied = [at(state)["frozen_a"].any(axis=(0, 1)).reshape(2, 4).all(axis=1).tolist() for state in states]
+    assert tied == [[False] * 2] * 3 + [[True, False]] * 2 + [[True, True]] * 2
+    np.testing.assert_array_equal(at(states[3])["frozen_a"][..., :4], at(states[2])["lora_a"])
+    np.testing.assert_array_equal(at(states[6])["frozen_a"][..., :4], at(states[3])["frozen_a"][..., :4])
+    assert [int(state.opt_state.began) for state in states] == [0, 0, 0, 2, 2, 4, 4]
+    assert int(states[-1].opt_state.count) == STEPS
+
+
+def squeezed_twice(setup, states):
+    """To rank 2 before step 2, to 1 before step 4; the other ranks are zero in both factors and stay so."""
+    for state, rank in zip(states, (4, 4, 4, 2, 2, 1, 1), strict=True):
+        for factor, axes in (("lora_a", (0, 1)), ("lora_b", (0, 2))):
+            used = at(state)[factor].any(axis=axes)
+            assert not used[rank:].any() and (factor == "lora_b" or used[:rank].all())
+
+
+def frozen_leaves_rest(setup, states):
+    assert not any(is_frozen(name) for name in at(states[-1]))
+
+
+LAWS = {
+    "adalora": masked_to_budget,
+    "cola": two_tied,
+    "dylora": frozen_leaves_rest,
+    "matryoshka": frozen_leaves_rest,
+    "squeeze": squeezed_twice,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizers_that_move_all_ranks_are_known(name):
+    """DyLoRA is for those whose first update leaves a rank alone that has no gradient."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"p": {"lora_a": draw(6, 3), "lora_b": draw(3, 5)}}
+    grads = {"p": {"lora_a": draw(6, 3).at[:, 1:].set(0), "lora_b": draw(3, 5).at[1:].set(0)}}
+    given = {"scale": 1.0} if name in ("altlora", "altlora_plus", "oplora", "stiefel_lora", "lora_pro") else {}
+    own = {"weight_decay": 0.0} if name not in ("scaled_gd",) else {}
+    tx = OPTIMIZERS[name](1e-3, **given, **own)
+
+    @jit
+    def first(params, grads):
+        return tx.update(grads, tx.init(params), params)[0]["p"]
+
+    found = first(params, grads)
+    if name == "stable_lora":  # shrinks all of A, by the same share
+        found = {**found, "lora_a": found["lora_a"] + optimizers_share(params)}
+    moved = np.abs(found["lora_a"][:, 1:]).max() + np.abs(found["lora_b"][1:]).max()
+    assert (moved > 1e-7) == (name in MIX_RANKS)
+
+
+def optimizers_share(params):
+    return 5e-4 * params["p"]["lora_a"]
+
+
+def test_senseless_pairs_are_refused_and_none_is_the_default():
+    assert RunConfig().rank_allocation is None and "rank_allocation" not in identity(RunConfig())
+    assert identity(run_config("dylora"))["rank_allocation"] == {"name": "dylora", "frozen": True}
+    assert set(CONFIGS) == set(ROWS) and set(MIX_RANKS) <= {*OPTIMIZERS, "riemannian"}
+    with pytest.raises(
+        InputError, match="rank_allocation: dylora trains some ranks .* and optimizer lora_rite moves all"
+    ):
+        run_config("dylora", "optimizer.name=lora_rite")
+    with pytest.raises(InputError, match="rank_allocation: dylora orders the ranks .* not 'miss'"):
+        run_config("dylora", "optimizer.name=adamw", "lora.parametrization=miss")
+    with pytest.raises(InputError, match="rank_allocation.name wants .*adalora.*, got"):
+        run_config("evaa")
+    with pytest.raises(
+        InputError, match="rank_allocation.frozen is not a key of rank_allocation.name=cola, but of dylora"
+    ):
+        run_config("cola", "rank_allocation.frozen=true")
+    for name, row in ROWS.items():
+        assert config.load(RunConfig, None, []) != run_config(name, *row)
+        assert "rank_allocation." in config.help_text(RunConfig, f"rank_allocation.{name}")
+
+
+def test_the_penalty_is_counted_once(monkeypatch):
+    """Whatever the number of micro-batches; metrics report the loss of the data."""
+    losses, norms = [], []
+    monkeypatch.setattr(loop, "batch_of_step", lambda loader, step, part: batch_of())
+    for accumulate in (1, 2):
+        chosen = run_config("adalora", *ROWS["adalora"], f"gradient_accumulation_steps={accumulate}")
+        setup = setup_of(chosen)
+        _, metrics = loop.make_step(setup)(setup.layout.place_state(setup.start), 0)
+        metrics = setup.layout.fetch(metrics)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["gradient_norm"]))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
