@@ -28,7 +28,6 @@ MIX_RANKS = (
     "loft",
     "lora_muon",
     "oplora",
-    "lora_pre",
     "stiefel_lora",
     "balora",
 )
@@ -62,7 +61,7 @@ def allocation_of(
     if config.name == "dylora" and optimizer.name in MIX_RANKS:
         raise InputError(
             f"rank_allocation: dylora trains some ranks while the others rest, and optimizer {optimizer.name} moves "
-            "all of them at once: say optimizer: {name: adamw}, stable_lora, lora_plus, allora or lora_fa"
+            "all of them at once: say optimizer: {name: adamw}, stable_lora, lora_plus, allora, lora_pre or lora_fa"
         )
     try:
         return type(config).function(spec=spec, steps=steps, **arguments_of(config))

@@ -1,10 +1,12 @@
-"""Each rank allocation in the steps of a run: it trains, one program serves all steps, and it goes on from a checkpoint."""
+"""Each rank allocation in the steps of a run: it trains, and goes on from a checkpoint with the same bits."""
 
+import inspect
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from stablelora_jax import InputError, adapted, config, init_adapters
@@ -61,15 +63,11 @@ def setup_of(chosen):
     )
 
 
-@pytest.mark.parametrize(
-    "name,optimizer",
-    [
-        ("adalora", ""),
-        ("cola", ""),
-        *(long(name, "") for name in ROWS if name not in ("adalora", "cola")),
-        *BY_OPTIMIZER,
-    ],
-)
+SHORT = ("adalora", "cola")
+CASES = [(name, "") if name in SHORT else long(name, "") for name in ROWS] + BY_OPTIMIZER
+
+
+@pytest.mark.parametrize("name,optimizer", CASES)
 def test_it_trains_and_goes_on_from_what_was_saved(name, optimizer, monkeypatch):
     monkeypatch.setattr(loop, "batch_of_step", lambda loader, step, part: batch_of())
     setup = setup_of(run_config(name, *ROWS[name], *[f"optimizer.name={optimizer}"] * bool(optimizer)))
@@ -130,45 +128,37 @@ LAWS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_optimizers_that_move_all_ranks_are_known(name):
-    """DyLoRA is for those whose first update leaves a rank alone that has no gradient."""
-    rng = np.random.default_rng(0)
+    """DyLoRA is for those whose updates leave alone a rank that never had a gradient."""
+    rng, has = np.random.default_rng(0), inspect.signature(OPTIMIZERS[name]).parameters
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     params = {"p": {"lora_a": draw(6, 3), "lora_b": draw(3, 5)}}
-    grads = {"p": {"lora_a": draw(6, 3).at[:, 1:].set(0), "lora_b": draw(3, 5).at[1:].set(0)}}
-    given = {"scale": 1.0} if name in ("altlora", "altlora_plus", "oplora", "stiefel_lora", "lora_pro") else {}
-    own = {"weight_decay": 0.0} if name not in ("scaled_gd",) else {}
-    tx = OPTIMIZERS[name](1e-3, **given, **own)
+    plain = {"weight_decay": 0.0, "shrink_ratio": 0.0, "scale": 1.0}
+    tx = OPTIMIZERS[name](1e-3, **{key: value for key, value in plain.items() if key in has})
 
     @jit
-    def first(params, grads):
-        return tx.update(grads, tx.init(params), params)[0]["p"]
+    def updated(params, state, a, b):
+        grads = {"p": {"lora_a": a.at[:, 1:].set(0), "lora_b": b.at[1:].set(0)}}
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-    found = first(params, grads)
-    if name == "stable_lora":  # shrinks all of A, by the same share
-        found = {**found, "lora_a": found["lora_a"] + optimizers_share(params)}
-    moved = np.abs(found["lora_a"][:, 1:]).max() + np.abs(found["lora_b"][1:]).max()
-    assert (moved > 1e-7) == (name in MIX_RANKS)
-
-
-def optimizers_share(params):
-    return 5e-4 * params["p"]["lora_a"]
+    after, state = params, tx.init(params)
+    for _ in range(3):
+        after, state = updated(after, state, draw(6, 3), draw(3, 5))
+    moved = jax.tree.map(lambda new, old: np.abs(new - old), after["p"], params["p"])
+    assert (max(moved["lora_a"][:, 1:].max(), moved["lora_b"][1:].max()) > 1e-6) == (name in MIX_RANKS)
 
 
 def test_senseless_pairs_are_refused_and_none_is_the_default():
     assert RunConfig().rank_allocation is None and "rank_allocation" not in identity(RunConfig())
     assert identity(run_config("dylora"))["rank_allocation"] == {"name": "dylora", "frozen": True}
     assert set(CONFIGS) == set(ROWS) and set(MIX_RANKS) <= {*OPTIMIZERS, "riemannian"}
-    with pytest.raises(
-        InputError, match="rank_allocation: dylora trains some ranks .* and optimizer lora_rite moves all"
-    ):
+    with pytest.raises(InputError, match="rank_allocation: dylora trains some ranks .* optimizer lora_rite moves all"):
         run_config("dylora", "optimizer.name=lora_rite")
     with pytest.raises(InputError, match="rank_allocation: dylora orders the ranks .* not 'miss'"):
         run_config("dylora", "optimizer.name=adamw", "lora.parametrization=miss")
     with pytest.raises(InputError, match="rank_allocation.name wants .*adalora.*, got"):
         run_config("evaa")
-    with pytest.raises(
-        InputError, match="rank_allocation.frozen is not a key of rank_allocation.name=cola, but of dylora"
-    ):
+    with pytest.raises(InputError, match="rank_allocation.frozen is not a key of .*=cola, but of dylora"):
         run_config("cola", "rank_allocation.frozen=true")
     for name, row in ROWS.items():
         assert config.load(RunConfig, None, []) != run_config(name, *row)
