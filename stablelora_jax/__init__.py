@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the same names are in 
     from stablelora_jax.lora.transform import lora_hyperparams as lora_hyperparams
     from stablelora_jax.lora.transform import merge as merge
     from stablelora_jax.lora.transform import unmerge as unmerge
+    from stablelora_jax.lora.zero_ranks import without_zero_ranks as without_zero_ranks
     from stablelora_jax.models.pretrained.load import base_directory as base_directory
     from stablelora_jax.models.pretrained.load import load_pretrained as load_pretrained
     from stablelora_jax.models.pretrained.load import save_pretrained as save_pretrained
@@ -56,6 +57,18 @@ if TYPE_CHECKING:  # what type checkers and editors read; the same names are in 
     from stablelora_jax.optimizers.freeze import freeze as freeze
     from stablelora_jax.optimizers.freeze import freeze_mask as freeze_mask
     from stablelora_jax.optimizers.freeze import stop_frozen_gradients as stop_frozen_gradients
+    from stablelora_jax.rank_allocation.adalora import mask_to_budget as mask_to_budget
+    from stablelora_jax.rank_allocation.adalora import orthogonality as orthogonality
+    from stablelora_jax.rank_allocation.cola import tie_knot as tie_knot
+    from stablelora_jax.rank_allocation.cola import with_slots as with_slots
+    from stablelora_jax.rank_allocation.dylora import drawn_rank as drawn_rank
+    from stablelora_jax.rank_allocation.dylora import first_ranks as first_ranks
+    from stablelora_jax.rank_allocation.matryoshka import aurac as aurac
+    from stablelora_jax.rank_allocation.matryoshka import nested_sum as nested_sum
+    from stablelora_jax.rank_allocation.nested import truncate as truncate
+    from stablelora_jax.rank_allocation.restart import restart as restart
+    from stablelora_jax.rank_allocation.restart import restartable as restartable
+    from stablelora_jax.rank_allocation.squeeze import squeezed as squeezed
     from stablelora_jax.training import checkpoint as checkpoint
     from stablelora_jax.training.loss import summed_loss as summed_loss
     from stablelora_jax.utils.errors import InputError as InputError
@@ -77,12 +90,20 @@ _MODULES = {
     "lora.summary": "describe",
     "lora.to_lora": "to_lora",
     "lora.transform": "init_adapters lora_hyperparams merge unmerge",
+    "lora.zero_ranks": "without_zero_ranks",
     "models.pretrained.load": "base_directory load_pretrained save_pretrained",
     "models.untie": "untie",
     "optimizers": "allora altlora altlora_plus balance_after balora freeze_a loft lora_fa lora_muon lora_plus lora_pre "
     "lora_pro lora_rite oplora rate_factor riemannian scaled_adamw scaled_gd scales shrink_until_stable stable_lora "
     "stiefel_lora still_shrinking",
     "optimizers.freeze": "freeze freeze_mask stop_frozen_gradients",
+    "rank_allocation.adalora": "mask_to_budget orthogonality",
+    "rank_allocation.cola": "tie_knot with_slots",
+    "rank_allocation.dylora": "drawn_rank first_ranks",
+    "rank_allocation.matryoshka": "aurac nested_sum",
+    "rank_allocation.nested": "truncate",
+    "rank_allocation.restart": "restart restartable",
+    "rank_allocation.squeeze": "squeezed",
     "training": "checkpoint",
     "training.loss": "summed_loss",
     "utils.errors": "InputError RunError",

@@ -6,6 +6,7 @@ import pytest
 
 from stablelora_jax.config import load
 from stablelora_jax.config.run import RunConfig
+from stablelora_jax.rank_allocation import RANK_ALLOCATIONS
 from stablelora_jax.runs.dry_run import shapes
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))
@@ -15,5 +16,10 @@ FILES = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"
 def test_a_run_of_it_can_begin(file):
     config = load(RunConfig, str(file), [])
     assert shapes(config).state.opt_state
-    words = file.stem in (config.lora.parametrization, config.lora.init, config.lora.scaling, config.optimizer.name)
-    assert words or file.stem == "lora"
+    axes = config.lora.parametrization, config.lora.init, config.lora.scaling, config.optimizer.name
+    allocation = config.rank_allocation and config.rank_allocation.name
+    assert file.stem in (*axes, allocation, "lora") and allocation in (None, file.stem)
+
+
+def test_every_rank_allocation_has_one():
+    assert set(RANK_ALLOCATIONS) <= {file.stem for file in FILES}

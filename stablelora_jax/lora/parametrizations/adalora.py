@@ -1,8 +1,8 @@
 """AdaLoRA's form: a pair with a trained singular value a rank, ``dW = s A diag(e) B`` (Zhang et al., arXiv 2303.10512).
 
 With e = 0 at the start step 0 is the base model, whatever A and B are: neither may be zero, or nothing would learn. The
-paper's A and B are normal, its penalty keeps them near orthogonal, and its schedule prunes entries of e: neither the
-penalty nor the schedule is here.
+paper's A and B are normal; its penalty keeps them near orthogonal, and its schedule prunes entries of e: both are in
+:mod:`stablelora_jax.rank_allocation.adalora`.
 """
 
 from __future__ import annotations
