@@ -24,6 +24,7 @@ from stablelora_jax.config.run import RunConfig
 from stablelora_jax.lora.initializers import INITIALIZERS
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.rank_allocation import RANK_ALLOCATIONS
 from tests.conftest import ROOT
 from tests.test_layout import IMPORTS
 
@@ -194,6 +195,12 @@ def test_every_member_of_the_axes_of_adapters_has_its_row():
         *INITIALIZERS,
         *scalings,
     }
+
+
+def test_every_rank_allocation_has_its_row():
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`", page[page.index("## Rank allocation") :], re.MULTILINE)
+    assert rows == list(RANK_ALLOCATIONS)
 
 
 def test_the_table_of_folders_is_that_of_the_layout():
