@@ -63,6 +63,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the same names are in 
     from stablelora_jax.rank_allocation.cola import with_slots as with_slots
     from stablelora_jax.rank_allocation.dylora import drawn_rank as drawn_rank
     from stablelora_jax.rank_allocation.dylora import first_ranks as first_ranks
+    from stablelora_jax.rank_allocation.gora import gora_spec as gora_spec
     from stablelora_jax.rank_allocation.matryoshka import aurac as aurac
     from stablelora_jax.rank_allocation.matryoshka import nested_sum as nested_sum
     from stablelora_jax.rank_allocation.nested import truncate as truncate
@@ -100,6 +101,7 @@ _MODULES = {
     "rank_allocation.adalora": "mask_to_budget orthogonality",
     "rank_allocation.cola": "tie_knot with_slots",
     "rank_allocation.dylora": "drawn_rank first_ranks",
+    "rank_allocation.gora": "gora_spec",
     "rank_allocation.matryoshka": "aurac nested_sum",
     "rank_allocation.nested": "truncate",
     "rank_allocation.restart": "restart restartable",
