@@ -9,15 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from stablelora_jax import InputError, adapted, config, init_adapters
+from stablelora_jax import InputError, adapted, base_directory, config, init_adapters, load_peft, load_pretrained
 from stablelora_jax.config.optimizer import OPTIMIZERS
 from stablelora_jax.config.rank_allocation import CONFIGS, MIX_RANKS
 from stablelora_jax.config.run import RunConfig
-from stablelora_jax.lora.leaves import is_frozen
+from stablelora_jax.jobs.kinds import require_together
+from stablelora_jax.lora.leaves import adapter_target_modules
 from stablelora_jax.parallel import pmap_layout, to_host
+from stablelora_jax.rank_allocation.adalora import orthogonality
+from stablelora_jax.rank_allocation.dylora import drawn_rank
 from stablelora_jax.runs import loop
 from stablelora_jax.runs.build import make_allocation, make_hyperparams, make_training
 from stablelora_jax.runs.directory import identity
+from stablelora_jax.runs.run import run
+from stablelora_jax.training.loss import summed_loss, target_positions
 from stablelora_jax.training.step import init_state
 from stablelora_jax.utils import tree
 from tests.helpers import jit, long, tiny_decoder
@@ -54,6 +59,7 @@ def setup_of(chosen):
         layout=layout,
         model=adapted(model, chosen.lora),
         params=layout.place_base(params),
+        plain=params,
         loader=None,
         tx=tx,
         trained=trained,
@@ -63,7 +69,7 @@ def setup_of(chosen):
     )
 
 
-SHORT = ("adalora", "cola")
+SHORT = ("adalora", "cola", "dylora")
 CASES = [(name, "") if name in SHORT else long(name, "") for name in ROWS] + BY_OPTIMIZER
 
 
@@ -82,6 +88,7 @@ def test_it_trains_and_goes_on_from_what_was_saved(name, optimizer, monkeypatch)
         placed, _ = step(placed, number)
     for a, b in zip(jax.tree.leaves(setup.layout.fetch(placed)), jax.tree.leaves(states[-1]), strict=True):
         np.testing.assert_array_equal(a, b)
+    setup.losses = losses
     LAWS[name](setup, states)
 
 
@@ -113,15 +120,28 @@ def squeezed_twice(setup, states):
             assert not used[rank:].any() and (factor == "lora_b" or used[:rank].all())
 
 
-def frozen_leaves_rest(setup, states):
-    assert not any(is_frozen(name) for name in at(states[-1]))
+def one_rank_a_step(setup, states):
+    """B is zero at first, and only its row of the drawn rank moves in the first step."""
+    rank = drawn_rank(jax.random.fold_in(jax.random.wrap_key_data(states[0].key), 0), setup.config.lora)
+    assert at(states[1])["lora_b"].any(axis=(0, 2)).tolist() == [i == int(rank) - 1 for i in range(4)]
+
+
+def nested_sums(setup, states):
+    """The reported loss is that of the nested sum."""
+    seen = setup.allocation.seen(states[1].adapters, None)
+    losses = [
+        summed_loss(setup.model, {"params": setup.plain, "lora": x}, batch_of()) for x in (seen, states[1].adapters)
+    ]
+    counted = target_positions(batch_of())[1].sum()
+    np.testing.assert_allclose(losses[0] / counted, setup.losses[1], rtol=1e-5)
+    assert abs(losses[1] - losses[0]) > 1e-3
 
 
 LAWS = {
     "adalora": masked_to_budget,
     "cola": two_tied,
-    "dylora": frozen_leaves_rest,
-    "matryoshka": frozen_leaves_rest,
+    "dylora": one_rank_a_step,
+    "matryoshka": nested_sums,
     "squeeze": squeezed_twice,
 }
 
@@ -160,6 +180,10 @@ def test_senseless_pairs_are_refused_and_none_is_the_default():
         run_config("evaa")
     with pytest.raises(InputError, match="rank_allocation.frozen is not a key of .*=cola, but of dylora"):
         run_config("cola", "rank_allocation.frozen=true")
+    alone = SimpleNamespace(config=run_config("cola"))
+    with pytest.raises(InputError, match=r"jobs.a: rank_allocation is for a run alone"):
+        require_together(["a"], [alone])
+    assert run_config("matryoshka", "rank_allocation.ranks=[1, 4]").rank_allocation.ranks == (1, 4)
     for name, row in ROWS.items():
         assert config.load(RunConfig, None, []) != run_config(name, *row)
         assert "rank_allocation." in config.help_text(RunConfig, f"rank_allocation.{name}")
@@ -178,3 +202,17 @@ def test_the_penalty_is_counted_once(monkeypatch):
         norms.append(float(metrics["gradient_norm"]))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
+    slope = jax.grad(lambda x: 0.5 * orthogonality(x, chosen.lora))(setup.start.adapters)
+    assert norms[0] > optax.tree.norm(slope)  # e is zero: of A and B, the penalty has the only gradient
+
+
+@pytest.mark.long
+def test_a_run_saves_what_its_budget_has_left(tmp_path):
+    """In PEFT's layout, of ranks that differ by module; through validation and export."""
+    small = ("task.train_limit=32", "task.validation_limit=8", "max_length=32", "num_samples=0")
+    chosen = run_config("adalora", *ROWS["adalora"], *small, f"output={tmp_path / 'r'}")
+    run(chosen, lambda _: None)
+    _, params, *_ = load_pretrained(base_directory())
+    adapters, spec = load_peft(tmp_path / "r" / "adapter", params)
+    (target,) = adapter_target_modules(adapters, spec).values()
+    assert sum(target.ranks) == 2 * len(target.ranks) and len(set(target.ranks)) > 1
