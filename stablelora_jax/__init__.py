@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; the same names are in 
     from stablelora_jax.interop import save_peft as save_peft
     from stablelora_jax.interop.warm_start import start_adapters as start_adapters
     from stablelora_jax.lora.apply import adapted as adapted
+    from stablelora_jax.lora.calibration import calibrate as calibrate
+    from stablelora_jax.lora.calibration import quantization_residual as quantization_residual
     from stablelora_jax.lora.combine import combine as combine
     from stablelora_jax.lora.leaves import split_frozen as split_frozen
     from stablelora_jax.lora.leaves import with_frozen as with_frozen
@@ -85,6 +87,7 @@ _MODULES = {
     "interop": "load_peft save_peft",
     "interop.warm_start": "start_adapters",
     "lora.apply": "adapted",
+    "lora.calibration": "calibrate quantization_residual",
     "lora.combine": "combine",
     "lora.leaves": "split_frozen with_frozen",
     "lora.spec": "LoraSpec",

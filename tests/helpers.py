@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from stablelora_jax import LoraSpec
+from stablelora_jax.lora.initializers import CALIBRATED
 from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.models.architecture import DecoderConfig, Rope
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.utils import tree
@@ -85,6 +87,17 @@ def trained(adapters, spec, seed=5, size=0.3):
         drawn = jnp.asarray(size * rng.normal(size=(*target.stack, target.size[1])) * used, jnp.float32)
         adapters = tree.set_in(adapters, (*path, "lora_bias"), drawn)
     return adapters
+
+
+def random_calibration(params, spec, size=0.01):
+    """What the initialisation of ``spec`` would have measured, drawn at random; None where it measures nothing."""
+    if spec.init not in CALIBRATED:
+        return None
+    rng, found = np.random.default_rng(3), {}
+    for path, target in find_target_modules(params, spec).items():
+        drawn = size * rng.normal(size=(*target.stack, *target.size))
+        found = tree.set_in(found, path, {CALIBRATED[spec.init]: jnp.asarray(drawn, jnp.float32)})
+    return found
 
 
 def largest_difference(a, b):

@@ -27,6 +27,7 @@ from stablelora_jax.lora.intercept import Intercepted, apply_intercepted
 from stablelora_jax.lora.intercept import Observer as Observer
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.statistics import Calibration, blank_calibration
 from stablelora_jax.lora.target_modules import (
     as_dict,
     find_target_modules,
@@ -58,7 +59,13 @@ class Adapted:
 
     @checked
     def init(
-        self, key: jax.Array, params: Any, *args: Any, dtype: DTypeLike = jnp.float32, **kwargs: Any
+        self,
+        key: jax.Array,
+        params: Any,
+        *args: Any,
+        dtype: DTypeLike = jnp.float32,
+        calibration: Calibration | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Adapters for ``params``: leaves, their axes and their stacks are found by tracing the model.
 
@@ -69,6 +76,7 @@ class Adapted:
             full, start from the values.
           *args: example arguments of the model, or ``jax.ShapeDtypeStruct``s.
           dtype: of the adapters, float32 or float64.
+          calibration: where the initialisation starts from data, see :func:`stablelora_jax.calibrate`.
           **kwargs: of the model. Linen's collections beside the parameters may be given as ``variables={...}``.
 
         Returns:
@@ -80,16 +88,21 @@ class Adapted:
         """
         dtype = checked_dtype(dtype)
         require_key(key)
-        others = dict(kwargs.pop("variables", {}))
-        by_name = self._by_name(params, others, args, kwargs)
-        if by_name is not None:
-            return make_adapters(key, as_dict(params), by_name, self.spec, dtype)
-        variables = {**others, "params": own_params(params)}
-        self.found.clear()
-        self.found.update(find_targets(self, variables, args, kwargs))
-        adapters = make_adapters(key, as_dict(params), self.found, self.spec, dtype)
-        check_traced(self, {**variables, "lora": adapters}, args, kwargs)
+        targets = self.targets(params, *args, **kwargs)
+        adapters = make_adapters(key, as_dict(params), targets, self.spec, dtype, calibration)
+        if self.found:
+            others = kwargs.pop("variables", {})
+            check_traced(self, {**others, "params": own_params(params), "lora": adapters}, args, kwargs)
         return adapters
+
+    def targets(self, params: Any, *args: Any, **kwargs: Any) -> dict[Path, TargetModule]:
+        """The modules or leaves that the spec selects, by path; arguments and errors are those of :meth:`init`."""
+        others = dict(kwargs.pop("variables", {}))
+        self.found.clear()
+        by_name = self._by_name(params, others, args, kwargs)
+        if by_name is None:
+            self.found.update(find_targets(self, {**others, "params": own_params(params)}, args, kwargs))
+        return dict(self.found) if by_name is None else by_name
 
     @checked
     def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
@@ -119,8 +132,8 @@ class Adapted:
         variables["lora"] = as_dict(variables["lora"])
         only = self.observe is not None or "lora_rows" in variables
         if not isinstance(self.model, nn.Module):
-            if only:
-                raise InputError("lora_rows and observers need a Linen model of Flax's own modules")
+            if "lora_rows" in variables:
+                raise InputError("lora_rows need a Linen model of Flax's own modules")
             if isinstance(rngs, Mapping) and set(rngs) - {"dropout"}:
                 raise InputError(f"rngs hold {sorted(set(rngs) - {'dropout'})[0]!r}, which only Linen models have")
             return apply_traced(self, variables, args, kwargs, keys, rngs)
@@ -189,7 +202,8 @@ class Adapted:
         nested = as_dict(params)
 
         def run() -> Any:
-            adapters = make_adapters(jax.random.key(0), nested, targets, self.spec, jnp.float32)
+            blank = blank_calibration(targets, self.spec)
+            adapters = make_adapters(jax.random.key(0), nested, targets, self.spec, jnp.float32, blank)
             variables = {**others, "params": nested, "lora": adapters}
             return apply_intercepted(self.model, Intercepted(self.spec, None), variables, args, kwargs, None, None)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers import INITIALIZERS, READ_KERNEL, embedding
+from stablelora_jax.lora.initializers import CALIBRATED, INITIALIZERS, READ_KERNEL, READ_KERNELS, embedding
 from stablelora_jax.lora.pairs import FULL, TargetModule, make_target_module, pair_shapes, require_rank
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
 from stablelora_jax.lora.parametrizations.lora import SHARED, Keys
@@ -36,7 +36,15 @@ def reads_kernel(spec: LoraSpec) -> bool:
     return bool(PARAMETRIZATIONS[spec.parametrization].READS_KERNEL) or spec.init in READ_KERNEL
 
 
-def start_leaves(key: jax.Array, kernel: Any, target: TargetModule, spec: LoraSpec, dtype: DTypeLike) -> Leaves:
+def reads_more(target: TargetModule, spec: LoraSpec) -> bool:
+    """Whether the initialisation at ``target`` starts from something else than the kernel there."""
+    paired = PARAMETRIZATIONS[spec.parametrization].PAIR
+    return (spec.init in CALIBRATED or spec.init in READ_KERNELS) and not (target.looked_up and paired == "trained")
+
+
+def start_leaves(
+    key: jax.Array, kernel: Any, target: TargetModule, spec: LoraSpec, dtype: DTypeLike, read: Any = None
+) -> Leaves:
     """The leaves of the adapter at ``target``: zero in layers that are not adapted and beyond a layer's own rank.
 
     Args:
@@ -45,6 +53,7 @@ def start_leaves(key: jax.Array, kernel: Any, target: TargetModule, spec: LoraSp
       target: the module, or stack of modules.
       spec: of the adapters.
       dtype: of the leaves.
+      read: (stack..., in, out), what the initialisation starts from, where :func:`reads_more`.
 
     Raises:
       InputError: a rank that the initialisation or the parametrisation cannot have.
@@ -55,11 +64,11 @@ def start_leaves(key: jax.Array, kernel: Any, target: TargetModule, spec: LoraSp
         raise InputError(f"{name}: with {spec.parametrization}, the layers of a stack have one rank, not {own}")
     keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names])
     begin = partial(_begin, axes=_axes(target), looked_up=target.looked_up, spec=spec, dtype=dtype)
-    if reads_kernel(spec):
-        rows = _each(begin, keys, key, kernel.reshape(-1, *target.size), target)
+    shape, scales = jax.ShapeDtypeStruct(target.size, dtype), jnp.asarray(target.scales, dtype)
+    if reads_kernel(spec) or read is not None:
+        rows = _each(begin, keys, key, [kernel, read], target)
     else:
-        shape, scales = jax.ShapeDtypeStruct(target.size, dtype), jnp.asarray(target.scales, dtype)
-        rows = jax.vmap(lambda k, s: begin(Keys(k, key), shape, target.rank, s))(keys, scales)
+        rows = jax.vmap(lambda k, s: begin(Keys(k, key), shape, shape, target.rank, s))(keys, scales)
     used = np.arange(target.rank) < np.array(target.ranks)[:, None]  # (layers, rank)
     return {name: _masked(name, leaf, used).reshape(*target.stack, *leaf.shape[1:]) for name, leaf in rows.items()}
 
@@ -178,6 +187,7 @@ def _axes(target: TargetModule) -> tuple[int, ...]:
 def _begin(
     keys: Keys,
     w: Any,
+    read: Any,
     rank: int,
     scale: Any,
     *,
@@ -186,21 +196,28 @@ def _begin(
     spec: LoraSpec,
     dtype: DTypeLike,
 ) -> Leaves:
-    """The leaves for one kernel (in, out)."""
+    """The leaves for one kernel ``w`` (in, out), whose initialisation starts from ``read`` (in, out)."""
     member: Any = PARAMETRIZATIONS[spec.parametrization]
     begin: Any = embedding if looked_up and member.PAIR == "trained" else INITIALIZERS[spec.init]
     arguments = spec.arguments | ({"axes": axes} if getattr(member, "READS_AXES", False) else {})
-    found: Leaves = member.start(keys, w, begin(keys.own, w, rank, scale, dtype), scale, **arguments)
+    found: Leaves = member.start(keys, w, begin(keys.own, read, rank, scale, dtype), scale, **arguments)
     return found
 
 
-def _each(begin: Any, keys: jax.Array, shared: jax.Array, kernels: jax.Array, target: TargetModule) -> Leaves:
-    """The leaves of each layer at its own rank, one layer after another, padded to the rank of the stack."""
-    shape = jax.ShapeDtypeStruct(target.size, kernels.dtype)
-    padded = jax.eval_shape(lambda k, w: begin(Keys(k, shared), w, target.rank, jnp.ones(())), keys[0], shape)
+def _each(begin: Any, keys: jax.Array, shared: jax.Array, given: list[Any], target: TargetModule) -> Leaves:
+    """The leaves of each layer at its own rank, one layer after another, padded to the rank of the stack.
+
+    ``given`` are the kernel and what the initialisation starts from, (stack..., in, out); None: only a shape, or as the
+    kernel.
+    """
+    shape = jax.ShapeDtypeStruct(target.size, next(x for x in given if x is not None).dtype)
+    kernel, read = ([shape] * len(keys) if x is None else x.reshape(-1, *target.size) for x in given)
+    read = kernel if given[1] is None else read
+    ones = jnp.ones(())
+    padded = jax.eval_shape(lambda k, w: begin(Keys(k, shared), w, w, target.rank, ones), keys[0], shape)
     rows = []
-    for k, w, rank, scale in zip(keys, kernels, target.ranks, target.scales, strict=True):
-        made = begin(Keys(k, shared), w, rank, jnp.asarray(scale, jnp.result_type(float))) if rank else {}
+    for k, w, own, rank, scale in zip(keys, kernel, read, target.ranks, target.scales, strict=True):
+        made = begin(Keys(k, shared), w, own, rank, jnp.asarray(scale, jnp.result_type(float))) if rank else {}
         rows.append({name: _widened(made.get(name), leaf) for name, leaf in padded.items()})
     found: Leaves = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
     return found
@@ -239,7 +256,7 @@ def _shapes(
     spec = LoraSpec(parametrization=parametrization, init=init, options=options)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     begin = partial(_begin, rank=rank, scale=jnp.ones(()), axes=axes, looked_up=looked_up, spec=spec, dtype=jnp.float32)
-    made = jax.eval_shape(lambda key, w: begin(Keys(key, key), w), key, jax.ShapeDtypeStruct(size, np.float32))
+    made = jax.eval_shape(lambda key, w: begin(Keys(key, key), w, w), key, jax.ShapeDtypeStruct(size, np.float32))
     return {name: leaf.shape for name, leaf in made.items()}
 
 

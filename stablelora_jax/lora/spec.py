@@ -22,6 +22,14 @@ HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "logits", "logit
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
 
+ONLY_FOR = {  # initialisations that mean something for a few parametrisations
+    "lora_ga": (
+        ("lora", "dora", "slora"),
+        "a matrix between its A and B, which have no gradient in common, stays zero",
+    ),
+    "lora_sb": (("lora_xs",), "it makes the matrix R between two frozen factors"),
+    "loftq": (("lora", "dora"), "what corrects the quantised base is A B itself"),
+}
 MOST_LAYERS = 2**20
 MOST_LETTERS = 2**24  # that are compared to see whether the order of patterns matters
 
@@ -159,6 +167,11 @@ class LoraSpec:
             )
         if (self.parametrization, self.init) == ("slora", "orthogonal"):
             raise InputError(f"{what} puts a matrix between A and B: init='orthogonal', with A B = 0, is not the base")
+        takes, why = ONLY_FOR.get(self.init, ((self.parametrization,), ""))
+        if self.parametrization not in takes:
+            raise InputError(
+                f"init={self.init!r} is for parametrization {' or '.join(takes)}, not {self.parametrization}: {why}"
+            )
 
     def _check_scales(self) -> None:
         """Adapters are float32: a scale beyond its range makes every step infinite, or every one nothing."""

@@ -21,7 +21,6 @@ from stablelora_jax.lora.full_parameters import (
     match_trained_parameters,
     trained_parameters,
 )
-from stablelora_jax.lora.initializers import READ_KERNEL
 from stablelora_jax.lora.leaf_checks import require_leaves
 from stablelora_jax.lora.leaves import (
     adapter_target_modules,
@@ -33,6 +32,7 @@ from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.shared import share
 from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.statistics import Calibration, kernel_values, statistics
 from stablelora_jax.lora.target_modules import (
     as_dict,
     find_target_modules,
@@ -48,7 +48,14 @@ from stablelora_jax.utils.tree import Path
 
 
 @checked
-def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+def init_adapters(
+    key: jax.Array,
+    params: Any,
+    spec: LoraSpec,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
     """Make the adapters that ``spec`` asks for.
 
     A pair's draw depends on the key and its module's name alone, so a stack of layers starts as its separate layers
@@ -61,28 +68,39 @@ def init_adapters(key: jax.Array, params: Any, spec: LoraSpec, *, dtype: DTypeLi
       spec: what to adapt.
       dtype: of the adapters, float32 or float64, whatever the dtype of the base: in bfloat16 a shrink by 5e-4 is
         less than half a unit in the last place, and Stable-LoRA would silently do nothing.
+      calibration: of :func:`stablelora_jax.calibrate` or :func:`stablelora_jax.quantization_residual`, where the
+        initialisation starts from data (``lora_ga``, ``lora_sb``, ``eva``, ``loftq``).
 
     Returns:
       A nested dict that mirrors ``params``: ``lora_a`` (..., in, r) and ``lora_b`` (..., r, out) at adapted modules,
       beside them what the parametrisation adds, and under ``lora_full`` what ``modules_to_save`` and ``bias`` train.
 
     Raises:
-      InputError: a pattern matches nothing, or the dtype is narrower than float32.
+      InputError: a pattern matches nothing, the dtype is narrower than float32, or the calibration is missing or of
+        another spec.
     """
     dtype = checked_dtype(dtype)
     require_key(key)
     params = as_dict(params)
-    return make_adapters(key, params, find_target_modules(params, spec), spec, dtype)
+    return make_adapters(key, params, find_target_modules(params, spec), spec, dtype, calibration)
 
 
 def make_adapters(
-    key: jax.Array, params: Mapping[str, Any], targets: Mapping[Path, TargetModule], spec: LoraSpec, dtype: DTypeLike
+    key: jax.Array,
+    params: Mapping[str, Any],
+    targets: Mapping[Path, TargetModule],
+    spec: LoraSpec,
+    dtype: DTypeLike,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Adapters at ``targets`` of ``params``, nested dicts, beside them what ``spec`` trains in full."""
-    adapters: dict[str, Any] = {}
-    for path, target in targets.items():
+    for target in targets.values():
         leaf_shapes(target, spec)  # refuses what cannot be
-        leaves = start_leaves(key, _kernel(params, target, spec), target, spec, dtype)
+    adapters: dict[str, Any] = {}
+    read = statistics(params, targets, spec, calibration)
+    for path, target in targets.items():
+        kernel = kernel_values(params, target, spec) if reads_kernel(spec) else None
+        leaves = start_leaves(key, kernel, target, spec, dtype, read.get(path))
         bias = {"lora_bias": jnp.zeros((*target.stack, target.size[1]), dtype)} if spec.lora_bias else {}
         adapters = tree.set_in(adapters, path, leaves | bias)
     adapters = share(key, adapters, targets, spec, dtype)
@@ -172,16 +190,6 @@ def require_key(key: jax.Array) -> None:
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not (typed and key.shape == ()) and not (key.dtype == jnp.uint32 and key.ndim == 1 and key.shape[0] in (2, 4)):
         raise InputError(f"key must be one PRNG key, such as jax.random.key(0), not {key.dtype} {key.shape}")
-
-
-def _kernel(params: Any, target: TargetModule, spec: LoraSpec) -> Any:
-    """The kernel of ``target`` as a matrix, where adapters start from its values; else None."""
-    if not reads_kernel(spec):
-        return None
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree.get_in(params, target.leaf_path))):
-        what = spec.parametrization if spec.init not in READ_KERNEL else f"init {spec.init!r}"
-        raise InputError(f"{what} starts from the values of {'.'.join(target.path)}, not only its shape")
-    return target_matrix(params, target)
 
 
 def _fold(params: Any, adapters: Any, spec: LoraSpec, sign: float, safe: bool) -> Any:

@@ -12,10 +12,8 @@ delta2 and delta3 neither vanish nor grow with the model's width; an A that star
 the end of training (Stable-LoRA, arXiv 2603.05204, section 3; LoRA+, arXiv 2402.12354, has delta1 and delta2 the other
 way round). Beside them stand ``||A||_F / in`` and ``||B||_F / out``, which the test that ends the shrinking compares.
 
-z lives inside a model that may scan, vmap or remat its layers and gives nothing away. So each module's output passes
-through an identity whose *backward* pass yields the measurement as the gradient of a probe, a leaf of zeros that lies
-beside the pair: one ``jax.grad`` with respect to all probes then brings every measurement out, sliced and stacked as
-the pairs are. Sums of squares are measured, which add up over the calls of a module and over devices.
+z lives inside a model that gives nothing away: :mod:`stablelora_jax.lora.probes` brings the measurements out. Sums of
+squares are measured, which add up over the calls of a module and over devices.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ import numpy as np
 from stablelora_jax.lora.apply import Adapted, Observer
 from stablelora_jax.lora.pairs import make_target_module, pairs
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.probes import tap, token_weights, total
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.optimizers import latches
 from stablelora_jax.optimizers.stable_lora import kept_share, shrink
@@ -90,8 +89,7 @@ def stability(
 
     def output(probes: dict[Path, jax.Array]) -> jax.Array:
         lora = _lay(variables["lora"], shrunk, after, probes)
-        out = observed.apply({**variables, "lora": lora}, *inputs, **kwargs)
-        return sum((_total(leaf) for leaf in jax.tree.leaves(out)), jnp.zeros(()))
+        return total(observed.apply({**variables, "lora": lora}, *inputs, **kwargs))
 
     sums = jax.grad(output)(probes)
     sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
@@ -157,10 +155,10 @@ def _observer(spec: LoraSpec, token_mask: Any) -> Observer:
 
     def observe(y: jax.Array, own: Mapping[str, jax.Array], down: Callable[[jax.Array], jax.Array]) -> jax.Array:
         terms = _terms(own, down, change)
-        weight = _weight(terms[0], token_mask)
+        weight = token_weights(terms[0].shape[:-1], token_mask, terms[0].dtype)
         squares = [(weight * jnp.square(term).mean(axis=-1)).sum() for term in terms]
         measured = jnp.stack([*squares, weight.sum()]).astype(own["lora_probe"].dtype)
-        return _tap(y, own["lora_probe"], jax.lax.stop_gradient(measured))
+        return tap(y, own["lora_probe"], jax.lax.stop_gradient(measured))
 
     return observe
 
@@ -173,33 +171,6 @@ def _terms(own: Mapping[str, jax.Array], down: Callable[[jax.Array], jax.Array],
     db = own["lora_b_new"] - b
     factors = ((kept, db), (moved, b), (moved, db), (lost, b))
     return tuple(change(z, {**own, "lora_b": b}, own["lora_scale"]) for z, b in factors)
-
-
-def _weight(term: jax.Array, token_mask: Any) -> jax.Array:
-    """How much each position of ``term`` (..., out) counts, 0 or 1."""
-    shape = term.shape[:-1]
-    if token_mask is None or shape[:2] != np.shape(token_mask):
-        return jnp.ones(shape, term.dtype)
-    real = jnp.asarray(token_mask) != 0
-    return jnp.broadcast_to(real.reshape(*real.shape, *(1 for _ in shape[2:])), shape).astype(term.dtype)
-
-
-@jax.custom_vjp
-def _tap(y: jax.Array, probe: jax.Array, measured: jax.Array) -> jax.Array:
-    """``y``; backwards, ``measured`` is the gradient of ``probe``, whatever comes back to ``y``."""
-    return y
-
-
-_tap.defvjp(
-    lambda y, probe, measured: (y, measured),
-    lambda measured, cotangent: (cotangent, measured, jnp.zeros_like(measured)),
-)
-
-
-def _total(leaf: Any) -> jax.Array:
-    """A scalar that depends on ``leaf`` wherever that can be differentiated."""
-    inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    return jnp.real(leaf).astype(jnp.float32).sum() if inexact else jnp.zeros(())
 
 
 def _finish(sums: jax.Array, after: Mapping[str, jax.Array]) -> Stability:

@@ -4,20 +4,28 @@ A member is a function ``(key, w, rank, scale, dtype) -> leaves`` for one kernel
 key: ``lora_a`` (in, rank) and ``lora_b`` (rank, out), and where these change the function, ``frozen_a`` and
 ``frozen_b``, the same values, which stay as they are. The change is then ``s (A B - A0 B0)``: step 0 *is* the base
 model, which is neither moved nor rounded, and which adapters of any start share.
+
+What ``w`` is, the tables below say: the kernel, of which most members read the shape alone; what all kernels of a kind
+have in common; or, as large as the kernel, what :mod:`stablelora_jax.lora.calibration` measures with data.
 """
 
+from stablelora_jax.lora.initializers.cora import cora
 from stablelora_jax.lora.initializers.embedding import embedding
+from stablelora_jax.lora.initializers.eva import eva
 from stablelora_jax.lora.initializers.gaussian import gaussian
 from stablelora_jax.lora.initializers.init_ab import init_ab, init_ab_off
 from stablelora_jax.lora.initializers.init_b import init_b
 from stablelora_jax.lora.initializers.kaiming import kaiming
+from stablelora_jax.lora.initializers.loftq import loftq
+from stablelora_jax.lora.initializers.lora_ga import lora_ga
+from stablelora_jax.lora.initializers.lora_sb import lora_sb
 from stablelora_jax.lora.initializers.milora import milora
 from stablelora_jax.lora.initializers.olora import olora
 from stablelora_jax.lora.initializers.orthogonal import orthogonal
 from stablelora_jax.lora.initializers.pissa import pissa, pissa_niter_4
 from stablelora_jax.lora.initializers.svd import svd
 
-__all__ = ["INITIALIZERS", "ONE_IS_ZERO", "READ_KERNEL", "embedding"]
+__all__ = ["CALIBRATED", "INITIALIZERS", "OFF_BASE", "ONE_IS_ZERO", "READ_KERNEL", "READ_KERNELS", "embedding"]
 
 INITIALIZERS = {
     "kaiming": kaiming,
@@ -31,7 +39,20 @@ INITIALIZERS = {
     "milora": milora,
     "olora": olora,
     "svd": svd,
+    "cora": cora,
+    "lora_ga": lora_ga,
+    "lora_sb": lora_sb,
+    "eva": eva,
+    "loftq": loftq,
 }
 
 READ_KERNEL = ("pissa", "pissa_niter_4", "milora", "olora", "svd")  # the values of ``w``; the others its shape alone
-ONE_IS_ZERO = ("kaiming", "gaussian", "init_b")  # one of the factors, at the start
+READ_KERNELS = ("cora",)  # ``w`` is ``cora.common`` of all kernels of a kind
+CALIBRATED = {  # ``w`` (in, out) is this, which a calibration holds
+    "lora_ga": "gradient",  # of the kernel, averaged over batches
+    "lora_sb": "update",  # the first step along it
+    "eva": "inputs",  # the principal axes of the module's inputs, as columns, times their singular values
+    "loftq": "residual",  # the kernel less what its quantised form stands for
+}
+ONE_IS_ZERO = ("kaiming", "gaussian", "init_b", "cora", "eva")  # one of the factors, at the start
+OFF_BASE = ("init_ab_off", "lora_sb", "loftq")  # step 0 is not the base

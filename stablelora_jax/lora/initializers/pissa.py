@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stablelora_jax.lora.initializers.start import decomposed, subtracted
+from stablelora_jax.utils.singular import signed
 
 ITERATIONS, OVERSAMPLED = 4, 8
 
@@ -30,7 +31,7 @@ def pissa_niter_4(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dty
     for _ in range(ITERATIONS):
         q = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
     u, s, vt = decomposed(q.T @ w)
-    return _split(q @ u, s, vt, rank, scale, dtype)
+    return _split(*signed(q @ u, s, vt), rank, scale, dtype)
 
 
 def _split(

@@ -13,7 +13,7 @@ from stablelora_jax.lora.dense import changed_kernel, is_dense
 from stablelora_jax.lora.dropout import target_keys
 from stablelora_jax.lora.fitting import require_fitting
 from stablelora_jax.lora.full_parameters import apply_full_parameters, match_trained_parameters
-from stablelora_jax.lora.intercept import adapter_of
+from stablelora_jax.lora.intercept import Observer, adapter_of
 from stablelora_jax.lora.leaf_checks import require_leaves
 from stablelora_jax.lora.names import matches
 from stablelora_jax.lora.pairs import TargetModule
@@ -53,6 +53,9 @@ class Subject(Protocol):
     def merged(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
+    def observe(self) -> Observer | None: ...  # noqa: D102
+
+    @property
     def found(self) -> dict[Path, TargetModule]: ...  # noqa: D102
 
 
@@ -80,7 +83,8 @@ def apply_traced(
         lora.found.update(traced_targets(traced, leaves, arrays, spec, lora.merged))
     targets = dict(lora.found)
     require_adapters(targets, adapters, spec)
-    require_leaves(targets, adapters, spec)
+    if lora.observe is None:  # which may have laid more beside the pairs
+        require_leaves(targets, adapters, spec)
     nested = as_dict(params)
     full = match_trained_parameters(nested, adapters, spec)
     plain = plain_adapters(adapters, targets, spec)
@@ -95,7 +99,8 @@ def apply_traced(
         if keys is not None:
             adapter["lora_key"] = target_keys(keys, target)
         values[target.leaf_path] = _weight(tree.get_in(nested, target.leaf_path), adapter, target)
-    context = Context(PARAMETRIZATIONS[spec.parametrization], None if keys is None else jax.random.key_impl(keys))
+    impl = None if keys is None else jax.random.key_impl(keys)
+    context = Context(PARAMETRIZATIONS[spec.parametrization], impl, observe=lora.observe)
     return traced.run(context, list(values.values()), arrays)
 
 

@@ -32,6 +32,7 @@ class Context:
     parametrization: Any = None  # a member of PARAMETRIZATIONS
     key_impl: Any = None  # of the dropout keys
     record: Callable[[Leaf, Use], None] | None = None
+    observe: Callable[..., Any] | None = None  # of an Adapted; it is given the change of a product as its output
 
 
 def evaluated(eqn: Equation, values: Sequence[Any]) -> list[Any]:

@@ -100,7 +100,12 @@ def dropped_input(context: Context, weight: Weight, x: jax.Array) -> jax.Array:
 
 def low_rank(context: Context, x: jax.Array, own: Any) -> jax.Array:
     """``s (x A) B`` for x (..., in): (..., out) in at least float32."""
-    return up(context, matmul(x, own["lora_a"]).astype(x.dtype), own)
+
+    def down(a: jax.Array) -> jax.Array:
+        return matmul(x, a).astype(x.dtype)
+
+    change = up(context, down(own["lora_a"]), own)
+    return change if context.observe is None else context.observe(change, own, down)
 
 
 def up(context: Context, z: jax.Array, own: Any) -> jax.Array:
