@@ -142,6 +142,9 @@ class RunConfig(Section):
     init_from: str | None = option(
         None, "adapter or run that a new run starts from; null: fresh adapters", was="adapter"
     )
+    calibration_batches: PositiveInt = option(
+        8, "training batches on which lora_ga, lora_sb and eva measure where adapters start"
+    )
     parallel: PmapConfig | MeshConfig = section(PmapConfig, "device parallelism")
     distributed: DistributedConfig | None = section(lambda: None, "several processes in one run")
     steps: Annotated[int, Meta(ge=1, le=MOST["steps"])] = option(300, "optimizer steps")
@@ -182,6 +185,8 @@ class RunConfig(Section):
         super().__post_init__()
         if "layers" not in self.lora.stacked:
             raise InputError("lora.stacked must hold layers: a run's model stacks its layers under that name")
+        if self.lora.init == "loftq" and not self.model.quantize and self.init_from is None:
+            raise InputError("lora.init loftq corrects what a base loses: say model.quantize=nf4, or another init")
         if self.batch_size % self.gradient_accumulation_steps:
             raise InputError(
                 f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation_steps} micro-batches"

@@ -32,7 +32,7 @@ from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.shared import share
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.statistics import Calibration, kernel_values, statistics
+from stablelora_jax.lora.statistics import Calibration, blank_calibration, kernel_values, statistics
 from stablelora_jax.lora.target_modules import (
     as_dict,
     find_target_modules,
@@ -107,6 +107,18 @@ def make_adapters(
     for leaf in trained_parameters(params, spec).values():
         adapters = tree.set_in(adapters, leaf.place, init_trained_parameter(params, leaf, dtype))
     return adapters
+
+
+def adapter_shapes(params: Any, spec: LoraSpec) -> dict[str, Any]:
+    """Shapes and dtypes of what :func:`init_adapters` makes; shapes of ``params`` will do, and no calibration."""
+    params = as_dict(params)
+    targets = find_target_modules(params, spec)
+
+    def make(params: Any) -> dict[str, Any]:
+        return make_adapters(jax.random.key(0), params, targets, spec, jnp.float32, blank_calibration(targets, spec))
+
+    found: dict[str, Any] = jax.eval_shape(make, params)
+    return found
 
 
 @checked

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from stablelora_jax import config
 from stablelora_jax.config.run import RunConfig, takes_template
+from stablelora_jax.lora.initializers import CALIBRATED
 from stablelora_jax.runs.files import (
     ADAPTER,
     CONFIG,
@@ -192,6 +193,8 @@ def identity(run_config: RunConfig) -> dict[str, Any]:
         for key, own in config.to_dict(replace(run_config, data=data)).items()
         if key not in RESULT_INVARIANT_KEYS
     }
+    if run_config.lora.init not in CALIBRATED:  # which alone read it
+        del plain["calibration_batches"]
     quantized = model["quantize"] is not None  # runs from before there was this key go on
     plain["model"] = {k: own for k, own in model.items() if k not in FREE_OF_MODEL and (k != "quantize" or quantized)}
     if plain["rank_allocation"] is None:  # likewise

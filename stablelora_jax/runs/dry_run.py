@@ -23,7 +23,7 @@ from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.lora.plain import plain_adapters
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import match_target_modules
-from stablelora_jax.lora.transform import init_adapters
+from stablelora_jax.lora.transform import adapter_shapes
 from stablelora_jax.models.attention import SEGMENTS
 from stablelora_jax.models.decoder import Decoder
 from stablelora_jax.models.pretrained.load import abstract_params
@@ -68,7 +68,7 @@ def shapes(config: RunConfig) -> Shapes:
     params, key = abstract_params(model), jax.random.key(0)
     if config.model.quantize:
         params = jax.eval_shape(partial(quantize_params, kind=config.model.quantize), params)
-    adapters = jax.eval_shape(lambda p: init_adapters(key, p, config.lora), params)
+    adapters = adapter_shapes(params, config.lora)
     own = make_allocation(config)
     adapters = adapters if own.start is None else jax.eval_shape(own.start, adapters)
     tx, trained = make_training(config, params, adapters)

@@ -33,10 +33,11 @@ from stablelora_jax.interop.export import locate_adapter
 from stablelora_jax.interop.peft import require_peft_form
 from stablelora_jax.interop.warm_start import start_adapters
 from stablelora_jax.lora.apply import Adapted, adapted
+from stablelora_jax.lora.initializers import CALIBRATED, OFF_BASE
 from stablelora_jax.lora.pairs import pairs
 from stablelora_jax.lora.summary import describe
 from stablelora_jax.lora.to_lora import is_plain
-from stablelora_jax.lora.transform import init_adapters
+from stablelora_jax.lora.transform import adapter_shapes, init_adapters
 from stablelora_jax.models.architecture import DecoderConfig
 from stablelora_jax.models.attention import best_here, require_here
 from stablelora_jax.models.decoder import Decoder
@@ -58,6 +59,7 @@ from stablelora_jax.runs.build import (
     make_schedule,
     make_training,
 )
+from stablelora_jax.runs.calibrate import make_calibration
 from stablelora_jax.runs.directory import identity
 from stablelora_jax.runs.validation import ValidationSet, make_validation_set
 from stablelora_jax.training.remat_policy import choose_remat
@@ -144,8 +146,7 @@ def prepare(
     for example in validation_set.examples:
         require_known(example.tokens, model.config.vocab_size, base.name)
     key = jax.random.key(config.seed)
-    fresh = config.init_from is None or resumes
-    adapters = init_adapters(key, params, config.lora) if fresh else _warm_start(config, params)
+    adapters = _adapters(config, key, base, loader, log_fn, resumes=resumes)
     allocation = make_allocation(config)
     adapters = adapters if allocation.start is None else allocation.start(adapters)
     require_peft_form(adapters, config.lora, params)
@@ -157,7 +158,7 @@ def prepare(
     if config.freeze:
         log_fn(f"frozen: {', '.join(config.freeze)}")
     length = longest_row(loader)
-    model = configure_decoder(model, config, layout, params, adapters, length=length, segments=most_segments(loader))
+    model = _configured(config, base, loader, adapters)
     if (config.model.attention, config.model.remat) != ("auto", "auto"):
         _trace(model, params, length)
     adapted_model, hyperparams = adapted(model, config.lora), make_hyperparams(config, adapters)
@@ -179,12 +180,35 @@ def prepare(
         start=start,
         compute=_compute(base, adapted_model, hyperparams),
         metadata={"run": identity(config), "base": base.fingerprint, "data": {"digest": data["digest"]}},
-        first_evaluation=base.once(("evaluation", repr(asked)), dict) if _is_zero(start.adapters) else {},
+        first_evaluation=base.once(("evaluation", repr(asked)), dict) if _is_base(config, start.adapters) else {},
     )
 
 
-def _is_zero(adapters: Any) -> bool:
-    """Whether the adapters, host arrays, change nothing: plain pairs whose B is zero."""
+def _adapters(
+    config: RunConfig, key: jax.Array, base: Base, loader: Loader, log_fn: Callable[[str], None], *, resumes: bool
+) -> Any:
+    """The adapters at step 0; of a run that resumes, those that start from data are zeros, which nothing reads."""
+    if config.init_from is not None and not resumes:
+        return start_adapters(locate_adapter(config.init_from), base.params, config.lora)
+    if config.lora.init not in CALIBRATED:
+        return init_adapters(key, base.params, config.lora)
+    shapes = adapter_shapes(base.params, config.lora)
+    if resumes:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    model = adapted(_configured(config, base, loader, shapes), config.lora)
+    calibration = make_calibration(config, base.name, base.layout, model, base.params, loader, log_fn)
+    return init_adapters(key, base.params, config.lora, calibration=calibration)
+
+
+def _configured(config: RunConfig, base: Base, loader: Loader, adapters: Any) -> Decoder:
+    sizes = {"length": longest_row(loader), "segments": most_segments(loader)}
+    return configure_decoder(base.model, config, base.layout, base.params, adapters, **sizes)
+
+
+def _is_base(config: RunConfig, adapters: Any) -> bool:
+    """Whether the adapters, host arrays, change nothing at step 0: plain pairs whose B is zero."""
+    if config.lora.init in OFF_BASE:
+        return False
     plain = len(jax.tree.leaves(adapters)) == 2 * len(pairs(adapters))
     return plain and not any(np.any(pair["lora_b"]) for pair in pairs(adapters).values())
 
@@ -254,12 +278,6 @@ def _trace(model: Decoder, params: Any, length: int) -> None:
     """Trace the model with the attention and remat that the user chose: errors come before anything is written."""
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
     jax.eval_shape(lambda p, row: model.apply({"params": p}, row, row, row, method="hidden"), params, row)
-
-
-def _warm_start(config: RunConfig, params: Any) -> Any:
-    """The adapters of ``config.init_from``."""
-    assert config.init_from is not None
-    return start_adapters(locate_adapter(config.init_from), params, config.lora)
 
 
 def make_layout(config: RunConfig, model: DecoderConfig) -> Layout:

@@ -7,7 +7,8 @@ respect to the adapters alone, so the base gets neither gradients nor optimizer 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from stablelora_jax.training.metrics import norm_summary, stop_ratios
 from stablelora_jax.training.objective import SFT, Objective
 from stablelora_jax.training.stability import Stability, shrunk_adapters, stability
 from stablelora_jax.utils.tree import Path, get_in
+
+T = TypeVar("T")
 
 
 class TrainState(NamedTuple):
@@ -101,8 +104,8 @@ def make_train_step(
                 variables["lora_hp"] = hyperparams.lora_hyperparams
             return objective.loss(model, variables, micro, keys, parts) / jnp.maximum(count, 1)
 
-        micros = jax.tree.map(lambda x: _micro_batches(x, parts, accumulate), (batch, rows))
-        loss, grads = layout.sum_parts(_summed(jax.value_and_grad(loss_of), own, micros))
+        micros = jax.tree.map(lambda x: micro_batches(x, parts, accumulate), (batch, rows))
+        loss, grads = layout.sum_parts(summed_over(partial(jax.value_and_grad(loss_of), own), micros))
         if penalty is not None:
             more = jax.grad(lambda adapters: penalty(trained(adapters)))(own)
             grads = jax.tree.map(jnp.add, grads, more)
@@ -139,23 +142,24 @@ def make_stability_view(
     return layout.compile(view, ("state", "state", "state", "base", "rows"))
 
 
-def _micro_batches(x: jax.Array, parts: int, count: int) -> jax.Array:
+def micro_batches(x: jax.Array, parts: int, count: int) -> jax.Array:
     """(B, ...) -> (count, B / count, ...), every micro-batch with as many rows of each part."""
     own = x.shape[0] // (parts * count)
     return x.reshape(parts, count, own, *x.shape[1:]).swapaxes(0, 1).reshape(count, parts * own, *x.shape[1:])
 
 
-def _summed(value_and_grad: Any, adapters: Any, micros: Any) -> Any:
-    """Loss and gradients, summed over the micro-batches in the dtype of the adapters."""
+def summed_over(function: Callable[..., T], micros: Any) -> T:
+    """The sum of ``function(*micro)``, a tree, over micro-batches that are computed one after another."""
     first = jax.tree.map(lambda x: x[0], micros)
     if len(jax.tree.leaves(micros)[0]) == 1:
-        return value_and_grad(adapters, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, adapters, *first))
+        return function(*first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first))
 
     def add(summed: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, summed, value_and_grad(adapters, *micro)), None
+        return jax.tree.map(jnp.add, summed, function(*micro)), None
 
-    return jax.lax.scan(add, zeros, micros)[0]
+    found: T = jax.lax.scan(add, zeros, micros)[0]
+    return found
 
 
 def updated(
