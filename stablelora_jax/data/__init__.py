@@ -4,6 +4,7 @@ Imports: utils, config.
 """
 
 from stablelora_jax.data.batch import Batch, bucket, make_batch
+from stablelora_jax.data.chat import encode_chat
 from stablelora_jax.data.encoding import Example, Text, encode, templated, training_texts
 from stablelora_jax.data.loader import (
     Loader,
@@ -29,6 +30,7 @@ __all__ = [
     "bucket",
     "digest",
     "encode",
+    "encode_chat",
     "first_fit",
     "longest_row",
     "make_batch",

@@ -13,19 +13,46 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from stablelora_jax.utils.errors import InputError, brief
 
-AT_ONCE = 128  # chats of a request, which share its limit of time
+AT_ONCE = 128  # texts of a request, which share its limit of time
 WORKER = Path(__file__).with_name("template_worker.py")
 Chat = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]  # of characters: from, to
 
 _lock = threading.Lock()
 _running: dict[int, Any] = {}  # by this process's number, since a fork must not share it
+
+
+class View(NamedTuple):
+    """One way to render a chat: its first ``messages``, and ``how`` the text ends.
+
+    ``whole``: with the last of them. ``prompt``: with what begins the assistant's turn. ``inside``: within the last
+    message. ``marked``: as ``whole``, with the spans that the template marks by ``{% generation %}``.
+    """
+
+    messages: int
+    how: Literal["whole", "prompt", "inside", "marked"]
+
+
+class Asked(NamedTuple):
+    """A chat, and the views of it that are wanted."""
+
+    messages: Chat
+    tools: Sequence[Mapping[str, Any]] | None
+    views: Sequence[View]
+
+
+class Rendering(NamedTuple):
+    """The text of a view, and the marked spans of it (none unless the view is ``marked``)."""
+
+    text: str
+    spans: tuple[Span, ...]
 
 
 def render(
@@ -42,30 +69,63 @@ def render(
     Raises:
       InputError: there is no template, or it does not take a chat: it raises, never ends, or needs too much memory.
     """
-    template = _template_of(tokenizer)
-    texts: list[str] = []
-    for start in range(0, len(chats), AT_ONCE):
-        named = zip(chats[start : start + AT_ONCE], labels[start : start + AT_ONCE], strict=True)
-        some = [[_plain(message, label) for message in chat] for chat, label in named]
-        request = {"template": template, "variables": dict(tokenizer.special_tokens_map), "chats": some}
-        answer = _ask({**request, "continue_final_message": continue_final_message})
+    how: Literal["inside", "prompt"] = "inside" if continue_final_message else "prompt"
+    asked = [Asked(chat, None, [View(len(chat), how)]) for chat in chats]
+    return [rendering.text for (rendering,) in render_views(tokenizer, asked, labels)]
+
+
+def render_views(tokenizer: Any, chats: Sequence[Asked], labels: Sequence[str]) -> list[list[Rendering]]:
+    """The views of each of ``chats``; arguments and errors are those of :func:`render`.
+
+    Chats with tools use the template ``tool_use`` where a tokenizer has several.
+    """
+    found: list[list[Rendering]] = []
+    for start, end in _requests(chats):
+        some = [_plain_chat(chat, label) for chat, label in zip(chats[start:end], labels[start:end], strict=True)]
+        kinds = {bool(chat["tools"]) for chat in some}
+        templates = {"tools" if tools else "plain": template_of(tokenizer, tools) for tools in kinds}
+        answer = _ask({"templates": templates, "variables": dict(tokenizer.special_tokens_map), "chats": some})
         if "error" in answer:
             reason = " ".join(str(answer["error"]).split())[:200]
             raise InputError(f"{labels[start + answer['at']]}: the chat template does not take it ({reason})")
-        texts += answer["texts"]
-    return texts
+        found += [
+            [Rendering(text, tuple((a, b) for a, b in spans)) for text, spans in views] for views in answer["chats"]
+        ]
+    return found
 
 
-def _template_of(tokenizer: Any) -> str:
+def _requests(chats: Sequence[Asked]) -> Iterator[tuple[int, int]]:
+    """From which to which chat a request goes: some :data:`AT_ONCE` texts each."""
+    start, texts = 0, 0
+    for at, chat in enumerate(chats):
+        if texts and texts + len(chat.views) > AT_ONCE:
+            yield start, at
+            start, texts = at, 0
+        texts += len(chat.views)
+    if texts:
+        yield start, len(chats)
+
+
+def template_of(tokenizer: Any, tools: bool = False) -> str:
+    """The chat template of ``tokenizer``: of several the default, or with ``tools`` the one for them.
+
+    Raises:
+      InputError: there is none, or none is meant.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("the tokenizer of this model has no chat template")
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=[{}] if tools else None)
     except ValueError as error:  # several, and none is the default
         raise InputError(f"the chat template of the tokenizer cannot be used: {brief(error)}") from None
     if not isinstance(template, str):
         raise InputError(f"the chat template of the tokenizer is {type(template).__name__}, not text")
     return template
+
+
+def _plain_chat(chat: Asked, label: str) -> dict[str, Any]:
+    messages = [_plain(message, label) for message in chat.messages]
+    return {"messages": messages, "tools": chat.tools or None, "views": [list(view) for view in chat.views]}
 
 
 def _plain(message: Any, label: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The process in which chat templates run: they are programs of strangers. Started by ``template.py``, never imported.
 
-The first line of the standard input is the list ``sys.path``. Each further line is a request, answered by one line::
+The first line of the standard input is the list ``sys.path``. Each further line is a request, answered by one line.
+A view is the number of messages and how the text ends (``template.View``)::
 
-    {"template": "...", "variables": {...}, "chats": [[{"role": ..., "content": ...}]], "continue_final_message": false}
-    {"texts": ["..."]}    or    {"at": 0, "error": "TemplateError: ..."}
+    {"templates": {"plain": "..."}, "variables": {...}, "chats": [{"messages": [...], "tools": null, "views": [...]}]}
+    {"chats": [[["text", [[0, 4]]]]]}    or    {"at": 0, "error": "TemplateError: ..."}
 
 Transformers renders, in its own sandbox. A request that takes longer than :data:`SECONDS` ends this process by a signal
 that no computation can hold up; memory and the length of a text are limited, too.
@@ -43,19 +44,32 @@ def main() -> None:
 
 
 def respond(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request."""
-    texts = []
+    """The answer to a request: a text and its marked spans for each view of each chat."""
+    found = []
     for at, chat in enumerate(request["chats"]):
+        template = request["templates"]["tools" if chat["tools"] else "plain"]
         try:
-            inside = request["continue_final_message"]
-            how = {"continue_final_message": inside, "add_generation_prompt": not inside, **request["variables"]}
-            (text,), _ = render([chat], chat_template=request["template"], **how)
+            found.append([view_of(render, template, chat, view, request["variables"]) for view in chat["views"]])
         except Exception as error:  # a template raises whatever it likes
             return {"at": at, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-        if len(text) > LONGEST:
-            return {"at": at, "error": f"it makes a text of more than {LONGEST} characters"}
-        texts.append(text)
-    return {"texts": texts}
+    return {"chats": found}
+
+
+def view_of(
+    render: Callable[..., Any], template: str, chat: dict[str, Any], view: list[Any], variables: dict[str, Any]
+) -> tuple[str, list[Any]]:
+    """The text of one view, and its spans."""
+    count, how = view
+    ends = {
+        "continue_final_message": how == "inside",
+        "add_generation_prompt": how == "prompt",
+        "return_assistant_tokens_mask": how == "marked",
+    }
+    messages, tools = chat["messages"][:count], chat["tools"]
+    (text,), spans = render([messages], tools=tools, chat_template=template, **ends, **variables)
+    if len(text) > LONGEST:
+        raise ValueError(f"it makes a text of more than {LONGEST} characters")
+    return text, spans[0] if spans else []
 
 
 if __name__ == "__main__":
