@@ -121,6 +121,9 @@ class DataConfig(Section):
         None,
         "apply the model's chat template, to messages, or to a prompt as a user turn; null: for chats only",
     )
+    loss_on: Literal["assistant", "last"] = option(
+        "assistant", "of chats in the model's chat template: learn all answers of the assistant, or only the last"
+    )
     cache: str | None = option(None, "directory for tokenised data, reused by the next run; null for none")
 
 

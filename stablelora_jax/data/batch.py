@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from stablelora_jax.data.encoding import Example
+from stablelora_jax.data.encoding import Example, loss_mask
 from stablelora_jax.utils.errors import InputError
 
 SHORTEST = 32  # rows are padded to 32, 48, 64, 96, 128, 192, 256, 384, ...: a run compiles a handful of shapes
@@ -67,7 +67,7 @@ def make_batch(
     for i, (example, text) in enumerate(zip(examples, texts, strict=True)):
         n = len(text)
         tokens[i, :n], segments[i, :n] = text, 1
-        mask[i, max(1, example.answer) : n] = 1  # nothing predicts the first token
+        mask[i, :n] = loss_mask(example)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
     at = None if max_loss_tokens is None else positions_of_mask(mask, max_loss_tokens)
     return Batch(tokens, mask, segments, np.ascontiguousarray(positions), at)
@@ -79,6 +79,7 @@ def _ids(example: Example, number: int) -> np.ndarray:
         ids = np.asarray(example.tokens)
         ids = ids if ids.size else np.zeros(0, np.int32)
         fits = ids.ndim == 1 and isinstance(example.answer, int | np.integer) and np.issubdtype(ids.dtype, np.integer)
+        fits = fits and (example.mask is None or np.shape(example.mask) == ids.shape)
     except (AttributeError, ValueError):  # no example; lists of different lengths
         fits = False
     if not fits or not (np.can_cast(ids.dtype, np.int32) or -(2**31) <= ids.min() <= ids.max() < 2**31):

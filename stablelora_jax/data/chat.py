@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from stablelora_jax.data.chat_spans import LossOn, Rendered, rendered_chats
 from stablelora_jax.data.conversation import Conversation, conversation
 from stablelora_jax.data.template import Span
 from stablelora_jax.utils.errors import InputError
+
+
+class EncodedChat(NamedTuple):
+    """A chat as tokens, and what of the turns that are learnt the template leaves out."""
+
+    tokens: list[int]
+    mask: list[int]  # 1 on loss tokens
+    missing: tuple[str, ...]
 
 
 def encode_chat(
@@ -22,6 +30,8 @@ def encode_chat(
 
     The text is tokenised once, as a whole and without special tokens but those that the template writes. A token that
     holds any character of what the assistant says is a loss token (:mod:`stablelora_jax.data.chat_spans`).
+
+    What the template does not write carries no loss, such as the reasoning of a turn.
 
     Args:
       tokenizer: a fast ``transformers`` tokenizer with a chat template.
@@ -37,13 +47,13 @@ def encode_chat(
       InputError: messages that are none, no turn of the assistant, a template that does not take them or whose turns
         cannot be told apart.
     """
-    ((tokens, mask),) = encode_chats(tokenizer, [conversation(messages, tools)], ["the chat"], loss_on=loss_on)
-    return tokens, mask
+    (encoded,) = encode_chats(tokenizer, [conversation(messages, tools)], ["the chat"], loss_on=loss_on)
+    return encoded.tokens, encoded.mask
 
 
 def encode_chats(
     tokenizer: Any, chats: Sequence[Conversation], labels: Sequence[str], *, loss_on: LossOn
-) -> list[tuple[list[int], list[int]]]:
+) -> list[EncodedChat]:
     """:func:`encode_chat` for many chats, which are called ``labels`` in errors."""
     if loss_on not in ("assistant", "last"):
         raise InputError(f"loss_on must be assistant or last, not {loss_on!r:.40}")
@@ -53,7 +63,7 @@ def encode_chats(
     how = {"return_attention_mask": False, "return_token_type_ids": False, "return_offsets_mapping": True}
     made = tokenizer([chat.text for chat in rendered], add_special_tokens=False, verbose=False, **how)
     every = zip(made.input_ids, made.offset_mapping, rendered, strict=True)
-    return [(ids, _mask(offsets, chat)) for ids, offsets, chat in every]
+    return [EncodedChat(ids, _mask(offsets, chat), chat.missing) for ids, offsets, chat in every]
 
 
 def _mask(offsets: Sequence[Span], chat: Rendered) -> list[int]:

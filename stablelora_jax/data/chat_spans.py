@@ -172,8 +172,8 @@ def _ending(tokenizer: Any, chat: Conversation, label: str) -> str:
     """What the template writes behind the assistant's text: what two answers of one letter end with."""
     first = chat.turns[0]
     listed = not isinstance(chat.messages[first].get("content") or "", str)
-    say = lambda text: [{"type": "text", "text": text}] if listed else text  # noqa: E731
-    answers = [[*chat.messages[:first], {"role": "assistant", "content": say(text)}] for text in "xy"]
+    contents: list[Any] = [[{"type": "text", "text": text}] if listed else text for text in "xy"]
+    answers = [[*chat.messages[:first], {"role": "assistant", "content": content}] for content in contents]
     asked = [Asked(messages, chat.tools, [View(first + 1, "whole")]) for messages in answers]
     x, y = (rendering.text[::-1] for (rendering,) in render_views(tokenizer, asked, [label] * 2))
     return commonprefix([x, y])[::-1]

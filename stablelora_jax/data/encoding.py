@@ -6,12 +6,15 @@ are tokenised in one piece, since a tokenizer may merge characters across their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from stablelora_jax.data.chat import encode_chats
+from stablelora_jax.data.chat_spans import LossOn
+from stablelora_jax.data.conversation import Conversation
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
 from stablelora_jax.data.template import render
 from stablelora_jax.utils.errors import InputError
@@ -26,15 +29,26 @@ class Text(NamedTuple):
     prompt: str
     answer: str
     id: str
-    messages: Sequence[Mapping[str, str]] | None = None  # of a chat, all before the answer
+    chat: Conversation | None = None  # instead of prompt and answer, where there is a chat template
 
 
 class Example(NamedTuple):
-    """One tokenised text; its loss is on the tokens from position ``answer`` on."""
+    """One tokenised text; its loss is on the tokens from position ``answer`` on, or where ``mask`` is 1."""
 
     tokens: Sequence[int] | np.ndarray
     answer: int
     cut: int = 0  # tokens that were dropped because the text is too long
+    mask: Sequence[int] | np.ndarray | None = None  # of a chat of several turns
+    lost: int = 0  # loss tokens among those that were dropped
+
+
+def loss_mask(example: Example) -> np.ndarray:
+    """1 on the loss tokens of ``example``, (T,) int32; nothing predicts the first token."""
+    if example.mask is None:
+        return (np.arange(len(example.tokens)) >= max(1, example.answer)).astype(np.int32)
+    mask = np.array(example.mask, np.int32)
+    mask[:1] = 0
+    return mask
 
 
 def training_texts(items: Iterable[Question | Problem | Chat]) -> list[Text]:
@@ -64,7 +78,11 @@ def preference_texts(items: Sequence[Question | Problem | Chat], seed: int) -> l
 def _text_of(item: Question | Problem | Chat) -> Text:
     if isinstance(item, Question):
         return Text(item.prompt, item.choices[item.label], item.id)
-    return Text(item.prompt, item.answer, item.id, item.messages if isinstance(item, Chat) else None)
+    return Text(item.prompt, item.answer, item.id, _conversation(item) if isinstance(item, Chat) else None)
+
+
+def _conversation(item: Chat) -> Conversation:
+    return Conversation(item.messages, item.tools)
 
 
 def encode(
@@ -95,11 +113,22 @@ def encode_many(
     max_length: int,
     truncate: Truncate = "left",
     chat: bool = False,
+    loss_on: LossOn = "assistant",
 ) -> Iterator[Example]:
-    """:func:`encode` for many texts, lazily and :data:`AT_ONCE` at a time; with ``chat`` each is :func:`templated`."""
+    """:func:`encode` for many texts, lazily and :data:`AT_ONCE` at a time.
+
+    With ``chat`` each is :func:`templated`. Texts that are conversations (all of them or none) are then rendered whole,
+    with the loss on all answers or the last, as ``loss_on`` says. Of an answer that does not fit, a conversation keeps
+    what fits, perhaps nothing: ``lost`` counts it, and ``answer`` is the number of tokens where nothing is left.
+    """
     start, texts = [] if chat else _start(tokenizer), iter(texts)  # a template writes its own
     close = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
+    done = 0
     while chunk := list(islice(texts, AT_ONCE)):
+        if chat and chunk[0].chat is not None:
+            yield from _encode_chats(tokenizer, chunk, done, max_length, truncate, loss_on)
+            done += len(chunk)
+            continue
         if chat:
             chunk = templated(tokenizer, chunk)
         given = _ids(tokenizer, [text.prompt for text in chunk])
@@ -109,7 +138,7 @@ def encode_many(
 
 
 def templated(tokenizer: Any, texts: Sequence[Text]) -> list[Text]:
-    """Each text in the tokenizer's chat template: its messages as they are, or its prompt as a user's turn.
+    """Each text in the tokenizer's chat template, its prompt as a user's turn.
 
     The prompt ends where the assistant is to speak; the answer loses the space around it. What ends its turn is the
     tokenizer's end-of-sequence token, as in the templates of Llama 3, Qwen2 and SmolLM2. A BOS is there if the template
@@ -118,13 +147,50 @@ def templated(tokenizer: Any, texts: Sequence[Text]) -> list[Text]:
     Raises:
       InputError: the tokenizer has no chat template, or it does not take a text (:mod:`stablelora_jax.data.template`).
     """
-    if not tokenizer.chat_template:
-        raise InputError("the tokenizer of this model has no chat template: set data.chat_template to false")
-    chats = [text.messages or [{"role": "user", "content": text.prompt}] for text in texts]
+    _require_template(tokenizer)
+    chats = [[{"role": "user", "content": text.prompt}] for text in texts]
     prompts = render(tokenizer, chats, [text.id or "the text" for text in texts])
     return [
         text._replace(prompt=prompt, answer=text.answer.strip()) for text, prompt in zip(texts, prompts, strict=True)
     ]
+
+
+def _require_template(tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer of this model has no chat template: set data.chat_template to false")
+
+
+def _encode_chats(
+    tokenizer: Any, texts: Sequence[Text], done: int, max_length: int, truncate: Truncate, loss_on: LossOn
+) -> Iterator[Example]:
+    """Conversations that come after ``done`` others, each called by its row's number."""
+    _require_template(tokenizer)
+    labels = [f"row {number} ({text.id})" for number, text in enumerate(texts, done + 1)]
+    chats = [text.chat for text in texts if text.chat is not None]
+    for encoded, label in zip(encode_chats(tokenizer, chats, labels, loss_on=loss_on), labels, strict=True):
+        if encoded.missing:
+            raise InputError(
+                f"{label}: the chat template does not write the {' and the '.join(encoded.missing)} of the assistant: "
+                "take a template that does, or leave them out of the row"
+            )
+        yield _cut_chat(encoded.tokens, encoded.mask, max_length, truncate, label)
+
+
+def _cut_chat(tokens: list[int], mask: list[int], max_length: int, truncate: Truncate, label: str) -> Example:
+    over = max(0, len(tokens) - max_length)
+    _require_short(over, len(tokens), max_length, truncate, label)
+    part = slice(max_length) if truncate == "right" else slice(over, None)
+    kept, own = tokens[part], [0, *mask[part][1:]]
+    first = own.index(1) if 1 in own else len(kept)
+    return Example(kept, first, over, None if all(own[first:]) else own, sum(mask) - sum(own))
+
+
+def _require_short(over: int, count: int, max_length: int, truncate: Truncate, label: str) -> None:
+    if over and truncate == "error":
+        raise InputError(
+            f"{label} has {count} tokens, more than max_length={max_length}: raise max_length, "
+            "or set data.truncate to left or right"
+        )
 
 
 def _start(tokenizer: Any) -> list[int]:
@@ -146,11 +212,7 @@ def _agreement(given: list[int], whole: list[int]) -> int:
 
 def _cut(tokens: list[int], answer: int, max_length: int, truncate: Truncate, id: str) -> Example:
     over, where = max(0, len(tokens) - max_length), f" of {id}" if id else ""
-    if over and truncate == "error":
-        raise InputError(
-            f"the text{where} has {len(tokens)} tokens, more than max_length={max_length}: raise max_length, "
-            "or set data.truncate to left or right"
-        )
+    _require_short(over, len(tokens), max_length, truncate, f"the text{where}")
     kept = tokens[:max_length] if truncate == "right" else tokens[over:]
     first = answer if truncate == "right" else answer - over
     if first >= len(kept) or first < (1 if over else 0):

@@ -10,7 +10,7 @@ import numpy as np
 from stablelora_jax.data.batch import Batch, bucket, make_batch
 from stablelora_jax.data.order import rows_of_step
 from stablelora_jax.data.packing import Plan, pack, plan_of
-from stablelora_jax.data.token_cache import TokenStore
+from stablelora_jax.data.token_cache import TokenStore, loss_counts
 
 ROUND_TO = 16  # the number of loss positions of a row is a multiple of it
 
@@ -89,7 +89,7 @@ def longest_row(loader: Loader) -> int:
 
 def _max_loss_tokens(store: TokenStore, plan: Plan | None, length: int) -> dict[int, int]:
     lengths = np.asarray(store.lengths)
-    counts = lengths - np.maximum(np.asarray(store.answers), 1)
+    counts = loss_counts(store)
     if plan is not None:
         return {length: _rounded(int(np.add.reduceat(counts[plan.texts], plan.starts[:-1]).max()), length)}
     rows = np.array([bucket(int(n)) for n in range(int(lengths.max()) + 1)])[lengths]
@@ -105,7 +105,7 @@ def statistics(loader: Loader, steps: int) -> dict[str, Any]:
 
     The pads are counted exactly: over all rows where they are packed, else over the steps of the first epoch.
     """
-    lengths, answers = np.asarray(loader.store.lengths), np.asarray(loader.store.answers)
+    lengths = np.asarray(loader.store.lengths)
     if loader.plan is not None:
         kept, space = int(lengths.sum()), loader.rows * loader.max_length
     else:
@@ -116,7 +116,7 @@ def statistics(loader: Loader, steps: int) -> dict[str, Any]:
         "texts": len(lengths),
         "rows": loader.rows,
         "tokens": int(lengths.sum(dtype=np.int64)),
-        "loss_tokens": int((lengths - np.maximum(answers, 1)).sum(dtype=np.int64)),
+        "loss_tokens": int(loss_counts(loader.store).sum(dtype=np.int64)),
         "cut": loader.store.cut,
         "padding": 1 - kept / space,
         "epochs": steps * loader.batch_size / loader.rows,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stablelora_jax.data.batch import Batch, positions_of_mask
-from stablelora_jax.data.encoding import Example
+from stablelora_jax.data.encoding import Example, loss_mask
 from stablelora_jax.utils.errors import InputError
 
 
@@ -82,7 +82,7 @@ def pack(rows: Sequence[Sequence[Example]], length: int, max_loss_tokens: int | 
             end = start + len(example.tokens)
             batch.tokens[i, start:end], batch.segment_ids[i, start:end] = example.tokens, segment
             batch.positions[i, start:end] = np.arange(end - start)
-            batch.loss_mask[i, start + max(1, example.answer) : end] = 1
+            batch.loss_mask[i, start:end] = loss_mask(example)
             start = end
     if max_loss_tokens is None:
         return batch

@@ -3,6 +3,7 @@
     CACHE/<digest>/about.json   format, counts, checksums     CACHE/<digest>/tokens.bin    all texts, end to end
     CACHE/<digest>/lengths.bin  tokens of each text           CACHE/<digest>/answers.bin   where each text's loss begins
     CACHE/<digest>/rows.bin     the row of each text, packed into rows of ``max_length`` (``packing.first_fit``)
+    CACHE/<digest>/masks.bin    of chats alone, uint8: 1 on each loss token of ``tokens``
 
 The digest is of everything that determines the arrays: the texts themselves (so of the task, its split, its limit and
 its files), the tokenizer's content, the chat template where it is used, ``max_length``, ``truncate`` and the format's
@@ -18,20 +19,24 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from stablelora_jax.data.encoding import AT_ONCE, Example, Text, Truncate, encode_many
+from stablelora_jax.data.chat_spans import LossOn
+from stablelora_jax.data.encoding import AT_ONCE, Example, Text, Truncate, encode_many, loss_mask
 from stablelora_jax.data.packing import first_fit
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, write_whole
 
 FORMAT = 1  # raise it when the same texts would give other arrays
 CHATS = 2  # the same of texts in a chat template
+TURNS = 1  # the same of whole conversations
 ARRAYS = ("tokens", "lengths", "answers", "rows")
+COUNTS = ("cut", "clipped", "empty")
 
 
 class TokenStore(NamedTuple):
@@ -44,11 +49,24 @@ class TokenStore(NamedTuple):
     ends: np.ndarray  # (N,) int64: where each text ends in ``tokens``
     cut: int  # texts that lost tokens
     digest: str
+    masks: np.ndarray | None = None  # (sum of lengths,) uint8, of chats: 1 on loss tokens; None: all from answers on
+    clipped: int = 0  # texts that lost loss tokens, and have some
+    empty: int = 0  # texts that were left out, for they have no loss token
 
     def example(self, i: int) -> Example:
         """Text number ``i``."""
         end = int(self.ends[i])
-        return Example(self.tokens[end - int(self.lengths[i]) : end], int(self.answers[i]))
+        own = slice(end - int(self.lengths[i]), end)
+        return Example(self.tokens[own], int(self.answers[i]), mask=None if self.masks is None else self.masks[own])
+
+
+def loss_counts(store: TokenStore) -> np.ndarray:
+    """The number of loss tokens of each text, (N,)."""
+    lengths = np.asarray(store.lengths)
+    if store.masks is None:
+        return lengths - np.maximum(np.asarray(store.answers), 1)
+    counts: np.ndarray = np.add.reduceat(store.masks, store.ends - lengths, dtype=np.int32)
+    return counts
 
 
 class _Chunk(NamedTuple):
@@ -57,10 +75,19 @@ class _Chunk(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     answers: np.ndarray
-    cut: int
+    masks: np.ndarray
+    counts: np.ndarray  # texts that are cut, clipped, empty
 
 
-def digest(tokenizer: Any, texts: Iterable[Text], *, max_length: int, truncate: Truncate, chat: bool) -> str:
+def digest(
+    tokenizer: Any,
+    texts: Iterable[Text],
+    *,
+    max_length: int,
+    truncate: Truncate,
+    chat: bool,
+    loss_on: LossOn = "assistant",
+) -> str:
     """SHA-256 of everything that determines the arrays, 64 hexadecimal digits."""
     shape = {
         "format": FORMAT,
@@ -72,7 +99,7 @@ def digest(tokenizer: Any, texts: Iterable[Text], *, max_length: int, truncate: 
     }
     made = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for text in texts:
-        messages = json.dumps(text.messages) if chat and text.messages else ""
+        messages = json.dumps([TURNS, loss_on, *text.chat]) if chat and text.chat else ""
         for part in (text.prompt, text.answer, *([messages] if messages else ())):
             coded = part.encode("utf-8", "surrogatepass")
             made.update(len(coded).to_bytes(8, "little") + coded)
@@ -86,6 +113,7 @@ def tokenize_dataset(
     max_length: int,
     truncate: Truncate = "left",
     chat: bool = False,
+    loss_on: LossOn = "assistant",
     cache: str | Path | None = None,
     log_fn: Callable[[str], None] = print,
 ) -> TokenStore:
@@ -97,13 +125,15 @@ def tokenize_dataset(
     if not texts:
         raise InputError("there is no text to train on")
     directory = None if cache is None else as_path(cache, "data.cache")
-    key = digest(tokenizer, texts, max_length=max_length, truncate=truncate, chat=chat)
-    examples = encode_many(tokenizer, texts, end=True, max_length=max_length, truncate=truncate, chat=chat)
+    how: dict[str, Any] = {"max_length": max_length, "truncate": truncate, "chat": chat, "loss_on": loss_on}
+    key, masked = digest(tokenizer, texts, **how), chat and texts[0].chat is not None
+    examples = encode_many(tokenizer, texts, end=True, **how)
     if directory is None:
         parts = list(_chunks(examples))
-        tokens, lengths, answers = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        rows = first_fit(lengths, max_length)
-        return _store([tokens, lengths, answers, rows], sum(part.cut for part in parts), key)
+        tokens, lengths, answers, masks = (np.concatenate([part[i] for part in parts]) for i in range(4))
+        counts = _totals([part.counts for part in parts], len(lengths), max_length)
+        arrays = [tokens, lengths, answers, first_fit(lengths, max_length)]
+        return _store(arrays, masks if masked else None, counts, key)
     place = directory / key
     try:
         store, damage = _open(place, key)
@@ -111,7 +141,7 @@ def tokenize_dataset(
             if damage:
                 log_fn(f"{place} is damaged ({damage}) and built again")
                 shutil.rmtree(place)
-            _write(place, examples, max_length)
+            _write(place, examples, max_length, masked)
             store, damage = _open(place, key)
     except OSError as error:
         raise InputError(f"the token cache {place} cannot be used: {error.strerror or error}") from None
@@ -121,38 +151,60 @@ def tokenize_dataset(
 
 
 def _chunks(examples: Iterator[Example]) -> Iterator[_Chunk]:
-    """:data:`AT_ONCE` texts at a time."""
+    """:data:`AT_ONCE` texts at a time, without those of them that have nothing to learn."""
     while chunk := list(islice(examples, AT_ONCE)):
-        lengths = np.array([len(example.tokens) for example in chunk], np.int32)
-        tokens = np.fromiter((t for e in chunk for t in e.tokens), np.int32, int(lengths.sum()))
-        answers = np.array([example.answer for example in chunk], np.int32)
-        yield _Chunk(tokens, lengths, answers, sum(example.cut > 0 for example in chunk))
+        kept = [example for example in chunk if example.answer < len(example.tokens)]
+        counts = [sum(e.cut > 0 for e in kept), sum(e.lost > 0 for e in kept), len(chunk) - len(kept)]
+        lengths = np.array([len(example.tokens) for example in kept], np.int32)
+        tokens = np.fromiter((t for e in kept for t in e.tokens), np.int32, int(lengths.sum()))
+        answers = np.array([example.answer for example in kept], np.int32)
+        masks = np.concatenate([np.zeros(0, np.uint8), *(loss_mask(e).astype(np.uint8) for e in kept)])
+        yield _Chunk(tokens, lengths, answers, masks, np.array(counts))
 
 
-def _store(arrays: Sequence[np.ndarray], cut: int, key: str) -> TokenStore:
+def _totals(counts: Sequence[np.ndarray], texts: int, max_length: int) -> list[int]:
+    """The sums of ``counts`` (cut, clipped, empty) of ``texts`` texts that are kept.
+
+    Raises:
+      InputError: no text is whole.
+    """
+    cut, clipped, empty = (int(count) for count in np.sum(counts, axis=0))
+    if clipped == texts:
+        raise InputError(
+            f"no answer of the {texts + empty} texts is whole within max_length={max_length}: raise max_length"
+        )
+    return [cut, clipped, empty]
+
+
+def _store(arrays: Sequence[np.ndarray], masks: np.ndarray | None, counts: Sequence[int], key: str) -> TokenStore:
     """A store of the four :data:`ARRAYS`."""
     tokens, lengths, answers, rows = arrays
-    return TokenStore(tokens, lengths, answers, rows, np.cumsum(lengths, dtype=np.int64), cut, key)
+    cut, clipped, empty = counts
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return TokenStore(tokens, lengths, answers, rows, ends, cut, key, masks, clipped, empty)
 
 
-def _write(place: Path, examples: Iterator[Example], max_length: int) -> None:
+def _write(place: Path, examples: Iterator[Example], max_length: int, masked: bool) -> None:
     """Build the directory under another name, then rename it; the directory of a faster process is kept."""
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    names = ("tokens", "answers", *(["masks"] if masked else []))
     try:
-        lengths, cut = [], 0
-        with (partial / "tokens.bin").open("wb") as tokens, (partial / "answers.bin").open("wb") as answers:
+        lengths, counts = [], []
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in names}
             for chunk in _chunks(examples):
-                chunk.tokens.tofile(tokens)
-                chunk.answers.tofile(answers)
+                for name, file in files.items():
+                    getattr(chunk, name).tofile(file)
                 lengths.append(chunk.lengths)
-                cut += chunk.cut
+                counts.append(chunk.counts)
         every = np.concatenate(lengths)
+        totals = dict(zip(COUNTS, _totals(counts, len(every), max_length), strict=True))
         every.tofile(partial / "lengths.bin")
         first_fit(every, max_length).tofile(partial / "rows.bin")
-        sums = {name: _checksum(partial / f"{name}.bin") for name in ARRAYS}
-        about = {"format": FORMAT, "texts": len(every), "tokens": int(every.sum()), "cut": cut, "crc32": sums}
+        sums = {name: _checksum(partial / f"{name}.bin") for name in (*ARRAYS, *(["masks"] if masked else []))}
+        about = {"format": FORMAT, "texts": len(every), "tokens": int(every.sum()), **totals, "crc32": sums}
         write_whole(partial / "about.json", json.dumps(about, indent=2) + "\n")
         if not place.exists():
             os.rename(partial, place)
@@ -166,11 +218,12 @@ def _open(place: Path, key: str) -> tuple[TokenStore | None, str]:
         return None, ""
     try:
         about = json.loads((place / "about.json").read_text())
-        for name in ARRAYS:
+        for name in about["crc32"]:
             if _checksum(place / f"{name}.bin") != about["crc32"][name]:
                 return None, f"{name}.bin is not what was written"
         arrays = [np.memmap(place / f"{name}.bin", np.int32, mode="r") for name in ARRAYS]
-        return _store(arrays, int(about["cut"]), key), ""
+        masks = np.memmap(place / "masks.bin", np.uint8, mode="r") if "masks" in about["crc32"] else None
+        return _store(arrays, masks, [int(about.get(name, 0)) for name in COUNTS], key), ""
     except FileNotFoundError as error:
         return None, f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError):

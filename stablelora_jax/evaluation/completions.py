@@ -10,12 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from stablelora_jax.data import Example, Text, templated, training_texts
-from stablelora_jax.data.encoding import encode_many
+from stablelora_jax.data.encoding import encode_many, loss_mask
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
 from stablelora_jax.evaluation.loglikelihood import Request, likelihoods
 from stablelora_jax.evaluation.tasks import EvalModel, TaskResult, choice_results
 from stablelora_jax.generation.decode import decoder_of
+from stablelora_jax.utils.errors import InputError
 
 
 def measure_items(
@@ -51,26 +54,38 @@ def _losses(
 ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
     longest = decoder_of(subject.model).config.max_position_embeddings
     examples = encode_many(tokenizer, training_texts(items), end=True, max_length=longest, chat=chat)
-    requests = [answer_request(example) for example in examples]
+    asked = [answer_requests(example) for example in examples]
+    requests = [request for own in asked for request in own]
     found = likelihoods(
         subject.compute, requests, rows=subject.batch_size, max_length=longest, progress=subject.progress
     )
+    loss, answers = mean_loss(requests, [one.total for one in found]), iter(found)
     rows = [
-        {"index": i, "id": item.id, "loglikelihood": own.total, "tokens": len(request.continuation)}
-        for i, (item, request, own) in enumerate(zip(items, requests, found, strict=True))
+        {
+            "index": i,
+            "id": item.id,
+            "loglikelihood": math.fsum(next(answers).total for _ in own),
+            "tokens": sum(len(request.continuation) for request in own),
+        }
+        for i, (item, own) in enumerate(zip(items, asked, strict=True))
     ]
-    loss = mean_loss(requests, [own.total for own in found])
     return rows, {"loss": loss, "token_perplexity": math.exp(loss) if loss < 700 else None}
 
 
-def answer_request(example: Example) -> Request:
-    """The log-likelihood of an example's loss tokens after those before them."""
-    first = max(1, example.answer)
-    return Request(tuple(map(int, example.tokens[:first])), tuple(map(int, example.tokens[first:])))
+def answer_requests(example: Example) -> list[Request]:
+    """The log-likelihood of each run of loss tokens of an example, after all before it."""
+    tokens, edges = tuple(map(int, example.tokens)), np.flatnonzero(np.diff(loss_mask(example), append=0)) + 1
+    return [Request(tokens[:start], tokens[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def mean_loss(requests: Sequence[Request], totals: Sequence[float]) -> float:
-    """Nats per loss token of ``requests`` whose log-likelihoods are ``totals``."""
+    """Nats per loss token of ``requests`` whose log-likelihoods are ``totals``.
+
+    Raises:
+      InputError: there is no loss token.
+    """
+    if not requests:
+        raise InputError("no answer is left within the maximum of tokens: there is nothing to measure")
     return -math.fsum(totals) / sum(len(request.continuation) for request in requests)
 
 

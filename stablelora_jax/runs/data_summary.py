@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from stablelora_jax.config.run import RunConfig
 from stablelora_jax.data import Example, TokenStore
+from stablelora_jax.data.encoding import loss_mask
 from stablelora_jax.data.tasks import load_questions
+from stablelora_jax.data.token_cache import loss_counts
 from stablelora_jax.models.pretrained.load import base_directory, pretrained_tokenizer
 from stablelora_jax.runs.prepare import load_training_data, with_steps
 from stablelora_jax.runs.validation import make_validation_set
@@ -41,14 +44,14 @@ def data_summary(
     _print_samples("train", tokenizer, shown, marks, log_fn)
     if config.evaluate:
         examples = make_validation_set(config, tokenizer, load_questions(config.task, "validation")).examples
-        lengths = np.array([(len(e.tokens), len(e.tokens) - max(1, e.answer)) for e in examples])
+        lengths = np.array([(len(e.tokens), loss_mask(e).sum()) for e in examples])
         _print_split("validation", lengths, sum(e.cut > 0 for e in examples), config.max_length, log_fn)
         _print_samples("validation", tokenizer, examples[:samples], marks, log_fn)
 
 
 def _lengths(store: TokenStore) -> np.ndarray:
     """(N, 2): tokens and loss tokens of each text."""
-    return np.stack([store.lengths, store.lengths - np.maximum(store.answers, 1)], axis=1)
+    return np.stack([store.lengths, loss_counts(store)], axis=1)
 
 
 def _print_split(split: str, lengths: np.ndarray, cut: int, most: int, log_fn: Callable[[str], None]) -> None:
@@ -78,14 +81,18 @@ def _shown_marks(marks: Marks) -> str:
 
 def marked(tokenizer: Any, example: Example, marks: Marks = BRACKETS) -> str:
     """The text of an example, special tokens included, with its loss tokens between ``marks``."""
-    tokens, first = [int(token) for token in example.tokens], max(1, example.answer)
+    tokens, mask = [int(token) for token in example.tokens], loss_mask(example)
 
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    whole, before = text(tokens), text(tokens[:first])
-    answer = whole[len(before) :] if whole.startswith(before) else text(tokens[first:])
-    return f"{_printable(before)}{marks[0]}{_printable(answer)}{marks[1]}"
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(tokens)]
+    shown, before = "", ""
+    for start, end in pairwise(edges):
+        whole = text(tokens[:end])  # by itself, some tokenizers drop a text's first space
+        part = _printable(whole[len(before) :] if whole.startswith(before) else text(tokens[start:end]))
+        shown, before = shown + (f"{marks[0]}{part}{marks[1]}" if mask[start:end].any() else part), whole
+    return shown
 
 
 def _printable(text: str) -> str:

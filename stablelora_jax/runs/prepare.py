@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +17,7 @@ from stablelora_jax.config.parallel import MeshConfig
 from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
 from stablelora_jax.data import (
     Loader,
+    Text,
     TokenStore,
     digest,
     longest_row,
@@ -26,7 +27,7 @@ from stablelora_jax.data import (
     tokenize_dataset,
     training_texts,
 )
-from stablelora_jax.data.encoding import Text, preference_texts
+from stablelora_jax.data.encoding import preference_texts
 from stablelora_jax.data.tasks import load_questions
 from stablelora_jax.evaluation.loglikelihood import Rows, make_compute
 from stablelora_jax.interop.export import locate_adapter
@@ -317,7 +318,9 @@ def training_digest(config: RunConfig) -> str:
     """The digest of the training data as tokens; of the model, only the tokenizer is loaded."""
     tokenizer = pretrained_tokenizer(config.model.path or base_directory())
     texts, chat = texts_to_train_on(config), takes_template(config)
-    return digest(tokenizer, texts, max_length=config.max_length, truncate=config.data.truncate, chat=chat)
+    how: dict[str, Any] = {"max_length": config.max_length, "truncate": config.data.truncate}
+    how["loss_on"] = config.data.loss_on
+    return digest(tokenizer, texts, chat=chat, **how)
 
 
 def load_training_data(
@@ -341,12 +344,14 @@ def _tokens(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) ->
         log_fn(
             "data.chat_template is false: chat messages are joined by blank lines, without the model's chat template"
         )
+        _require_single_turns(config, texts)
     store = tokenize_dataset(
         tokenizer,
         texts,
         max_length=config.max_length,
         truncate=data.truncate,
         chat=chat,
+        loss_on=data.loss_on,
         cache=data.cache,
         log_fn=log_fn,
     )
@@ -355,7 +360,22 @@ def _tokens(config: RunConfig, tokenizer: Any, log_fn: Callable[[str], None]) ->
             f"{store.cut} of {len(texts)} training texts are longer than max_length={config.max_length} "
             f"and truncated on the {data.truncate}"
         )
+    if store.clipped or store.empty:
+        log_fn(
+            f"{store.clipped} of {len(texts)} chats lose a part of their answers to max_length={config.max_length}; "
+            f"{store.empty} have nothing left to learn and are left out"
+        )
     return store
+
+
+def _require_single_turns(config: RunConfig, texts: Sequence[Text]) -> None:
+    """That without a template no answer but the last is meant, and it is text."""
+    for number, text in enumerate(texts, 1):
+        if text.chat and (len(text.chat.turns) > 1 and config.data.loss_on == "assistant" or not text.answer.strip()):
+            raise InputError(
+                f"row {number} ({text.id}) is a chat of several turns or of tool calls, which needs the model's chat "
+                "template: set data.chat_template to true, or data.loss_on to last"
+            )
 
 
 def with_steps(config: RunConfig, loader: Loader, log_fn: Callable[[str], None]) -> tuple[RunConfig, dict[str, Any]]:

@@ -9,7 +9,7 @@ from stablelora_jax.config.run import RunConfig, takes_template
 from stablelora_jax.data import Example, training_texts
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
-from stablelora_jax.evaluation.completions import answer_request, mean_loss, templated_questions
+from stablelora_jax.evaluation.completions import answer_requests, mean_loss, templated_questions
 from stablelora_jax.evaluation.loglikelihood import LoglikelihoodFn, likelihoods
 from stablelora_jax.evaluation.multiple_choice import accuracies, answers, choice_scores
 from stablelora_jax.parallel import is_primary
@@ -42,6 +42,7 @@ def make_validation_set(config: RunConfig, tokenizer: Any, items: Sequence[Quest
         max_length=config.max_length,
         truncate=config.data.truncate,
         chat=chat,
+        loss_on=config.data.loss_on,
     )
     return ValidationSet(list(examples), questions)
 
@@ -54,7 +55,7 @@ def validate(
     ``compute`` is a result of ``make_compute`` bound to parameters and adapters; ``rows`` is the batch size.
     """
     progress = is_primary()
-    requests = [answer_request(example) for example in validation_set.examples]
+    requests = [request for example in validation_set.examples for request in answer_requests(example)]
     found = likelihoods(compute, requests, rows=rows, max_length=length, progress=progress)
     result: dict[str, Any] = {"loss": mean_loss(requests, [one.total for one in found])}
     if validation_set.questions:

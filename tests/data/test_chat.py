@@ -165,7 +165,7 @@ def test_many_are_each_alone(tokenizer):
     chats = [Conversation(tuple(messages), tools) for messages, tools in CHATS.values()] * 20
     together = encode_chats(tokenizer, chats, list(map(str, range(len(chats)))), loss_on="assistant")
     alone = [encode_chat(tokenizer, messages, tools=tools) for messages, tools in CHATS.values()]
-    assert together == alone * 20
+    assert [(one.tokens, one.mask) for one in together] == alone * 20
 
 
 BAD = {
@@ -241,3 +241,17 @@ def test_arguments(tokenizer):
         encode_chat(tokenizer, turns(1))
     with pytest.raises(InputError, match="needs a fast tokenizer"):
         encode_chat(object(), turns(1))
+
+
+def test_rows_whose_tool_calls_or_reasoning_the_template_leaves_out_are_named(tokenizer):
+    for template, (messages, tools), missing in (
+        (PLAIN.replace(CALLS, ""), CHATS["a call"], "tool calls"),
+        (PLAIN, CHATS["reasoning"], "reasoning"),
+        (PLAIN.replace(CALLS, ""), CHATS["reasoning in a call"], "tool calls and the reasoning"),
+    ):
+        tokenizer.chat_template = template
+        texts = [Text("", "", "a", Conversation(turns(1))), Text("", "", "b", Conversation(messages, tools))]
+        with pytest.raises(
+            InputError, match=rf"^row 2 \(b\): the chat template does not write the {missing} of the as"
+        ):
+            list(encode_many(tokenizer, texts, end=True, max_length=999, chat=True))

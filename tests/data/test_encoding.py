@@ -26,6 +26,7 @@ from stablelora_jax.data import (
     training_texts,
 )
 from stablelora_jax.data.batch import positions_of_mask
+from stablelora_jax.data.conversation import Conversation
 from stablelora_jax.data.encoding import encode_many
 from stablelora_jax.data.tasks.question import Problem, Question
 
@@ -148,14 +149,17 @@ def test_a_chat_is_learnt_as_it_is_served(tokenizer):
         ({"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Who?\n"}),
         ({"role": "user", "content": "Who?"},),
     ):
-        text = Text("no\n\nsuch prompt", " The cat.", "x", turns)
+        chat = Conversation((*turns, {"role": "assistant", "content": "The cat."}))
+        text = Text("no\n\nsuch prompt", "no such answer", "x", chat)
         (example,) = encode_many(model, [text], end=True, max_length=200, chat=True)
         (served,) = encode_prompts(model, [list(turns)])
         assert list(example.tokens[: example.answer]) == served
         said = model.decode(example.tokens)
         assert said.count("You are helpful.") == (len(turns) == 1), "the template's system only where there is none"
         assert "no such" not in said and model.decode(example.tokens[example.answer :]) == "The cat.</s>"
-    plain = encode_many(model, [text._replace(prompt="a\n\nb")], end=True, max_length=200, chat=False)
+    plain = encode_many(
+        model, [text._replace(prompt="a\n\nb", answer=" The cat.")], end=True, max_length=200, chat=False
+    )
     assert model.decode(next(plain).tokens).endswith("a\n\nb The cat.</s>")
 
 

@@ -56,6 +56,8 @@ def packed(examples, room=16):
 
 
 def test_a_packed_row_by_hand():
+    batch = pack([[Example((5, 6, 7, 8), 1, mask=(1, 1, 0, 1)), Example((8, 9, 1), 1, mask=(0, 1, 0))]], 8)
+    assert batch.loss_mask.tolist() == [[0, 1, 0, 1, 0, 1, 0, 0]]
     batch = pack([[Example((5, 6, 7), 0), Example((8, 9), 1)], [Example((1,), 0)]], 7)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0]]

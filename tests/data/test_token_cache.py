@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 
 from stablelora_jax import InputError, base_directory
-from stablelora_jax.data import Text, batch_of_step, digest, encode, make_loader, statistics, tokenize_dataset
+from stablelora_jax.data import (
+    Text,
+    batch_of_step,
+    digest,
+    encode,
+    encode_chat,
+    make_loader,
+    statistics,
+    tokenize_dataset,
+)
 from stablelora_jax.data import token_cache as module
+from stablelora_jax.data.conversation import Conversation
+from stablelora_jax.data.encoding import loss_mask
+from stablelora_jax.data.token_cache import loss_counts
 from stablelora_jax.models.pretrained.tokenizer import load_tokenizer
 
 TEXTS = [Text(f"The cat number {i} is", " small" * (1 + i % 7), f"t-{i}") for i in range(50)]
@@ -78,10 +90,16 @@ def test_the_key_changes_with_everything_that_shapes_the_data(tokenizer, monkeyp
     monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
     keys.append(digest(**given))
     monkeypatch.undo()
-    chats = [[t._replace(messages=[{"role": role, "content": t.prompt}]) for t in TEXTS] for role in ("user", "system")]
-    keys += [digest(**{**given, "tokenizer": templated, "chat": True, "texts": texts}) for texts in chats]
+    chats = [
+        [t._replace(chat=Conversation([{"role": role, "content": t.prompt}])) for t in TEXTS]
+        for role in ("user", "tool")
+    ]
+    chats.append([t._replace(chat=t.chat._replace(tools=[{"name": "f"}])) for t in chats[0]])
+    as_chats = {**given, "tokenizer": templated, "chat": True}
+    keys += [digest(**{**as_chats, "texts": texts}) for texts in chats]
+    keys.append(digest(**{**as_chats, "texts": chats[0], "loss_on": "last"}))
     assert digest(**given | {"texts": chats[1]}) == keys[0], "messages count where they are read"
-    assert len(set(keys)) == len(keys) == 13
+    assert len(set(keys)) == len(keys) == 15
     monkeypatch.undo()
     assert digest(**given) == digest(**given | {"texts": [t._replace(id="x") for t in TEXTS]}) == keys[0]
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
@@ -152,3 +170,64 @@ def test_statistics_are_counted(tokenizer):
 def test_a_place_that_no_file_system_takes_is_one_line(tokenizer, cache):
     with pytest.raises(InputError, match="^data.cache "):
         tokenize_dataset(tokenizer, [Text("a", "b", "0")], max_length=16, cache=cache)
+
+
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chats(n):
+    """Chats of 1 to 3 turns."""
+    say = lambda role, i: {"role": role, "content": f"The cat number {i} is small"}
+    talks = [[say(role, i) for i in range(1 + i % 3) for role in ("user", "assistant")] for i in range(n)]
+    return [Text("", "", f"c-{i}", Conversation(talk)) for i, talk in enumerate(talks)]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last"])
+def test_chats_keep_their_masks(tokenizer, tmp_path, loss_on):
+    chatty, texts = copy.deepcopy(tokenizer), chats(12)
+    chatty.chat_template = TURNS
+    how = dict(max_length=128, chat=True, loss_on=loss_on)
+    memory, miss, hit = (tokenize_dataset(chatty, texts, **how, cache=cache) for cache in (None, tmp_path, tmp_path))
+    assert same(memory, miss) and same(memory, hit) and memory.masks.dtype == hit.masks.dtype == np.uint8
+    for i, text in enumerate(texts):
+        tokens, mask = encode_chat(chatty, text.chat.messages, loss_on=loss_on)
+        assert hit.example(i).tokens.tolist() == tokens and loss_mask(hit.example(i)).tolist() == mask
+        assert loss_counts(hit)[i] == sum(mask) > 0
+    for batching in ("bucket", "pack"):
+        loader = make_loader(hit, batching=batching, max_length=128, batch_size=loader_rows(batching), seed=0)
+        batches = [batch_of_step(loader, step) for step in range(loader.rows // loader.batch_size)]
+        learnt = [np.sort(np.concatenate([b.tokens[b.loss_mask == 1] for b in batches]))]
+        assert np.array_equal(learnt[0], np.sort(hit.tokens[hit.masks == 1]))
+        assert statistics(loader, 1)["loss_tokens"] == hit.masks.sum()
+        for b in batches:
+            at = [row[row > 0].tolist() for row in b.loss_positions]
+            assert at == [np.flatnonzero(row).tolist() for row in b.loss_mask]
+
+
+def loader_rows(batching):
+    return 4 if batching == "bucket" else 1
+
+
+def test_answers_that_are_cut_off_are_counted(tokenizer, tmp_path):
+    chatty, texts = copy.deepcopy(tokenizer), chats(12)
+    chatty.chat_template = TURNS
+    whole = tokenize_dataset(chatty, texts, max_length=128, chat=True)
+    one, two, three = sorted({int(n) for n in whole.lengths})
+    for cache in (None, tmp_path, tmp_path):
+        left = tokenize_dataset(chatty, texts, max_length=two - 2, chat=True, cache=cache)
+        assert (left.cut, left.clipped, left.empty) == (8, 4, 0), "of two turns, the beginning alone is lost"
+        right = tokenize_dataset(chatty, texts, max_length=two, chat=True, truncate="right", cache=cache)
+        assert (right.cut, right.clipped, right.empty, len(right.lengths)) == (4, 4, 0, 12)
+    with pytest.raises(InputError, match="no answer of the 12 texts is whole within max_length=3: raise max_length"):
+        tokenize_dataset(chatty, texts, max_length=3, chat=True, truncate="right", cache=tmp_path)
+    long = chats(1)[0].chat.messages
+    texts.append(Text("", "", "long", Conversation([{**long[0], "content": "the cat " * 99}, long[1]])))
+    cut = tokenize_dataset(chatty, texts, max_length=two, chat=True, truncate="right")
+    assert (cut.empty, len(cut.lengths)) == (1, 12) and cut.tokens[: whole.lengths[0]].tolist() == whole.example(
+        0
+    ).tokens.tolist()
+    with pytest.raises(InputError, match=r"^row 13 \(long\) has \d+ tokens, more than max_length=128"):
+        tokenize_dataset(chatty, texts, max_length=128, chat=True, truncate="error")

@@ -11,14 +11,14 @@ from stablelora_jax.evaluation.completions import measure_items
 from stablelora_jax.evaluation.tasks import subject
 from stablelora_jax.runs.validation import make_validation_set, validate
 
-TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}\n{% endfor %}"
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 CHOICES = (" horse", " snail", " a lion and a cow")
 QUESTIONS = [
     Question(f"The biggest is: {a}?", CHOICES, i % 3, f"q-{i}") for i, a in enumerate(("a cat", "a", "b", "ox"))
 ]
 PROBLEMS = [Problem("The cat is", " bigger than the ant.", None, "p-0"), Problem("A bear", " is", None, "p-1")]
-TURN = ({"role": "user", "content": "Which is big?"},)
-CHATS = [Chat("Which is big?", " The bear is.", None, "c-0", TURN), Chat("x", " y", None, "c-1", TURN)]
+TURNS = tuple({"role": r, "content": c} for r, c in (("user", "Which is big?"), ("assistant", "The bear is."))) * 2
+CHATS = [Chat("Which is big?", " The bear is.", None, "c-0", TURNS), Chat("x", " y", None, "c-1", TURNS[:2])]
 
 
 @pytest.fixture(scope="module")

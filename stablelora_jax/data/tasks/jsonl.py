@@ -5,9 +5,10 @@
     choice       prompt, choices (list of strings), label (index from 0)                    -> Question
     completion   prompt, completion, target (optional: what the answer is judged by)        -> Problem
     preference   prompt, chosen, rejected                                                   -> Question of two choices
-    chat         messages: [{"role", "content"}]: a system's (optional), a user's, an assistant's  -> Chat
+    chat         messages: [{"role", "content"}] (data/conversation.py); tools (optional): JSON schemas      -> Chat
 
-Messages stay as they are, for the model's chat template; a prompt of them joined by blank lines is there beside them.
+Messages stay as they are, for the model's chat template; beside them, joined by blank lines, are the last answer of the
+assistant and all before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from stablelora_jax.data.conversation import conversation
 from stablelora_jax.data.tasks import rows
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
 from stablelora_jax.utils.errors import InputError
@@ -35,13 +37,14 @@ OFTEN = {
     "chosen": ("preferred", "accepted", "response_chosen"),
     "rejected": ("dispreferred", "response_rejected"),
     "target": (),
+    "tools": (),
     "id": (),
 }
 Kind = Literal["choice", "completion", "chat", "preference"]
 NAMES = {
     "choice": ("prompt", "choices", "label", "id"),
     "completion": ("prompt", "completion", "target", "id"),
-    "chat": ("messages", "id"),
+    "chat": ("messages", "tools", "id"),
     "preference": ("prompt", "chosen", "rejected", "id"),
 }
 
@@ -118,22 +121,20 @@ def _preference(row: Mapping[str, Any], name: str) -> Question:
 
 
 def _chat(row: Mapping[str, Any], name: str) -> Chat:
-    messages = row["messages"]
-    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError("messages is no list of messages")
-    if not messages or any("role" not in message or "content" not in message for message in messages):
-        raise rows.Unsupported('a chat is a list of messages {"role": ..., "content": ...}: rename other keys')
-    roles = [message["role"] for message in messages]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        shown = ", ".join(f"{role!s:.20}" for role in roles[:6]) + ", ..." * (len(roles) > 6)
-        raise rows.Unsupported(
-            f"messages with the roles {shown} are not supported yet: a row is (a system's,) a user's "
-            "and an assistant's message, with these names as role; cut a longer chat into such rows"
-        )
-    *given, answer = [rows.text({"content": message.get("content")}, "content") for message in messages]
-    kept = tuple({"role": str(message["role"]), "content": message["content"]} for message in messages[:-1])
-    prompt = "\n\n".join(given).rstrip()
-    return Chat(prompt, _apart(answer, given[-1]), None, str(row.get("id", name)), kept)
+    try:
+        messages, tools = conversation(row["messages"], row.get("tools"))
+    except InputError as error:
+        raise rows.Unsupported(str(error)) from None
+    texts = [_text(message) for message in messages]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    answer = _apart(texts[last], texts[last - 1]) if texts[last] else ""
+    return Chat("\n\n".join(texts[:last]).rstrip(), answer, None, str(row.get("id", name)), messages, tools)
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """The text of a message, without its tool calls."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(block["text"] for block in content)
 
 
 def _apart(answer: str, prompt: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
@@ -16,13 +16,14 @@ class Problem(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """A :class:`Problem` whose prompt is messages, joined by blank lines where there is no template for them."""
+    """A chat; its last answer is a :class:`Problem` to models without a template; blank lines join messages."""
 
     prompt: str
     answer: str
     target: str | None
     id: str
-    messages: tuple[Mapping[str, str], ...]  # all before the answer, as they are
+    messages: Sequence[Mapping[str, Any]]  # all of them, as they are
+    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas
 
 
 class Question(NamedTuple):

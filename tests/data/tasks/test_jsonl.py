@@ -45,16 +45,19 @@ def test_chat(tmp_path):
         ("SYSTEM\n\nUSER", " ASSISTANT", None),
         ("USER", " ASSISTANT", None),
     ]
-    assert [p.messages for p in load(tmp_path, two, kind="chat")] == [tuple(turns[:2]), tuple(turns[1:2])]
-    for more in (turns[:2], turns[1:] * 2, turns[:1], [{"role": 1, "content": "x"}] * 9):
-        with pytest.raises(InputError, match="row 1: messages with the roles .* are not supported yet: a row is"):
-            load(tmp_path, [{"messages": more}], kind="chat")
-    for strange in ([], [{"from": "human", "value": "x"}], [{"role": "user"}, turns[2]]):
-        with pytest.raises(InputError, match="row 1: a chat is a list of messages .*: rename other keys"):
-            load(tmp_path, [{"messages": strange}], kind="chat")
-    for wrong in ("x", [1], None, [turns[1], {"role": "assistant", "content": [1]}]):
-        with pytest.raises(InputError, match="row 1 is damaged"):
-            load(tmp_path, [{"messages": wrong}], kind="chat")
+    assert [p.messages for p in load(tmp_path, two, kind="chat")] == [tuple(turns), tuple(turns[1:])]
+    several = {"messages": [*turns, *turns[1:], turns[1]], "tools": [{"type": "function"}]}
+    (found,) = load(tmp_path, [several], kind="chat")
+    assert found[:2] == ("SYSTEM\n\nUSER\n\nASSISTANT\n\nUSER", " ASSISTANT")
+    assert (found.messages, found.tools) == (tuple(several["messages"]), several["tools"])
+    for wrong, message in (
+        ("x", "a chat is a list of messages"),
+        ([{"from": "human", "value": "x"}], "message 1 is .*: a message is"),
+        (turns[:2], "no message of the assistant"),
+        ([turns[1], {"role": "assistant", "content": [1]}], "a content that holds int, not text"),
+    ):
+        with pytest.raises(InputError, match=f"row 2: .*{message}"):
+            load(tmp_path, [two[0], {"messages": wrong}], kind="chat")
 
 
 @pytest.mark.parametrize(
