@@ -64,7 +64,7 @@ def loss_counts(store: TokenStore) -> np.ndarray:
     """The number of loss tokens of each text, (N,)."""
     lengths = np.asarray(store.lengths)
     if store.masks is None:
-        return lengths - np.maximum(np.asarray(store.answers), 1)
+        return np.asarray(lengths - np.maximum(store.answers, 1))
     counts: np.ndarray = np.add.reduceat(store.masks, store.ends - lengths, dtype=np.int32)
     return counts
 
