@@ -105,8 +105,7 @@ def trains_pairs(spec: LoraSpec) -> bool:
 
 def subtracts_start(spec: LoraSpec) -> bool:
     """Whether adapters of ``spec`` keep their start, as frozen leaves, to subtract it from what they change."""
-    own = _shapes((64, 64), 2, False, spec.parametrization, spec.init, spec.options)
-    return trains_pairs(spec) and any(map(is_frozen, own))
+    return trains_pairs(spec) and any(map(is_frozen, _some_shapes(spec)))
 
 
 def pads(spec: LoraSpec) -> bool:
@@ -266,8 +265,13 @@ def _is_adapter(node: Mapping[str, Any]) -> bool:
 
 def _stack(leaves: Mapping[str, Any], spec: LoraSpec) -> tuple[int, ...]:
     """The stack axes of the leaves of an adapter: those beyond the axes that the leaf has at one kernel."""
-    width = 2 * math.lcm(64, *(value for value in spec.arguments.values() if isinstance(value, int)))
-    own = _shapes((width, width), (width,), 2, False, spec.parametrization, spec.init, spec.options)
+    own = _some_shapes(spec)
     name = next((name for name in sorted(own) if name in leaves), None)
     shape = jnp.shape(leaves[name]) if name else ()
     return tuple(shape[: len(shape) - len(own[name])]) if name else ()
+
+
+def _some_shapes(spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """Of the leaves for a kernel that every parametrisation takes."""
+    width = 2 * math.lcm(64, *(value for value in spec.arguments.values() if isinstance(value, int)))
+    return _shapes((width, width), (width,), 2, False, spec.parametrization, spec.init, spec.options)
