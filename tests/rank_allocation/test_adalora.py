@@ -12,7 +12,8 @@ import pytest
 from stablelora_jax import InputError, LoraSpec, init_adapters
 from stablelora_jax.lora.zero_ranks import without_zero_ranks
 from stablelora_jax.rank_allocation import RANK_ALLOCATIONS
-from stablelora_jax.rank_allocation.adalora import budget_schedule, largest, mask_to_budget, orthogonality
+from stablelora_jax.rank_allocation.adalora import mask_to_budget, orthogonality
+from stablelora_jax.rank_allocation.budget import budget_schedule, largest
 from stablelora_jax.utils import tree
 from tests.helpers import jit
 from tests.rank_allocation.cases import R, base, changes, moved
