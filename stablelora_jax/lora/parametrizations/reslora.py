@@ -1,6 +1,6 @@
 """ResLoRA's block shortcut: a layer also uses the pairs of the layers before it (Shi et al., arXiv 2402.18039).
 
-In layer n of a stack, of one kind of module, ``dW_n = s sum_k A_n-k B_n-k``, k from 0 to ``previous``, as far as there
+In layer n of a stack (along its first axis) ``dW_n = s sum_k A_n-k B_n-k``, k from 0 to ``previous``, as far as there
 are layers: a pair of rank ``(previous + 1) r``, whose merging is exact. s is that of layer n. Of layers that are not
 adapted there is no pair, and they use none. The input and middle shortcuts add what another layer was *given*, so that
 merging them is an approximation: they are not here. ``previous`` is ``pre_num`` of the authors' code.
