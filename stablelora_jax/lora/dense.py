@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stablelora_jax.lora.initializers.start import decomposed
 from stablelora_jax.lora.leaves import FROZEN
 from stablelora_jax.lora.pairs import FULL, TargetModule
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
@@ -21,6 +20,7 @@ from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import target_matrix
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.singular import decomposed
 from stablelora_jax.utils.tree import Path
 
 OTHERS = (FULL, "lora_bias", "lora_scale", "lora_key", "lora_dropout")  # beside the leaves of a parametrisation

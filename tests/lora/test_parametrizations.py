@@ -649,6 +649,7 @@ def test_reslora_adds_the_pairs_of_the_layers_before(previous, init):
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
     plain_adapters, plain_spec = to_lora(adapters, spec, params=params)
     assert plain_spec.rank == (1 + (init == "pissa")) * R * (min(previous, 4) + 1)
+    assert not any(leaf[2].any() for leaf in plain_adapters["layers"]["m"].values())
 
 
 def test_reslora_needs_a_stack():

@@ -13,7 +13,8 @@ from __future__ import annotations
 import jax
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers.start import decomposed, require_rank, subtracted
+from stablelora_jax.lora.initializers.start import require_rank, subtracted
+from stablelora_jax.utils.singular import decomposed
 
 GAMMA = 16
 

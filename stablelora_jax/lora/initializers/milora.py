@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers.start import decomposed, require_rank, subtracted
+from stablelora_jax.lora.initializers.start import require_rank, subtracted
+from stablelora_jax.utils.singular import decomposed
 
 
 def milora(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeLike) -> dict[str, jax.Array]:

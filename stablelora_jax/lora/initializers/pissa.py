@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers.start import decomposed, subtracted
-from stablelora_jax.utils.singular import signed
+from stablelora_jax.lora.initializers.start import subtracted
+from stablelora_jax.utils.singular import decomposed, signed
 
 ITERATIONS, OVERSAMPLED = 4, 8
 

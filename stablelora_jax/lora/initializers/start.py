@@ -1,4 +1,4 @@
-"""What several starts share: a pair whose first product stays subtracted, a check, a decomposition."""
+"""What several starts share: a pair whose first product stays subtracted, and a check."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import jax
 from jaxtyping import Array, Float
 
 from stablelora_jax.utils.errors import InputError
-from stablelora_jax.utils.singular import decomposed as decomposed
 
 
 def subtracted(a: Float[Array, "in r"], b: Float[Array, "r out"]) -> dict[str, jax.Array]:

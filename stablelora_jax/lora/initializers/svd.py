@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax
 from jax.typing import DTypeLike
 
-from stablelora_jax.lora.initializers.start import decomposed, require_rank, subtracted
+from stablelora_jax.lora.initializers.start import require_rank, subtracted
+from stablelora_jax.utils.singular import decomposed
 
 
 def svd(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: DTypeLike) -> dict[str, jax.Array]:
