@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from stablelora_jax.lora.leaves import is_frozen
 from stablelora_jax.lora.pairs import FULL, TargetModule
@@ -47,8 +48,9 @@ def plain_adapters(adapters: Any, targets: Mapping[Path, TargetModule], spec: Lo
 
 
 def _held(leaves: Any) -> Any:
-    """``leaves``, of which the frozen ones pass no gradient."""
-    return {name: jax.lax.stop_gradient(leaf) if is_frozen(name) else leaf for name, leaf in leaves.items()}
+    """``leaves``, which may be NumPy's, as JAX's; the frozen ones pass no gradient."""
+    arrays = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    return {name: jax.lax.stop_gradient(leaf) if is_frozen(name) else leaf for name, leaf in arrays.items()}
 
 
 def _pair(member: Any, own: Any, shared: Any, target: TargetModule, spec: LoraSpec) -> Any:

@@ -211,7 +211,7 @@ def test_what_takes_plain_pairs_names_the_way_out(name):
         combine([(adapters, spec)] * 2, [1.0, 1.0], "linear")
     with pytest.raises(InputError, match="to_lora"):
         make_bank(params, [(adapters, spec)])
-    plain = to_lora(adapters, spec, params=params)
+    plain = to_lora(jax.device_get(adapters), spec, params=params)
     assert make_bank(params, [plain]).size == 1
 
 

@@ -50,10 +50,10 @@ def batches(count=2 * HALF, rows=16):
     return [make_batch([example() for _ in range(rows)]) for _ in range(count)]
 
 
-def problem(dtype, dropout, tx=TX, **shape):
+def problem(dtype, dropout, tx=TX, spec=None, **shape):
     """``(model, params, the start as host arrays)``."""
     model, params = tiny_decoder(dtype, **{**SHAPE, **shape})
-    spec = LoraSpec(target_modules="all-linear", rank=2, dropout=dropout)
+    spec = spec or LoraSpec(target_modules="all-linear", rank=2, dropout=dropout)
     adapters = init_adapters(jax.random.key(0), params, spec, dtype=dtype)
     start = jax.tree.map(np.asarray, init_state(adapters, tx, jax.random.key(1)))
     return adapted(model, spec), params, start

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from stablelora_jax import InputError
+from stablelora_jax import InputError, LoraSpec
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import make_train_step
@@ -79,6 +80,24 @@ def test_what_does_not_divide_stays_whole_and_right():
         step = make_train_step(model, TX, layout)
         found.append(go(step, layout, layout.place_base(params), start, batches(5))[1])
     assert np.abs(np.array(found) / found[0] - 1).max() < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["unilora", "tied_lora"])
+def test_what_modules_share_learns_as_on_one_device(name):
+    """Two steps; every device holds all of it."""
+    options = {"length": 64} if name == "unilora" else {}
+    spec = LoraSpec(parametrization=name, rank=2, target_modules=["q_proj", "down_proj"], options=options)
+    tx = optax.adamw(1e-2)
+    model, params, start = problem(jnp.float32, 0.0, tx, spec, num_hidden_layers=1)
+    found = []
+    for layout in ("one device", "mesh 2 2 2"):
+        layout, step, placed = make(layout, model, params, tx)
+        state = layout.place_state(start)
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.adapters)) or not found
+        found.append(go(step, layout, placed, start, batches(2))[0].adapters)
+    assert largest_difference(found[0], start.adapters) > 1e-3
+    assert largest_difference(found[0], found[1]) < 1e-5
 
 
 def test_meshes_that_are_not_the_devices():
