@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Shaped
 
 from stablelora_jax.data import Batch
 from stablelora_jax.lora.apply import Adapted
+from stablelora_jax.lora.leaves import split_frozen, with_frozen
 from stablelora_jax.lora.parametrizations.lora import SHARED
 from stablelora_jax.models.decoder import head_path
 from stablelora_jax.models.inputs import integers, token_indices
@@ -91,7 +92,8 @@ def _head(
     chunk = chunk_length(-(-x.shape[0] // parts), x.shape[1], config.vocab_size, batch.tokens.shape[1])
     path = head_path(config)
     head = get_in(variables, ("lora", *path)) or {}
-    shared = variables["lora"].get(SHARED, {}) if head else {}
+    places = [place for place in (path, (SHARED,)) if get_in(variables["lora"], place)] if head else []
+    trained = [split_frozen(get_in(variables["lora"], place))[0] for place in places]  # seeds and indices are integers
     drops, impl = None, None
     if keys is not None and head:  # by token: independent of the chunk length and of the other loss tokens
         drops = jax.random.key_data(keys), jnp.pad(at, ((0, 0), (0, -at.shape[1] % chunk)))
@@ -99,10 +101,10 @@ def _head(
     frozen = jax.lax.stop_gradient(dict(variables)), drops
 
     def logits(trained: Any, frozen: Any, x: jax.Array, number: jax.Array) -> jax.Array:
-        (head, shared), (variables, drops) = trained, frozen
-        if head:
-            adapters = set_in(variables["lora"], path, head)
-            variables = {**variables, "lora": {**adapters, SHARED: shared} if shared else adapters}
+        variables, drops = frozen
+        for place, own in zip(places, trained, strict=True):
+            held = split_frozen(get_in(variables["lora"], place))[1]
+            variables = {**variables, "lora": set_in(variables["lora"], place, with_frozen(own, held))}
         apply: Callable[..., jax.Array] = partial(model.apply, method="logits")
         if drops is None:
             return apply(variables, x)
@@ -113,7 +115,7 @@ def _head(
             variables = {**variables, "lora_rows": jnp.repeat(variables["lora_rows"], chunk)}
         return apply(variables, x.reshape(-1, 1, x.shape[2]), rngs={"dropout": keys.ravel()}).reshape(*x.shape[:2], -1)
 
-    return (logits, (head, shared), frozen, x, targets, chunk), weights
+    return (logits, trained, frozen, x, targets, chunk), weights
 
 
 def target_positions(batch: Batch) -> tuple[Int[jax.Array, "B K"], Shaped[jax.Array, "B K"]]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from stablelora_jax import LoraSpec, adapted, init_adapters, stable_lora
+from stablelora_jax import LoraSpec, adapted, init_adapters, split_frozen, stable_lora, with_frozen
 from stablelora_jax.data import Batch, Example, make_batch, pack
 from stablelora_jax.data.batch import positions_of_mask
 from stablelora_jax.lora.leaves import trains_pairs
@@ -328,6 +328,10 @@ HEADS = {
             options={"vectors": 6, "length": 1},
         ),
     ),
+    "one vector": (
+        {},
+        LoraSpec(target_modules=["lm_head", "v_proj"], rank=2, parametrization="unilora", options={"length": 24}),
+    ),
     "tied": ({"tie_word_embeddings": True}, LoraSpec(target_modules=["embed_tokens", "v_proj"], rank=2)),
     "saved": ({}, LoraSpec(target_modules=["v_proj"], rank=2, modules_to_save=["lm_head"])),
     "saved_tied": (
@@ -342,21 +346,21 @@ def head_case(name, dropout=0.0):
     changes, spec = HEADS[name]
     spec = replace(spec, dropout=dropout)
     model, params = tiny_decoder(jnp.float64, num_hidden_layers=1, **changes)
-    begun = init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64)
+    begun, frozen = split_frozen(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64))
     begun = trained(begun, spec) if trains_pairs(spec) else jax.tree.map(lambda x: 20 * x, begun)
     low_rank, rng = adapted(model, spec), np.random.default_rng(2)
     made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(2)])
     batch = with_places(jax.tree.map(lambda x: x[:, :16], made), 15)
 
     def plain(adapters):
-        variables = {"params": params, "lora": adapters}
+        variables = {"params": params, "lora": with_frozen(adapters, frozen)}
         logits = low_rank.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
         return masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0]
 
     def tiled(adapters, key=None, places=True):
         keys = None if key is None else jax.random.split(key, 2)
         given = batch if places else batch._replace(loss_positions=None)
-        return summed_loss(low_rank, {"params": params, "lora": adapters}, given, keys)
+        return summed_loss(low_rank, {"params": params, "lora": with_frozen(adapters, frozen)}, given, keys)
 
     return tiled, plain, begun
 
@@ -368,7 +372,8 @@ def test_an_adapted_head_learns_as_over_all_logits(name, x64):
     np.testing.assert_allclose(value, total, rtol=1e-10)
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-9)
     head = tree.get_in(expected, head_path(tiny_decoder(**HEADS[name][0])[0].config))
-    assert min(float(np.abs(g).max()) for g in jax.tree.leaves(head)) > 1e-2
+    leaves = jax.tree.leaves([head, expected.get("lora_shared", {})])
+    assert min(float(np.abs(g).max()) for g in leaves) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["none", "shared", *(long(name) for name in HEADS if name != "shared")])
@@ -376,17 +381,18 @@ def test_log_probs_of_completions_are_those_of_all_logits(name, x64):
     """Each with a weight of its own in the loss, so that each has a gradient of its own."""
     changes, spec = HEADS.get(name, ({}, LoraSpec(rank=2)))
     model, params = tiny_decoder(jnp.float64, num_hidden_layers=1, **changes)
-    begun = init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64)
+    begun, frozen = split_frozen(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64))
     begun = trained(begun, spec) if trains_pairs(spec) else jax.tree.map(lambda x: 20 * x, begun)
     lora, rng = adapted(model, spec), np.random.default_rng(2)
     made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(3)])
     batch = with_places(jax.tree.map(lambda x: x[:, :16], made), 15)
 
     def tiled(adapters):
-        return completion_log_probs(lora, {"params": params, "lora": adapters}, batch)
+        return completion_log_probs(lora, {"params": params, "lora": with_frozen(adapters, frozen)}, batch)
 
     def plain(adapters):
-        logits = lora.apply({"params": params, "lora": adapters}, batch.tokens, batch.positions, batch.segment_ids)
+        variables = {"params": params, "lora": with_frozen(adapters, frozen)}
+        logits = lora.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
         return (token_log_probs(logits, batch.tokens) * batch.loss_mask).sum(axis=1)
 
     weigh = lambda log_probs: jnp.tanh(log_probs / 30) @ jnp.array([1.0, -2.0, 3.0])
