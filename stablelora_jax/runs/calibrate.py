@@ -26,8 +26,7 @@ from stablelora_jax.models.decoder import head_path
 from stablelora_jax.models.pretrained.load import load_pretrained
 from stablelora_jax.models.untie import untie
 from stablelora_jax.parallel import Layout, to_host
-from stablelora_jax.runs.build import make_schedule
-from stablelora_jax.training.loss import summed_loss, target_positions
+from stablelora_jax.runs.build import make_objective, make_schedule
 from stablelora_jax.training.step import micro_batches, summed_over
 from stablelora_jax.utils.tree import get_in
 
@@ -76,13 +75,13 @@ def make_calibration(
 def _measure(
     config: RunConfig, layout: Layout, model: Adapted, targets: Targets
 ) -> Callable[[Any, Batch], dict[Any, jax.Array]]:
-    parts = layout.parts if layout.axis is None else 1
+    parts, objective = layout.parts if layout.axis is None else 1, make_objective(config)
 
     def measure(params: Any, batch: Batch) -> dict[Any, jax.Array]:
-        loss_tokens = layout.sum_parts(target_positions(batch)[1].sum())
+        count = layout.sum_parts(objective.divisor(batch))
 
         def mean_loss(model: Adapted, variables: Mapping[str, Any], micro: Batch) -> jax.Array:
-            return summed_loss(model, variables, micro, parts=parts) / jnp.maximum(loss_tokens, 1)
+            return objective.loss(model, variables, micro, None, parts) / jnp.maximum(count, 1)
 
         inputs = CALIBRATED[config.lora.init] == "inputs"
         loss = _forward if inputs else mean_loss
