@@ -21,7 +21,7 @@ DESCRIPTION = (
     "Tasks: hellaswag, social_i_qa, openbookqa, arc_easy, arc_challenge, merged_qa, gsm8k, text, and jsonl for rows of "
     "your own: accuracy of multiple choice, held-out loss of completions and chats."
 )
-KINDS = ("choice", "completion", "chat")
+KINDS = ("choice", "completion", "chat", "text")
 JSONL = "jsonl"
 KEYS = {"task.fields.": "--fields: ", "task.path": "--data", "set data.chat_template to false": "give --no-chat"}
 

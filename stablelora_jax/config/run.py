@@ -91,14 +91,16 @@ class JsonlTask(Section):
     """Rows of your own, from a local directory or the hub."""
 
     name: Literal["jsonl"] = option("jsonl", "rows of your own")
-    kind: Literal["choice", "completion", "chat", "preference"] = option(
-        "completion", "format of a row: chat: messages; choice: prompt, choices, label; preference: chosen, rejected"
+    kind: Literal["choice", "completion", "chat", "preference", "text", "auto"] = option(
+        "completion",
+        "format of a row: chat: messages; choice: prompt, choices, label; preference: prompt, chosen, rejected; "
+        "auto: by the first row's columns",
     )
     path: str | None = option(None, "directory with train.jsonl and validation.jsonl; null where hub is given")
     hub: str | None = option(None, "a data set on the hub")
     hub_config: str | None = option(None, "configuration of the hub's data set")
     fields: Mapping[str, str] = option(
-        {}, "column of prompt, choices, label, completion, target, messages, chosen, rejected or id"
+        {}, "column of prompt, choices, label, completion, target, messages, tools, chosen, rejected, text or id"
     )
     train_limit: PositiveInt | None = option(None, "use only the first rows of the training split")
     validation_limit: PositiveInt | None = option(None, "use only the first rows of the validation split")
@@ -213,5 +215,11 @@ def takes_template(config: RunConfig) -> bool:
 
 
 def is_chat(config: RunConfig) -> bool:
-    """Whether the task's rows are messages."""
+    """Whether the task's rows are messages.
+
+    Raises:
+      InputError: ``task.kind`` is still ``auto``.
+    """
+    if isinstance(config.task, JsonlTask) and config.task.kind == "auto":
+        raise InputError("task.kind=auto is for stablelora train and data alone: name the kind of the rows")
     return isinstance(config.task, JsonlTask) and config.task.kind == "chat"

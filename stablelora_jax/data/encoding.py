@@ -134,7 +134,8 @@ def encode_many(
         given = _ids(tokenizer, [text.prompt for text in chunk])
         whole = _ids(tokenizer, [text.prompt + text.answer for text in chunk])
         for text, g, w in zip(chunk, given, whole, strict=True):
-            yield _cut(start + w + close, len(start) + _agreement(g, w), max_length, truncate, text.id)
+            answer = len(start) + _agreement(g, w)
+            yield _cut(start + w + close, answer, max_length, truncate, text.id, alone=not text.prompt)
 
 
 def templated(tokenizer: Any, texts: Sequence[Text]) -> list[Text]:
@@ -210,11 +211,13 @@ def _agreement(given: list[int], whole: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), min(len(given), len(whole)))
 
 
-def _cut(tokens: list[int], answer: int, max_length: int, truncate: Truncate, id: str) -> Example:
+def _cut(tokens: list[int], answer: int, max_length: int, truncate: Truncate, id: str, alone: bool) -> Example:
+    """``alone``: there is no prompt, and what is left of the answer is learnt."""
     over, where = max(0, len(tokens) - max_length), f" of {id}" if id else ""
     _require_short(over, len(tokens), max_length, truncate, f"the text{where}")
     kept = tokens[:max_length] if truncate == "right" else tokens[over:]
     first = answer if truncate == "right" else answer - over
+    first = max(first, 1 if over else 0) if alone else first
     if first >= len(kept) or first < (1 if over else 0):
         raise InputError(
             f"the answer{where}, {len(tokens) - answer} tokens, "

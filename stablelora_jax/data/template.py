@@ -84,7 +84,10 @@ def render_views(tokenizer: Any, chats: Sequence[Asked], labels: Sequence[str]) 
         some = [_plain_chat(chat, label) for chat, label in zip(chats[start:end], labels[start:end], strict=True)]
         kinds = {bool(chat["tools"]) for chat in some}
         templates = {"tools" if tools else "plain": template_of(tokenizer, tools) for tools in kinds}
-        answer = _ask({"templates": templates, "variables": dict(tokenizer.special_tokens_map), "chats": some})
+        request = {"templates": templates, "variables": dict(tokenizer.special_tokens_map)}
+        answer = _ask({**request, "chats": some})
+        if "ended" in answer and len(some) > 1:  # which of them it was, or whether all were merely slow
+            answer = _one_by_one(request, some)
         if "error" in answer:
             reason = " ".join(str(answer["error"]).split())[:200]
             raise InputError(f"{labels[start + answer['at']]}: the chat template does not take it ({reason})")
@@ -92,6 +95,17 @@ def render_views(tokenizer: Any, chats: Sequence[Asked], labels: Sequence[str]) 
             [Rendering(text, tuple((a, b) for a, b in spans)) for text, spans in views] for views in answer["chats"]
         ]
     return found
+
+
+def _one_by_one(request: Mapping[str, Any], chats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answer to ``request`` for each of ``chats`` alone, put together, or the first error."""
+    found = []
+    for at, chat in enumerate(chats):
+        answer = _ask({**request, "chats": [chat]})
+        if "error" in answer:
+            return {**answer, "at": at}
+        found += answer["chats"]
+    return {"chats": found}
 
 
 def _requests(chats: Sequence[Asked]) -> Iterator[tuple[int, int]]:
@@ -155,7 +169,7 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(answer)
             return found
         _end(process)
-    return {"at": 0, "error": "it takes more than 5 seconds, or too much memory"}
+    return {"at": 0, "error": "it takes more than 5 seconds, or too much memory", "ended": True}
 
 
 def _process() -> Any:

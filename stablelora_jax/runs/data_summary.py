@@ -14,7 +14,7 @@ from stablelora_jax.data.encoding import loss_mask
 from stablelora_jax.data.tasks import load_questions
 from stablelora_jax.data.token_cache import loss_counts
 from stablelora_jax.models.pretrained.load import base_directory, pretrained_tokenizer
-from stablelora_jax.runs.prepare import load_training_data, with_steps
+from stablelora_jax.runs.prepare import load_training_data, with_kind, with_steps
 from stablelora_jax.runs.validation import make_validation_set
 
 Marks = tuple[str, str]
@@ -35,6 +35,7 @@ def data_summary(
     Raises:
       InputError: as a training run raises it for the same data.
     """
+    config = with_kind(config, log_fn)
     tokenizer = pretrained_tokenizer(config.model.path or base_directory())
     loader = load_training_data(config, tokenizer, log_fn)
     with_steps(config, loader, log_fn)

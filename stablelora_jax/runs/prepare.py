@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from stablelora_jax.config.parallel import MeshConfig
-from stablelora_jax.config.run import MOST, RunConfig, is_chat, takes_template
+from stablelora_jax.config.run import MOST, JsonlTask, RunConfig, is_chat, takes_template
 from stablelora_jax.data import (
     Loader,
     Text,
@@ -29,6 +29,7 @@ from stablelora_jax.data import (
 )
 from stablelora_jax.data.encoding import preference_texts
 from stablelora_jax.data.tasks import load_questions
+from stablelora_jax.data.tasks.schemas import recognised
 from stablelora_jax.evaluation.loglikelihood import Rows, make_compute
 from stablelora_jax.interop.export import locate_adapter
 from stablelora_jax.interop.peft import require_peft_form
@@ -312,6 +313,13 @@ def texts_to_train_on(config: RunConfig) -> list[Text]:
     """The texts of the training split; of an objective over pairs, each right answer with a wrong one after it."""
     items = load_questions(config.task, "train")
     return training_texts(items) if config.objective.name == "sft" else preference_texts(items, config.seed)
+
+
+def with_kind(config: RunConfig, log_fn: Callable[[str], None]) -> RunConfig:
+    """The configuration with the kind of its task's rows, where that is ``auto``; it is logged."""
+    if not isinstance(config.task, JsonlTask):
+        return config
+    return replace(config, task=recognised(config.task, log_fn))
 
 
 def training_digest(config: RunConfig) -> str:

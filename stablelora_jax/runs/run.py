@@ -34,7 +34,7 @@ from stablelora_jax.runs.early_stopping import best_step
 from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
 from stablelora_jax.runs.log import RunLog, open_log
 from stablelora_jax.runs.loop import metadata_of, train
-from stablelora_jax.runs.prepare import TrainingSetup, prepare, training_digest
+from stablelora_jax.runs.prepare import TrainingSetup, prepare, training_digest, with_kind
 from stablelora_jax.runs.summary import summarize, summary_lines
 from stablelora_jax.runs.trackers import require_installed
 from stablelora_jax.training import checkpoint
@@ -72,6 +72,7 @@ def run(config: RunConfig, log_fn: Callable[[str], None] = print) -> dict[str, A
         initialize(**asdict(config.distributed))
     require_devices()
     log_fn = log_fn if is_primary() else _silent
+    config = with_kind(config, log_fn)
     located = locate(config)
     directory = located.path
     if (summary := read_summary(directory)) and has_adapter(directory) and not located.changes:

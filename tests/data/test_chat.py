@@ -1,5 +1,7 @@
 """The loss of a chat is on what the assistant says and on what ends its turn, and on nothing else."""
 
+import functools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,8 +33,9 @@ THINKING = (  # writes a thinking block in the last turn alone, as Qwen3 does
 OPENED = THINKING.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+@functools.cache
+def byte_tokenizer():
+    """A token for each byte, and one that ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -40,6 +43,11 @@ def tokenizer():
     inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", name_or_path="some/model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
 
 
 def learnt(tokenizer, template, messages, **how):
@@ -217,7 +225,7 @@ BAD = {
     ),
     "a call without a name": ([user(0), {"role": "assistant", "tool_calls": [{}]}], None, "has tool_calls that are no"),
     "no calls": ([user(0), {"role": "assistant", "tool_calls": []}], None, "message 2 of the assistant has no content"),
-    "tools that are none": (turns(1), "add", "tools are a list of JSON schemas"),
+    "tools that are none": (turns(1), {"name": "add"}, "tools are a list of JSON schemas"),
     "tools of text": (turns(1), ["add"], "tools are a list of JSON schemas"),
     "no JSON": ([{**user(0), "extra": {1, 2}}, said(0)], None, "holds what is no JSON"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stablelora_jax.config.run import ArcTask, CompareSizesTask, JsonlTask, MathTask, QaTask
-from stablelora_jax.data.tasks import compare_sizes, gsm8k, jsonl, merged_qa, metamathqa
+from stablelora_jax.data.tasks import compare_sizes, gsm8k, jsonl, merged_qa, metamathqa, schemas
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
 
 Task = CompareSizesTask | ArcTask | QaTask | MathTask | JsonlTask
@@ -20,7 +20,9 @@ def load_questions(task: Task, split: str) -> list[Question] | list[Problem] | l
     elif isinstance(task, MathTask):
         found = {"gsm8k": gsm8k, "metamathqa": metamathqa}[task.name].problems(split, task.path, held_out=task.held_out)
     elif isinstance(task, JsonlTask):
-        found = jsonl.items(task.kind, split, task.path, task.hub, task.hub_config, task.fields)
+        kind = schemas.recognised(task, lambda text: None).kind
+        assert kind != "auto"
+        found = jsonl.items(kind, split, task.path, task.hub, task.hub_config, task.fields)
     elif task.name == "merged_qa":
         found = merged_qa.questions(split, task.path)
     else:

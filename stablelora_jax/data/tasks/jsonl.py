@@ -1,11 +1,13 @@
 """Any rows: multiple choice, prompt and completion, or chat messages, from a file or the hub, columns by name.
 
-``fields`` says which column is what; a column that is not named there has the name itself.
+``fields`` says which column is what; a column that is not named there has the name itself. Rows of ShareGPT and
+of Alpaca are read as chats and as completions (``schemas.py``).
 
     choice       prompt, choices (list of strings), label (index from 0)                    -> Question
     completion   prompt, completion, target (optional: what the answer is judged by)        -> Problem
     preference   prompt, chosen, rejected                                                   -> Question of two choices
     chat         messages: [{"role", "content"}] (data/conversation.py); tools (optional): JSON schemas      -> Chat
+    text         text: all of it is learnt                                                        -> Problem
 
 Messages stay as they are, for the model's chat template; beside them, joined by blank lines, are the last answer of the
 assistant and all before it.
@@ -20,6 +22,7 @@ from typing import Any, Literal
 from stablelora_jax.data.conversation import conversation
 from stablelora_jax.data.tasks import rows
 from stablelora_jax.data.tasks.question import Chat, Problem, Question
+from stablelora_jax.data.tasks.schemas import chat_row, completion_row, messages_of, tools_of
 from stablelora_jax.utils.errors import InputError
 
 NEEDED = {
@@ -27,6 +30,7 @@ NEEDED = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "preference": ("prompt", "chosen", "rejected"),
+    "text": ("text",),
 }
 OFTEN = {
     "prompt": ("instruction", "question", "input", "query", "text"),
@@ -38,14 +42,16 @@ OFTEN = {
     "rejected": ("dispreferred", "response_rejected"),
     "target": (),
     "tools": (),
+    "text": ("content", "document"),
     "id": (),
 }
-Kind = Literal["choice", "completion", "chat", "preference"]
+Kind = Literal["choice", "completion", "chat", "preference", "text"]
 NAMES = {
     "choice": ("prompt", "choices", "label", "id"),
     "completion": ("prompt", "completion", "target", "id"),
     "chat": ("messages", "tools", "id"),
     "preference": ("prompt", "chosen", "rejected", "id"),
+    "text": ("text", "id"),
 }
 
 
@@ -72,12 +78,19 @@ def items(
         raise InputError(
             f"task.fields.{unknown[0]} is not read for kind {kind}: task.fields maps {names} to columns of the file"
         )
-    make: Any = {"choice": _question, "completion": _completion, "chat": _chat, "preference": _preference}[kind]
+    make: Any = {
+        "choice": _question,
+        "completion": _completion,
+        "chat": _chat,
+        "preference": _preference,
+        "text": _plain,
+    }[kind]
     found = rows.hub_rows(rows.Hub(hub, config), split) if hub else rows.local_split(Path(str(path)), split)
     return rows.parse(*found, split, lambda row, name: make(_named(row, kind, fields), name))
 
 
 def _named(row: Mapping[str, Any], kind: Kind, fields: Mapping[str, str]) -> dict[str, Any]:
+    row = completion_row(row, fields) if kind == "completion" else chat_row(row, fields) if kind == "chat" else row
     columns = {name: fields.get(name, name) for name in NAMES[kind]}
     absent = [
         name for name, column in columns.items() if column not in row and (name in fields or name in NEEDED[kind])
@@ -120,9 +133,13 @@ def _preference(row: Mapping[str, Any], name: str) -> Question:
     return Question(prompt, pair, 0, str(row.get("id", name)))
 
 
+def _plain(row: Mapping[str, Any], name: str) -> Problem:
+    return Problem("", rows.text(row, "text"), None, str(row.get("id", name)))
+
+
 def _chat(row: Mapping[str, Any], name: str) -> Chat:
     try:
-        messages, tools = conversation(row["messages"], row.get("tools"))
+        messages, tools = conversation(messages_of(row["messages"]), tools_of(row.get("tools")))
     except InputError as error:
         raise rows.Unsupported(str(error)) from None
     texts = [_text(message) for message in messages]

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 
 from stablelora_jax import InputError
 from stablelora_jax.config.run import JsonlTask
-from stablelora_jax.data.tasks import jsonl, load_questions, rows, text
+from stablelora_jax.data.tasks import jsonl, load_questions, rows, schemas, text
 from tests.data.tasks.test_arc import write
 
 
@@ -52,7 +53,7 @@ def test_chat(tmp_path):
     assert (found.messages, found.tools) == (tuple(several["messages"]), several["tools"])
     for wrong, message in (
         ("x", "a chat is a list of messages"),
-        ([{"from": "human", "value": "x"}], "message 1 is .*: a message is"),
+        ([{"speaker": "human", "value": "x"}], "message 1 is .*: a message is"),
         (turns[:2], "no message of the assistant"),
         ([turns[1], {"role": "assistant", "content": [1]}], "a content that holds int, not text"),
     ):
@@ -79,10 +80,15 @@ def test_mistakes(tmp_path, task, message):
 @pytest.mark.parametrize(
     "kind,row,fields",
     [
-        ("completion", {"instruction": "x", "input": "", "output": "y"}, "{prompt: instruction, completion: output}"),
+        (
+            "completion",
+            {"instruction": "x", "input": "", "response": "y"},
+            "{prompt: instruction, completion: response}",
+        ),
         ("completion", {"question": "x", "answer": "y"}, "{prompt: question, completion: answer}"),
         ("completion", {"prompt": "x", "response": "y"}, "{completion: response}"),
-        ("chat", {"conversations": []}, "{messages: conversations}"),
+        ("chat", {"dialog": []}, "{messages: dialog}"),
+        ("text", {"content": "x"}, "{text: content}"),
         ("choice", {"question": "x", "options": [], "gold": 0}, "{prompt: question, choices: options, label: gold}"),
     ],
 )
@@ -90,6 +96,49 @@ def test_columns_of_another_name_are_named_with_the_way_out(tmp_path, kind, row,
     with pytest.raises(InputError) as error:
         load(tmp_path, [row], kind=kind)
     assert f"task.fields={fields}" in str(error.value) and "damaged" not in str(error.value)
+
+
+TALK = [{"from": "human", "value": "One"}, {"from": "gpt", "value": "two"}]
+MESSAGES = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "two"}]
+TOLD = ("One", " two", None, "train-0")
+SCHEMAS = {
+    "messages": ({"messages": MESSAGES}, "chat", "OpenAI's messages", (*TOLD, tuple(MESSAGES), None)),
+    "conversations": ({"conversations": TALK}, "chat", "ShareGPT's", (*TOLD, tuple(MESSAGES), None)),
+    "conversations of roles": ({"conversations": MESSAGES}, "chat", "ShareGPT's", (*TOLD, tuple(MESSAGES), None)),
+    "Alpaca": ({"instruction": "One", "input": "", "output": "two"}, "completion", "Alpaca's", TOLD),
+    "prompt": ({"prompt": "One", "completion": "two", "text": "x"}, "completion", "prompt and completion", TOLD),
+    "text": ({"text": "One two"}, "text", "text alone", ("", "One two", None, "train-0")),
+    "choice": (
+        {"prompt": "One", "choices": ["a", "b"], "label": 1},
+        "choice",
+        "mult",
+        ("One", (" a", " b"), 1, "train-0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_are_recognised_and_said(tmp_path, name):
+    row, kind, said, item = SCHEMAS[name]
+    assert load(tmp_path, [row], kind="auto") == load(tmp_path, [row], kind=kind) == [item]
+    lines = []
+    task = JsonlTask(path=str(tmp_path), kind="auto")
+    assert schemas.recognised(task, lines.append) == replace(task, kind=kind)
+    (line,) = lines
+    assert line.startswith(f"{tmp_path / 'train.jsonl'}: rows of {said}") and line.endswith(f"(task.kind={kind})")
+    assert schemas.recognised(replace(task, kind="text"), lines.append).kind == "text" and len(lines) == 1
+
+
+def test_what_others_have_besides(tmp_path):
+    (found,) = load(tmp_path, [{"instruction": "Add.", "input": "1 2", "output": "3"}])
+    assert found.prompt == "Add.\n\n1 2"
+    row = {"conversations": TALK, "system": "Be brief.", "tools": '[{"name": "f"}]'}
+    (found,) = load(tmp_path, [row], kind="chat")
+    assert found.messages == ({"role": "system", "content": "Be brief."}, *MESSAGES) and found.tools == [{"name": "f"}]
+    (found,) = load(tmp_path, [{"talk": TALK}], kind="chat", fields={"messages": "talk"})
+    assert found.messages == tuple(MESSAGES)
+    with pytest.raises(InputError, match="row 1 has the columns chosen, which task.kind=auto does not know"):
+        load(tmp_path, [{"chosen": "x"}], kind="auto")
 
 
 ROWS = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(3)]
