@@ -166,12 +166,12 @@ def _totals(counts: Sequence[np.ndarray], texts: int, max_length: int) -> list[i
     """The sums of ``counts`` (cut, clipped, empty) of ``texts`` texts that are kept.
 
     Raises:
-      InputError: no text is whole.
+      InputError: no text has kept its answers.
     """
     cut, clipped, empty = (int(count) for count in np.sum(counts, axis=0))
     if clipped == texts:
         raise InputError(
-            f"no answer of the {texts + empty} texts is whole within max_length={max_length}: raise max_length"
+            f"each of the {texts + empty} texts loses answers, or a part of one, to max_length={max_length}: raise it"
         )
     return [cut, clipped, empty]
 

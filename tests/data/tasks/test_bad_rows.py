@@ -48,7 +48,8 @@ WRONG = {
     "an empty choice": ("choice", {"prompt": "x", "choices": ["a", ""], "label": 0}, "a choice is empty"),
 }
 RAISES = "{% if 'Bad' in messages[0].content %}{{ raise_exception('not that') }}{% endif %}" + PLAIN
-ENDLESS = "{% if 'Bad' in messages[0].content %}{{ (9 ** 9999999) ** 99 }}{% endif %}" + PLAIN
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+ENDLESS = "{% if 'Bad' in messages[0].content %}" + LOOPS + "{% endif %}" + PLAIN
 CRASHES = "{% if 'Bad' in messages[0].content %}{{ messages[9].content }}{% endif %}" + PLAIN
 SHOUT = [{"role": "user", "content": "Bad"}, said(0)]
 TEMPLATES = {
