@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stablelora_jax.lora.fitting import leaf_name, require_fitting
-from stablelora_jax.lora.pairs import TargetModule, make_target_module, pair_shapes
+from stablelora_jax.lora.pairs import TargetModule, make_target_module
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
@@ -19,11 +19,10 @@ from stablelora_jax.utils.tree import Path
 SPEC, PAIRS = "spec", "pairs"
 
 
-def own_record(adapters: Any, spec: LoraSpec) -> dict[str, Any]:
+def own_record(targets: Mapping[Path, TargetModule], spec: LoraSpec) -> dict[str, Any]:
     """What :func:`recorded_spec` and :func:`recorded_targets` read."""
-    shapes = pair_shapes(adapters)
     pairs = [
-        {"path": list(path), "stack": list(stack), "size": list(size)} for path, (stack, _, size) in shapes.items()
+        {"path": list(path), "stack": list(target.stack), "size": list(target.size)} for path, target in targets.items()
     ]
     return {SPEC: spec.to_dict(), PAIRS: pairs}
 

@@ -14,32 +14,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from stablelora_jax.interop.base_record import KEY as BASE
 from stablelora_jax.interop.base_record import base_record, other_base
 from stablelora_jax.interop.metadata import OURS, WRITER, load_metadata, require_own
-from stablelora_jax.interop.own_record import PAIRS, own_record, recorded_spec, recorded_targets
-from stablelora_jax.interop.peft_config import from_peft_config, to_peft_config
-from stablelora_jax.interop.peft_experts import read_expert_targets
+from stablelora_jax.interop.own_record import own_record
+from stablelora_jax.interop.peft_config import SUBTRACTED_INIT, to_peft_config
 from stablelora_jax.interop.peft_layout import EMBEDDING, HEAD, is_tied, layout
-from stablelora_jax.interop.peft_weights import PREFIX, WEIGHTS, assemble, check_tensors, read_weights
+from stablelora_jax.interop.peft_lycoris import as_lora_file
+from stablelora_jax.interop.peft_spec import read_spec
+from stablelora_jax.interop.peft_tuners import read_tensors, write_tensors
+from stablelora_jax.interop.peft_weights import PREFIX, WEIGHTS, assemble, check_tensors, read_weights, stored_name
+from stablelora_jax.interop.tuner_form import tuner_form
 from stablelora_jax.lora.fitting import fitting_targets
 from stablelora_jax.lora.full_parameters import unknown_full_parameters
 from stablelora_jax.lora.leaf_checks import require_leaves
-from stablelora_jax.lora.leaves import adapter_target_modules
+from stablelora_jax.lora.leaves import adapter_target_modules, split_frozen, with_frozen
 from stablelora_jax.lora.pairs import TargetModule
-from stablelora_jax.lora.peft_config import CONFIG, from_peft, read_config
+from stablelora_jax.lora.peft_config import CONFIG, read_config
 from stablelora_jax.lora.spec import LoraSpec
-from stablelora_jax.lora.target_modules import as_dict, find_target_modules
+from stablelora_jax.lora.target_modules import as_dict
 from stablelora_jax.lora.to_lora import lora_shapes, to_lora
+from stablelora_jax.lora.transform import init_adapters
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, write_bytes_whole
 
 SHOWN = 10  # names in a warning
-NOT_OF_SPEC = ("base_model_name_or_path", "task_type", "inference_mode", "ensure_weight_tying")
 UNTIE = "untie them first (model, params = untie(model, params); model.untie of a run; --untie)"
 
 
@@ -52,6 +56,7 @@ def save_peft(
     base_model: str | None = None,
     params: Any = None,
     metadata: Mapping[str, Any] | None = None,
+    peft_type: str = "LORA",
 ) -> None:
     """Write ``adapters`` as a directory that ``peft.PeftModel.from_pretrained`` and vLLM load.
 
@@ -65,6 +70,8 @@ def save_peft(
         base. Required where an embedding is adapted or parameters are trained in full: PEFT also stores the base's own
         weights of an adapted embedding or head.
       metadata: JSON values that PEFT has no key for (optimizer, shrink ratio, ...), for ``stablelora.json``.
+      peft_type: ``"VERA"``, ``"RANDLORA"``, ``"MISS"`` or ``"ADALORA"`` saves adapters of that parametrisation in the
+        form of PEFT's own tuner, which PEFT can train further. It needs ``params``; vLLM reads none of them.
 
     Raises:
       InputError: adapters that do not fit the spec, are not finite, or cannot be expressed in PEFT's format; another
@@ -75,16 +82,21 @@ def save_peft(
     directory = as_path(directory, "the adapter's directory")
     require_own(directory, (CONFIG, WEIGHTS, OURS))
     params = None if params is None else as_dict(params)
-    adapters, spec = to_lora(adapters, spec, params=params)
-    targets = require_peft_form(adapters, spec, params)
+    if peft_type == "LORA":
+        adapters, spec = to_lora(adapters, spec, params=params)
+    else:
+        adapters, spec = tuner_form(adapters, spec, _own_targets(adapters, spec, params), peft_type)
+    targets = require_peft_form(adapters, spec, params, peft_type)
     entries = layout(targets, params, spec)
-    tensors = {PREFIX + e.name: e.take(np.asarray(tree.get_in(adapters, e.path))) for e in entries}
+    tensors = {e.name: e.take(np.asarray(tree.get_in(adapters, e.path))) for e in entries}
     for name, array in tensors.items():
         if not np.isfinite(array).all():
-            raise InputError(f"{name} holds NaN or infinity: nothing was written to {directory}")
-    tensors |= {PREFIX + name: array for name, array in _base_weights(targets, params).items()}
+            raise InputError(f"{PREFIX}{name} holds NaN or infinity: nothing was written to {directory}")
     config = to_peft_config(spec, targets.values(), base_model, params, [e.name for e in entries])
-    own = {"written_by": WRITER, **own_record(adapters, spec), **(metadata or {})}
+    tensors, more = write_tensors(tensors, entries, targets.values(), spec)
+    config |= more
+    tensors = {stored_name(n): array for n, array in (tensors | _base_weights(targets, params)).items()}
+    own = {"written_by": WRITER, **own_record(targets, spec), **(metadata or {})}
     if params is not None and BASE not in (metadata or {}):
         own[BASE] = base_record(params, base_model)
     ours = json.dumps(own, indent=2, default=str) + "\n"
@@ -113,97 +125,54 @@ def load_peft(
       strict: raise an error instead of the warning about another base.
 
     Returns:
-      ``(adapters, spec)``: float32 (float64 if the file's are), stacked and padded as ``init_adapters`` makes them.
+      ``(adapters, spec)``: float32 (float64 if the file's are), stacked and padded as ``init_adapters`` makes them. Of
+      ``peft_type`` VERA, RANDLORA, MISS and ADALORA they are our parametrisations of that name, which carry the random
+      factors of the file as ``frozen_...``; LOHA and LOKR are read as plain LoRA.
 
     Raises:
       InputError: a missing or damaged file, a feature that is not supported, or a tensor that is missing, unexpected,
         transposed or of another rank than the config says; the message names it. With ``strict``, another base.
     """
     directory, params = as_path(directory, "the adapter's directory"), as_dict(params)
-    raw = read_config(directory)
-    tensors = read_weights(directory / WEIGHTS)
+    raw, tensors = as_lora_file(read_config(directory), read_weights(directory / WEIGHTS), str(directory / WEIGHTS))
     _refuse_untied(raw, tensors, params, directory)
     record = load_metadata(directory)
     try:
-        spec, targets, dropped = _read_spec(raw, record, params, tensors)
+        spec, targets, dropped = read_spec(raw, record, params, tensors)
         entries = layout(targets, params, spec)
     except (InputError, TypeError) as error:
         raise InputError(f"{directory / CONFIG}: {error}") from None
     if dropped:
         names = ", ".join(dropped[:SHOWN]) + f" and {len(dropped) - SHOWN} more" * (len(dropped) > SHOWN)
         warnings.warn(f"{directory / CONFIG}: {names} match no module of this model", stacklevel=4)
+    tensors = read_tensors(raw, tensors, entries, spec, str(directory / WEIGHTS))
     base = _base_weights(targets, params) | _whole_layers(params)
     check_tensors(entries, tensors, base, str(directory / WEIGHTS))
     if difference := other_base(record.get(BASE), params, base_model):
         if strict:
             raise InputError(f"{directory} {difference}: give that base, or leave strict out")
         warnings.warn(f"{directory} {difference}: the result is another model than was trained", stacklevel=4)
-    return assemble(entries, tensors), spec
+    return _with_start(assemble(entries, tensors), spec, params), spec
 
 
-def _read_spec(
-    raw: Mapping[str, Any], record: Mapping[str, Any], params: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> tuple[LoraSpec, dict[tree.Path, TargetModule], list[str]]:
-    """The spec, the adapted modules, and what was dropped. The spec on record counts where the config still says it."""
-    own = recorded_spec(record)
-    if own is not None:
-        try:
-            targets = find_target_modules(params, own)
-        except InputError:
-            targets = {}
-        if _sizes(targets) != _recorded_sizes(record):  # not told by names and shapes
-            targets = recorded_targets(record, own, params)
-        if _same_config(raw, to_peft_config(own, targets.values(), None, params, ())):
-            return own, targets, []
-    if raw.get("target_parameters"):
-        return *_read_experts(raw, tensors, params), []
-    spec, dropped = from_peft_config(raw, params)
-    return spec, find_target_modules(params, spec), dropped
-
-
-def _read_experts(
-    raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
-) -> tuple[LoraSpec, dict[tree.Path, TargetModule]]:
-    """The spec and the adapted modules of another program's adapter of experts."""
-    spec = from_peft(raw)
-    targets = read_expert_targets(raw, tensors, spec, params)
-    if modules := raw.get("target_modules"):
-        targets |= find_target_modules(params, from_peft({**raw, "target_modules": modules, "target_parameters": None}))
-    return spec, targets
-
-
-def _sizes(targets: Mapping[tree.Path, TargetModule]) -> dict[tree.Path, Any]:
-    return {path: (target.stack, target.size) for path, target in targets.items()}
-
-
-def _recorded_sizes(record: Mapping[str, Any]) -> dict[tree.Path, Any]:
-    """What :func:`_sizes` gives of the adapter on record; {} if it is damaged."""
-    try:
-        return {tuple(p["path"]): (tuple(p["stack"]), tuple(p["size"])) for p in record.get(PAIRS) or ()}
-    except (KeyError, TypeError):
-        return {}
-
-
-def _same_config(raw: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
-    """Whether a config says of the adapter what was written for it; lists may be in another order."""
-    ours = {key: value for key, value in written.items() if key not in NOT_OF_SPEC}
-    return set(raw) == set(written) and all(_text(raw[key]) == _text(value) for key, value in ours.items())
-
-
-def _text(value: Any) -> str:
-    """A value of a config as JSON, in which 2 is not 2.0."""
-    return json.dumps(sorted(value, key=str) if isinstance(value, list) else value)
+def _with_start(adapters: dict[str, Any], spec: LoraSpec, params: Any) -> dict[str, Any]:
+    """``adapters`` with the start that PEFT has subtracted from the base, where ``spec`` has one."""
+    if spec.init not in SUBTRACTED_INIT:
+        return adapters
+    frozen = split_frozen(init_adapters(jax.random.key(0), params, spec))[1]
+    return with_frozen(adapters, frozen)  # type: ignore[no-any-return]
 
 
 def require_peft_form(
-    adapters: Mapping[str, Any], spec: LoraSpec, params: Mapping[str, Any] | None = None
+    adapters: Mapping[str, Any], spec: LoraSpec, params: Mapping[str, Any] | None = None, peft_type: str = "LORA"
 ) -> dict[tree.Path, TargetModule]:
     """The adapted modules by path, checked to be expressible in PEFT's format; arguments are those of ``save_peft``.
 
     Raises:
       InputError: as :func:`save_peft`.
     """
-    adapters, spec = lora_shapes(adapters, spec, params)
+    if peft_type == "LORA":
+        adapters, spec = lora_shapes(adapters, spec, params)
     if params is not None:
         targets = fitting_targets(adapters, spec, params)
     else:
@@ -214,6 +183,17 @@ def require_peft_form(
     require_leaves(targets, adapters, spec)
     if params is not None and is_tied(params) and spec.parametrization != "lora" and ("model", EMBEDDING) in targets:
         raise InputError(f"PEFT has no {spec.parametrization} for an embedding that is tied to the head: {UNTIE}")
+    return targets
+
+
+def _own_targets(
+    adapters: Mapping[str, Any], spec: LoraSpec, params: Mapping[str, Any] | None
+) -> dict[tree.Path, TargetModule]:
+    """The adapted modules of adapters that are no LoRA, whose sizes only the base tells."""
+    if params is None:
+        raise InputError(f"{spec.parametrization}: the sizes of the kernels are not in the adapters: pass params=")
+    targets = fitting_targets(adapters, spec, params)
+    require_leaves(targets, adapters, spec)
     return targets
 
 

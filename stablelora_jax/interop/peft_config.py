@@ -18,13 +18,15 @@ from stablelora_jax.interop.peft_layout import HEAD, is_tied
 from stablelora_jax.lora.names import hits, layer_number, matches, module_names, stack_depth, suffixes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.peft_config import make_spec, spec_arguments
+from stablelora_jax.lora.peft_tuners import PEFT_TYPES, START, TUNERS, Tuner, tuner_of, tuner_words
 from stablelora_jax.lora.spec import LoraSpec, shown
 from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 
-# Initialisations that do not change the base; others (pissa, olora, loftq, ...) need the changed base.
+# What init_lora_weights says about a trained adapter. The pairs come from the file; they are beside the base as it is,
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+SUBTRACTED_INIT = ("pissa", "olora")  # or beside what is left of it without a start that the base tells.
 
 
 def to_peft_config(
@@ -34,7 +36,7 @@ def to_peft_config(
     params: Mapping[str, Any] | None,
     tensors: Sequence[str],
 ) -> dict[str, Any]:
-    """The content of ``adapter_config.json`` for adapters at ``targets`` of ``params`` (or None).
+    """The content of ``adapter_config.json`` for adapters at ``targets`` of ``params`` (or None), LoRA's or a tuner's.
 
     Lists and pattern maps mean the same in PEFT and are written unchanged. ``all-linear`` and regular expressions are
     written as the list of modules that they select: PEFT would match an expression with containers too, which have no
@@ -65,11 +67,13 @@ def to_peft_config(
         "." in entry or entry == HEAD for entry in spec.target_modules
     )
     listed = isinstance(spec.target_modules, tuple) and not (whole and spec.layers_to_transform is not None)
+    peft_type = PEFT_TYPES.get(spec.parametrization)
+    listed = listed and not (peft_type and spec.exclude_modules and not TUNERS[peft_type].excludes)
     target = list(spec.target_modules) if listed else chosen
     if experts and listed:
         target = without_experts(target, targets, spec)
     tied = params is not None and is_tied(params) and any(name.startswith(f"{HEAD}.") for name in tensors)
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base_model is None else str(base_model),
@@ -94,6 +98,7 @@ def to_peft_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
+    return tuner_words(config, peft_type) if peft_type else config
 
 
 def from_peft_config(raw: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[LoraSpec, list[str]]:
@@ -112,12 +117,14 @@ def from_peft_config(raw: Mapping[str, Any], params: Mapping[str, Any]) -> tuple
     Raises:
       InputError: another type of adapter, a feature that a spec does not have, or a missing key.
     """
-    for key in ("peft_type", "target_modules", "r", "lora_alpha"):
+    tuner = tuner_of(raw.get("peft_type"))
+    required = [key for key, own in tuner.renamed.items() if own == "r"] if tuner else ["r", "lora_alpha"]
+    if raw.get("peft_type") not in (None, "LORA") and tuner is None:
+        required = []  # it is the type that cannot be read
+    for key in ("peft_type", "target_modules", *required):
         if raw.get(key) is None:
             raise InputError(f"the key {key} is missing")
-    if isinstance(raw.get("init_lora_weights"), bool | str) and raw["init_lora_weights"] in PLAIN_INIT:
-        raw = {**raw, "init_lora_weights": True}  # the pairs come from the file
-    given = spec_arguments({**raw, "task_type": None})  # and so do the heads of a task
+    given = spec_arguments({**without_start(raw, tuner), "task_type": None})  # heads of a task come from the file
     modules = [
         name for target in find_target_modules(params, LoraSpec(target_modules=".*")).values() for name in target.names
     ]
@@ -135,6 +142,23 @@ def from_peft_config(raw: Mapping[str, Any], params: Mapping[str, Any]) -> tuple
     if spec.bias == "lora_only" and not any(_has_bias(params, name) for name in chosen):
         spec, dropped = replace(spec, bias="none"), [*dropped, "bias 'lora_only'"]
     return replace(spec, **{key: _matching(key, given[key], chosen, dropped) for key in tables}), dropped
+
+
+def without_start(raw: Mapping[str, Any], tuner: Tuner | None = None) -> dict[str, Any]:
+    """A configuration without what it says about a start, on which a trained adapter does not depend.
+
+    Raises:
+      InputError: it does: the start has changed the base, by more than the base tells.
+    """
+    if tuner is not None:
+        return {key: value for key, value in raw.items() if key not in START or isinstance(value, str)}
+    init = raw.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool | str)) or init not in (*PLAIN_INIT, *SUBTRACTED_INIT):
+        raise InputError(
+            f"init_lora_weights = {shown(init)} is not supported: the adapter belongs to a base that the start has "
+            "changed; PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
+        )
+    return {**raw, "init_lora_weights": init if init in SUBTRACTED_INIT else True}
 
 
 def _whole_names(spec: LoraSpec, modules: Sequence[str]) -> LoraSpec:

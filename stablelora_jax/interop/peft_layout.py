@@ -13,6 +13,8 @@ PEFT                                  shape                   ours, at the modul
 ``<m>.base_layer.bias``               (out,)                  ``lora_full``: the bias of an adapted module
 ====================================  ======================  =============================================
 
+Other tuners than LoRA: :mod:`~stablelora_jax.interop.peft_tuners`.
+
 Where the head of the base is tied to its embedding, one adapter (or one trained copy) changes both. PEFT calls this
 ``ensure_weight_tying`` and stores the tensors twice, those of the head transposed.
 """
@@ -20,11 +22,11 @@ Where the head of the base is tied to its embedding, one adapter (or one trained
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from stablelora_jax.interop.peft_entry import Entry
 from stablelora_jax.interop.peft_experts import expert_entries, is_experts
+from stablelora_jax.interop.peft_tuners import LEAVES, tuner_entries
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
 from stablelora_jax.lora.leaves import extra_leaves
 from stablelora_jax.lora.pairs import TargetModule
@@ -36,29 +38,6 @@ from stablelora_jax.utils.tree import Path
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
-class Entry(NamedTuple):
-    """One tensor of a file and its part of a leaf in the adapter tree."""
-
-    name: str  # without the prefix
-    shape: tuple[int, ...]  # in the file
-    path: Path  # of the leaf
-    leaf_shape: tuple[int, ...]
-    slices: tuple[int | slice, ...]  # into the leaf, its stack axes flattened to one
-    transposed: bool
-
-    def take(self, leaf: np.ndarray) -> np.ndarray:
-        """The tensor of the file, from ``leaf``."""
-        part = self._flat(leaf)[self.slices]
-        return np.ascontiguousarray(part.T if self.transposed else part)
-
-    def put(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
-        """Write the tensor of a file into its part of ``leaf``, in place."""
-        self._flat(leaf)[self.slices] = tensor.T if self.transposed else tensor
-
-    def _flat(self, leaf: np.ndarray) -> np.ndarray:
-        return leaf.reshape(-1, *leaf.shape[len(leaf.shape) - len(self.shape) :])
-
-
 def layout(targets: Mapping[Path, TargetModule], params: Mapping[str, Any] | None, spec: LoraSpec) -> list[Any]:
     """Every tensor that PEFT stores for adapters of ``spec``: an :class:`Entry` or an ``ExpertEntry`` each.
 
@@ -68,7 +47,8 @@ def layout(targets: Mapping[Path, TargetModule], params: Mapping[str, Any] | Non
       spec: the spec of the adapters.
     """
     single = [target for target in targets.values() if not is_experts(target, spec)]
-    entries: list[Any] = [entry for target in single for entry in _pair_entries(target, spec)]
+    own = tuner_entries if spec.parametrization in LEAVES else _pair_entries
+    entries: list[Any] = [entry for target in single for entry in own(target, spec)]
     entries += expert_entries(targets.values(), spec)
     if params is None:
         return entries
@@ -84,7 +64,7 @@ def is_tied(params: Mapping[str, Any]) -> bool:
 
     Example::
 
-        >>> is_tied({"model": {"embed_tokens": {"embedding": np.zeros((8, 4))}}})
+        >>> is_tied({"model": {"embed_tokens": {"embedding": [[0.0]]}}})
         True
     """
     return HEAD not in params and tree.get_in(params, ("model", EMBEDDING)) is not None

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stablelora_jax.interop.peft_layout import Entry
+from stablelora_jax.interop.peft_entry import Entry
+from stablelora_jax.interop.peft_tuners import SHARED_NAMES
 from stablelora_jax.lora.peft_config import CONFIG
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError, brief
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+WHOLE = "base_model."  # of tensors of the whole model
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -36,11 +38,13 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is not a readable safetensors file: {brief(error)}") from None
     tensors = {}
     for name, array in loaded.items():
-        if not name.startswith(PREFIX):
+        whole = name.removeprefix(WHOLE) in SHARED_NAMES
+        if not whole and not name.startswith(PREFIX):
             raise InputError(f"{path}: tensor {name} is not {PREFIX}<module>.lora_A.weight or the like")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"{path}: tensor {name} is of type {array.dtype}, not floating")
-        tensors[name.removeprefix(PREFIX).replace(".default.", ".").removesuffix(".default")] = array
+        own = name.removeprefix(WHOLE if whole else PREFIX)
+        tensors[own.replace(".default.", ".").removesuffix(".default")] = array
     return {name: array for name, array in tensors.items() if not _copy(name, tensors)}
 
 
@@ -50,6 +54,11 @@ def _copy(name: str, tensors: Mapping[str, np.ndarray]) -> bool:
         return True
     plain = name.replace(".modules_to_save.", ".")
     return plain != name and plain in tensors and np.array_equal(tensors[plain], tensors[name])
+
+
+def stored_name(name: str) -> str:
+    """The name in a file of what :func:`read_weights` calls ``name``."""
+    return (WHOLE if name in SHARED_NAMES else PREFIX) + name
 
 
 def check_tensors(

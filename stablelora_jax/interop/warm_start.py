@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stablelora_jax.interop.peft import load_peft
+from stablelora_jax.interop.peft_config import SUBTRACTED_INIT
 from stablelora_jax.lora.full_parameters import trained_parameters
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import find_target_modules
@@ -33,7 +34,7 @@ def start_adapters(
     """Load the adapters at ``directory`` as initial values for ``spec``, in place of ``init_adapters``.
 
     Modules, ranks, scales, parametrisation and the parameters trained in full must be those of ``spec``, however its
-    patterns are written. Dropout and initialiser may differ.
+    patterns are written. Dropout may differ, and the initialiser where no start stays subtracted.
 
     Args:
       directory: in PEFT's layout, with ``adapter_config.json``; any floating dtype.
@@ -75,6 +76,7 @@ def _differences(found: LoraSpec, theirs: Resolved, spec: LoraSpec, ours: Resolv
     """A phrase for each key of the spec in which the adapter ``label`` and the run differ."""
     common = [(theirs.modules[name], ours.modules[name]) for name in ours.modules if name in theirs.modules]
     keys = ["parametrization", "lora_bias"]
+    keys += ["init"] * (found.init in SUBTRACTED_INIT and found.init != spec.init)
     keys += ["rank", "rank_pattern"] * any(a[0] != b[0] for a, b in common)
     keys += ["alpha", "alpha_pattern", "scaling"] * any(a[1] != b[1] for a, b in common)
     keys += ["modules_to_save", "bias"] * (theirs.full != ours.full)

@@ -1,6 +1,7 @@
 """PEFT's ``LoraConfig`` as the arguments of a :class:`~stablelora_jax.lora.spec.LoraSpec`; no model is needed.
 
-Every field of ``LoraConfig`` (PEFT 0.21) is in one of the four tables below, which ``docs/coming-from-peft.md`` shows.
+Every field of ``LoraConfig`` (PEFT 0.21) is in one of the four tables below, which ``docs/coming-from-peft.md`` shows;
+:mod:`.peft_tuners` puts the configurations of other tuners into its words.
 :mod:`stablelora_jax.interop.peft_config` resolves the names against a model, when an adapter is loaded.
 """
 
@@ -13,6 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from stablelora_jax.lora.initializers import INITIALIZERS
+from stablelora_jax.lora.peft_tuners import lora_words, tuner_of
 from stablelora_jax.lora.spec import HEADS, LoraSpec, shown
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, read_json_object
@@ -27,6 +30,7 @@ RENAMED = {
     "lora_dropout": "dropout",
     "use_rslora": "scaling",
     "use_dora": "parametrization",
+    "init_lora_weights": "init",
 }
 # Neither what an adapter computes nor its shapes depend on these.
 IGNORED = """peft_version auto_mapping base_model_name_or_path revision inference_mode runtime_config eva_config
@@ -34,9 +38,8 @@ IGNORED = """peft_version auto_mapping base_model_name_or_path revision inferenc
 JOINED = ("target_parameters",)  # with target_modules: a spec names modules and leaves alike
 # Accepted where they change nothing, and refused otherwise with the reason.
 NEUTRAL = {
-    "peft_type": "only LORA is read",
+    "peft_type": "a spec is one of LORA, VERA, RANDLORA, MISS, ADALORA; load_peft reads files of LOHA and LOKR too",
     "task_type": "PEFT trains the head of this task in full: add it to modules_to_save",
-    "init_lora_weights": "say it as init of the spec; a file that was trained so may be of another base",
     "fan_in_fan_out": "every kernel here is (in, out)",
     "layers_pattern": "the stack of layers is called layers here; LoraSpec's stacked names another",
     "megatron_config": "there are no Megatron layers here; a mesh shards kernels and adapters",
@@ -53,6 +56,8 @@ NEUTRAL = {
     "arrow_config": "Arrow routing is not implemented; a bank holds many adapters",
     "kasa_config": "KaSA is not implemented",
 }
+# Of init_lora_weights, what is an ``init`` of the same name; True, PEFT's default, is kaiming.
+INITS = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "eva", "corda", "loftq", "lora_ga", "mica")
 TASK_HEADS = {  # what PEFT adds to modules_to_save for a task (peft_model.py)
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -78,7 +83,7 @@ def from_peft(config: Mapping[str, Any] | str | os.PathLike[str]) -> LoraSpec:
 
 
 def spec_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a ``LoraSpec`` with the meaning of a ``LoraConfig``; an absent key has PEFT's default.
+    """The arguments of a ``LoraSpec`` with the meaning of a PEFT config; an absent key has PEFT's default.
 
     Raises:
       InputError: naming the key: an unknown one, a feature that a spec does not have, or a value of another kind.
@@ -90,9 +95,12 @@ def spec_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         (4, 8, ['q_proj', 'v_proj'], 'rslora')
     """
     raw = {key: _plain(value) for key, value in config.items()}
+    tuner = tuner_of(raw.get("peft_type"))
+    raw = raw if tuner is None else lora_words(raw, tuner)
     _require_neutral(raw)
     _require_kinds(raw)
     layers = raw.get("layers_to_transform")
+    fixed = {} if tuner is None else {"parametrization": tuner.parametrization, **tuner.arguments}
     return {
         "rank": raw.get("r", 8),
         "alpha": raw.get("lora_alpha", 8),
@@ -107,6 +115,8 @@ def spec_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "modules_to_save": raw.get("modules_to_save") or (),
         "bias": raw.get("bias") or "none",
         "lora_bias": bool(raw.get("lora_bias")),
+        "init": _init(raw.get("init_lora_weights")),
+        **fixed,
     }
 
 
@@ -152,9 +162,16 @@ def _is_neutral(key: str, value: Any, raw: Mapping[Any, Any]) -> bool:
     if key == "task_type":
         saved = raw.get("modules_to_save") or ()
         return not isinstance(value, str) or all(head in saved for head in TASK_HEADS.get(value, ()))
-    if key == "init_lora_weights":
-        return value in (None, True)
     return not value or (key == "layers_pattern" and value in ("layers", ["layers"]))
+
+
+def _init(value: Any) -> str:
+    if value is None or value is True:
+        return "kaiming"
+    if isinstance(value, str) and value in INITS and value in INITIALIZERS:
+        return value
+    known = ", ".join(name for name in INITS if name in INITIALIZERS)
+    raise InputError(f"init_lora_weights = {shown(value)} is not supported: an init is true or one of {known}")
 
 
 def _targets(raw: Mapping[Any, Any]) -> Any:

@@ -221,7 +221,9 @@ def test_answers_that_are_cut_off_are_counted(tokenizer, tmp_path):
         assert (left.cut, left.clipped, left.empty) == (8, 4, 0), "of two turns, the beginning alone is lost"
         right = tokenize_dataset(chatty, texts, max_length=two, chat=True, truncate="right", cache=cache)
         assert (right.cut, right.clipped, right.empty, len(right.lengths)) == (4, 4, 0, 12)
-    with pytest.raises(InputError, match="each of the 12 texts loses answers, or a part of one, to max_length=3: raise it"):
+    with pytest.raises(
+        InputError, match="each of the 12 texts loses answers, or a part of one, to max_length=3: raise it"
+    ):
         tokenize_dataset(chatty, texts, max_length=3, chat=True, truncate="right", cache=tmp_path)
     long = chats(1)[0].chat.messages
     texts.append(Text("", "", "long", Conversation([{**long[0], "content": "the cat " * 99}, long[1]])))

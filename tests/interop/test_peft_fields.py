@@ -42,7 +42,7 @@ FIELDS = {
     "modules_to_save": Field("modules_to_save", ["lm_head"], ("lm_head",)),
     "bias": Field("bias", "lora_only", "lora_only"),
     "lora_bias": Field("lora_bias", True, True),
-    "init_lora_weights": Field(NEUTRAL, "gaussian"),
+    "init_lora_weights": Field("init", "gaussian", "gaussian"),
     "peft_type": Field(NEUTRAL, "LOHA", "LORA"),
     "task_type": Field(NEUTRAL, "SEQ_CLS", "CAUSAL_LM"),
     "fan_in_fan_out": Field(NEUTRAL, True),
@@ -195,6 +195,8 @@ BAD = {
         "for 'layers.1.mlp.up_proj', which target_modules names whole",
     ),
     "task": ({**TARGET, "task_type": "TOKEN_CLS"}, "add it to modules_to_save"),
+    "start": ({**TARGET, "init_lora_weights": "loftq"}, "init_lora_weights = 'loftq' is not supported"),
+    "no start": ({**TARGET, "init_lora_weights": False}, "an init is true or one of gaussian, orthogonal, olora"),
 }
 
 

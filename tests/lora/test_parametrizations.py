@@ -97,8 +97,9 @@ def vera_oracle(w, a, s):
 
 def randlora_oracle(w, a, s):
     wide, thin, lam, gamma = (a[name] for name in ("frozen_wide", "frozen_thin", "lora_lambda", "lora_gamma"))
-    terms = range(lam.shape[1])
-    change = sum(wide[:, i] @ np.diag(lam[:, i]) @ thin @ np.diag(gamma[i]) for i in terms)
+    (rank, count), terms = lam.shape, range(lam.shape[1])
+    wide = wide.reshape(-1, rank, count)
+    change = sum(wide[:, :, i] @ np.diag(lam[:, i]) @ thin @ np.diag(gamma[i]) for i in terms)
     return w + s * (change if w.shape[0] > w.shape[1] else change.T)
 
 
@@ -279,7 +280,7 @@ def one(name, size=None, dtype=jnp.float32, seed=1):
         adapter.pop("frozen_seed")
         small, terms = min(size), math.ceil(min(size) / R)
         shapes = {"vera": {"a": (size[0], R), "b": (R, size[1])}}.get(name)
-        shapes = shapes or {"wide": (max(size), terms, R), "thin": (R, small)}
+        shapes = shapes or {"wide": (max(size), R * terms), "thin": (R, small)}
         adapter |= {f"frozen_{key}": jnp.asarray(rng.normal(size=shape), dtype) for key, shape in shapes.items()}
     moved = lambda key, x: x if key.startswith("frozen_") else x + jnp.asarray(rng.normal(size=x.shape), dtype) / 3
     return w, {key: moved(key, leaf) for key, leaf in adapter.items()}, scale

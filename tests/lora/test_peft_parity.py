@@ -77,15 +77,10 @@ def shira_places(module, size):
 
 
 def randlora_bases(module, size):
-    """PEFT's, cut to the layer, are A (r, 1, p) and B (q, n, r).
-
-    It flattens the scaled A as (r, n) and B as (n, r), and multiplies them as they lie: the random columns of B are
-    those of other terms than B's own axes say.
-    """
+    """PEFT's, cut to the layer, are A (r, 1, p) and B (q, n, r), whose last axes are multiplied as they lie."""
     small, terms = min(size), math.ceil(min(size) / R)
-    wide = numbers(module.randlora_B["default"][: max(size), :terms]).reshape(-1, R, terms)
     return {
-        "frozen_wide": wide.swapaxes(1, 2),
+        "frozen_wide": numbers(module.randlora_B["default"][: max(size), :terms]).reshape(max(size), -1),
         "frozen_thin": numbers(module.randlora_A["default"][:, 0, :small]),
     }
 

@@ -120,7 +120,7 @@ ADAPTER_CONFIG = {
     "bias": [3, "some", [1], True],
     "fan_in_fan_out": [True],
     "layer_replication": [[[0, 2]]],
-    "init_lora_weights": ["pissa", 3, [1], {"a": 1}],
+    "init_lora_weights": ["corda", 3, [1], {"a": 1}],
     "a_new_feature": [True, "x"],
 }  # fmt: skip
 MAPS = {

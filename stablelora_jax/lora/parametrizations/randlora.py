@@ -6,12 +6,13 @@ With p the smaller and q the larger of (in, out) and n = ceil(p / r)::
 
 or, where in <= out, its transpose, so that the side that is scaled is the smaller one. l starts at 0, g at 1 / max(n,
 p). The bases are uniform of unit standard deviation, drawn again from their seed, which all modules share, whenever
-they are needed. PEFT has no sqrt(n) in the scale, nor has this; its files carry their own bases. A smaller r means
-*more* trained numbers.
+they are needed. PEFT has no sqrt(n) in the scale, nor has this; adapters of its files carry their bases, as
+``frozen_wide`` and ``frozen_thin``. A smaller r means *more* trained numbers.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,21 +38,29 @@ def start(keys: Keys, w: Any, begun: Adapter, scale: Any) -> dict[str, jax.Array
 
 
 def pair(adapter: Adapter, size: tuple[int, ...]) -> dict[str, jax.Array]:
-    """All terms side by side: a pair of rank n r, of whose factors one is frozen."""
+    """All terms side by side: a pair of rank r n, of whose factors one is frozen."""
     lam, gamma = adapter["lora_lambda"], adapter["lora_gamma"]
-    rank, terms = lam.shape
-    if "frozen_seed" in adapter:
-        wide, thin = _bases(adapter["frozen_seed"], max(size), min(size), terms, rank, lam.dtype)
-    else:
-        wide, thin = adapter["frozen_wide"], adapter["frozen_thin"]
-    scaled = (lam.T[:, :, None] * thin[None] * gamma[:, None, :]).reshape(terms * rank, -1)  # (n r, p)
-    wide = wide.reshape(-1, terms * rank)  # (q, n r)
-    if size[0] > size[1]:
-        return {"lora_a": wide, "lora_b": scaled}
-    return {"lora_a": scaled.T, "lora_b": wide.T}
+    wide, thin = bases(adapter, size)
+    scaled = (lam[:, :, None] * thin[:, None, :] * gamma[None]).reshape(lam.size, -1)  # (r n, p)
+    return {"lora_a": wide, "lora_b": scaled} if size[0] > size[1] else {"lora_a": scaled.T, "lora_b": wide.T}
 
 
-def _bases(seed: jax.Array, q: int, p: int, terms: int, rank: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    keys, bound = jax.random.split(jax.random.wrap_key_data(seed)), 3**0.5
-    wide = jax.random.uniform(keys[0], (q, terms, rank), dtype, -bound, bound)
-    return wide, jax.random.uniform(keys[1], (rank, p), dtype, -bound, bound)
+def bases(adapter: Adapter, size: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Q (q, r n), its columns (rank, term), and P (r, p): those that the adapter carries, or drawn from its seed.
+
+    Uniform of unit standard deviation, rounded to bfloat16, in which PEFT holds them. Column by column, so that what is
+    drawn for a kernel is a part of what is drawn for a larger one.
+    """
+    if "frozen_seed" not in adapter:
+        return adapter["frozen_wide"], adapter["frozen_thin"]
+    lam, bound = adapter["lora_lambda"], 3**0.5
+    keys = jax.random.split(jax.random.wrap_key_data(adapter["frozen_seed"]))
+    drawn: Any = partial(jax.random.uniform, dtype=lam.dtype, minval=-bound, maxval=bound)
+    wide = jax.vmap(lambda i: drawn(jax.random.fold_in(keys[0], i), (max(size),)), out_axes=1)(jnp.arange(lam.size))
+    thin = drawn(keys[1], (min(size), lam.shape[0])).T
+    return _rounded(wide), _rounded(thin)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """To bfloat16, by an operation that no compiler leaves out."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

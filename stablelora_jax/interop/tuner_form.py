@@ -1,0 +1,78 @@
+"""Adapters as one of PEFT's other tuners has them: one rank, the tuner's scale, random factors of one draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stablelora_jax.lora.pairs import TargetModule
+from stablelora_jax.lora.parametrizations import randlora, vera
+from stablelora_jax.lora.peft_tuners import TUNERS
+from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.utils import tree
+from stablelora_jax.utils.errors import InputError
+from stablelora_jax.utils.tree import Path
+
+# The leaf by which dW is scaled.
+SCALED = {"vera": "lora_lambda_b", "randlora": "lora_lambda", "miss": "lora_d", "adalora": "lora_e"}
+
+
+def tuner_form(
+    adapters: Any, spec: LoraSpec, targets: Mapping[Path, TargetModule], peft_type: str
+) -> tuple[Any, LoraSpec]:
+    """``(adapters, spec)`` with the same function, such that PEFT's tuner ``peft_type`` can say all of it.
+
+    Raises:
+      InputError: the tuner is of another parametrisation, or has one rank where these have several.
+    """
+    if peft_type not in TUNERS:
+        raise InputError(f"peft_type must be LORA or one of {', '.join(TUNERS)}, not {peft_type!r:.80}")
+    tuner, form = TUNERS[peft_type], spec.parametrization
+    if tuner.parametrization != form:
+        raise InputError(f"peft_type={peft_type!r} is for {tuner.parametrization} adapters, not {form}: leave it out")
+    ranks = sorted({rank for target in targets.values() for rank in target.ranks if rank})
+    if len(ranks) > 1 and form != "adalora":
+        raise InputError(f"PEFT's {peft_type} has one rank for all modules, not {ranks}: leave peft_type out")
+    scaling = tuner.arguments["scaling"]
+    plain = replace(spec, rank=ranks[-1], rank_pattern={}, alpha_pattern={}, scaling=scaling)
+    fan_in = max(target.size[0] for target in targets.values())
+    for path, target in targets.items():
+        node = dict(tree.get_in(adapters, path))
+        if "frozen_seed" in node:
+            node = _drawn(node, target, form, fan_in)
+        factor = target.scale() / plain.scale_of("")
+        leaf = node[SCALED[form]]
+        node[SCALED[form]] = leaf * factor.reshape(*target.stack, *(1,) * (leaf.ndim - factor.ndim)).astype(leaf.dtype)
+        adapters = tree.set_in(adapters, path, _padded(node, plain.rank) if form == "adalora" else node)
+    return adapters, plain
+
+
+def _drawn(node: dict[str, Any], target: TargetModule, form: str, fan_in: int) -> dict[str, Any]:
+    """With the random factors in the place of their seed; VeRA's A of one bound for all modules, d making up for it."""
+    own = {name: leaf for name, leaf in node.items() if name.startswith(("lora_lambda", "lora_gamma", "frozen_"))}
+    draw: Any = partial(vera.bases, size=target.size, fan_in=fan_in)
+    draw = draw if form == "vera" else partial(randlora.bases, size=target.size)
+    for _ in target.stack:
+        draw = jax.vmap(draw)
+    names = ("frozen_a", "frozen_b") if form == "vera" else ("frozen_wide", "frozen_thin")
+    kept = {name: leaf for name, leaf in node.items() if name != "frozen_seed"}
+    kept |= dict(zip(names, draw(own), strict=True))
+    if form == "vera":
+        kept["lora_lambda_d"] = node["lora_lambda_d"] * (fan_in / target.size[0]) ** 0.5
+    return kept
+
+
+def _padded(node: dict[str, Any], rank: int) -> dict[str, Any]:
+    """AdaLoRA's leaves at ``rank``: what is beyond their own is zero, as what has been pruned."""
+    axes = {"lora_a": -1, "lora_b": -2, "lora_e": -1}
+    for name, axis in axes.items():
+        leaf = node[name]
+        widths = [(0, 0)] * leaf.ndim
+        widths[axis] = (0, rank - leaf.shape[axis])
+        node[name] = jnp.pad(leaf, widths)
+    return node
