@@ -16,11 +16,17 @@ from stablelora_jax.lora.leaves import split_frozen, with_frozen
 from stablelora_jax.runs.build import make_hyperparams, make_training
 from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import init_state, updated
-from tests.helpers import jit, long, tiny_decoder
+from tests.helpers import jit, long, random_calibration, tiny_decoder
 
 FILES = {file.stem: file for file in (Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml")}
 SMALL = ["lora.rank=2", "lora.target_modules=[q_proj, down_proj]", "steps=4", "schedule.warmup_steps=1"]
-OWN = {"vblora": ["lora.options={vectors: 16, length: 8}"]}
+OWN = {
+    "adalora": ["rank_allocation={target_rank: 1, tinit: 1, tfinal: 1}"],
+    "squeeze": ["rank_allocation.target_rank=1"],  # at its cuts: tests/rank_allocation
+    "lorta": ["lora.target_modules=[q_proj, o_proj]"],
+    "unilora": ["lora.options={length: 16}"],
+    "vblora": ["lora.options={vectors: 16, length: 8}"],
+}
 # Their state has the leaves and the updates of another method's.
 LONG = ("gaussian", "init_b", "lora_plus", "milora", "olora", "orthogonal", "rslora", "sbora_fb")
 
@@ -35,7 +41,8 @@ def programs(config, params):
 
     @jit
     def start(seed):
-        adapters = init_adapters(jax.random.key(seed), params, config.lora)
+        calibration = random_calibration(params, config.lora)
+        adapters = init_adapters(jax.random.key(seed), params, config.lora, calibration=calibration)
         hyperparams = make_hyperparams(config, adapters)
         tx = make_training(config, params, adapters)[0](hyperparams)
         return init_state(adapters, tx, jax.random.key(seed)), hyperparams
