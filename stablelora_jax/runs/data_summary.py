@@ -14,7 +14,7 @@ from stablelora_jax.data.encoding import loss_mask
 from stablelora_jax.data.tasks import load_questions
 from stablelora_jax.data.token_cache import loss_counts
 from stablelora_jax.models.pretrained.load import base_directory, pretrained_tokenizer
-from stablelora_jax.runs.prepare import load_training_data, with_kind, with_steps
+from stablelora_jax.runs.training_data import load_training_data, with_kind, with_steps
 from stablelora_jax.runs.validation import make_validation_set
 
 Marks = tuple[str, str]

@@ -34,9 +34,10 @@ from stablelora_jax.runs.early_stopping import best_step
 from stablelora_jax.runs.files import ADAPTER, CHECKPOINTS, LOCK, SUMMARY, has_adapter
 from stablelora_jax.runs.log import RunLog, open_log
 from stablelora_jax.runs.loop import metadata_of, train
-from stablelora_jax.runs.prepare import TrainingSetup, prepare, training_digest, with_kind
+from stablelora_jax.runs.prepare import TrainingSetup, prepare
 from stablelora_jax.runs.summary import summarize, summary_lines
 from stablelora_jax.runs.trackers import require_installed
+from stablelora_jax.runs.training_data import training_digest, with_kind
 from stablelora_jax.training import checkpoint
 from stablelora_jax.training.step import TrainState
 from stablelora_jax.utils import compile_cache, tree
