@@ -83,9 +83,9 @@ def test_what_does_not_divide_stays_whole_and_right():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["unilora", "tied_lora"])
-def test_what_modules_share_learns_as_on_one_device(name):
-    """Two steps; every device holds all of it."""
+@pytest.mark.parametrize("name", ["unilora", "tied_lora", "bat", "shira", "dota"])
+def test_what_modules_share_or_change_whole_learns_as_on_one_device(name):
+    """Two steps; every device holds all of the adapters, whatever it holds of the kernel that they change."""
     options = {"length": 64} if name == "unilora" else {}
     spec = LoraSpec(parametrization=name, rank=2, target_modules=["q_proj", "down_proj"], options=options)
     tx = optax.adamw(1e-2)
