@@ -90,14 +90,14 @@ def test_what_modules_share_or_change_whole_learns_as_on_one_device(name):
     spec = LoraSpec(parametrization=name, rank=2, target_modules=["q_proj", "down_proj"], options=options)
     tx = optax.adamw(1e-2)
     model, params, start = problem(jnp.float32, 0.0, tx, spec, num_hidden_layers=1)
-    found = []
-    for layout in ("one device", "mesh 2 2 2"):
-        layout, step, placed = make(layout, model, params, tx)
+    found = {}
+    for key in ("one device", "pmap 4", "mesh 2 2 2"):
+        layout, step, placed = make(key, model, params, tx)
         state = layout.place_state(start)
-        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.adapters)) or not found
-        found.append(go(step, layout, placed, start, batches(2))[0].adapters)
-    assert largest_difference(found[0], start.adapters) > 1e-3
-    assert largest_difference(found[0], found[1]) < 1e-5
+        assert key[:4] != "mesh" or all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.adapters))
+        found[key] = go(step, layout, placed, start, batches(2))[0].adapters
+    assert largest_difference(found["one device"], start.adapters) > 1e-3
+    assert all(largest_difference(found["one device"], other) < 1e-5 for other in found.values())
 
 
 def test_meshes_that_are_not_the_devices():

@@ -56,8 +56,10 @@ def share(key: jax.Array, adapters: Any, places: Mapping[Path, Place], dtype: An
         place = places[path]
         firsts[path][i] = total + sum(place.size) * np.arange(max(place.ranks))
         total += sum(place.size) * max(place.ranks)
-    if not length <= total < MOST:
-        raise InputError(f"options: length {length} with {total} numbers in all pairs, which must be more, below 2**31")
+    if length > total:
+        raise InputError(f"options: length {length} is more than the {total} numbers of all pairs: lower it")
+    if total >= MOST:
+        raise InputError(f"unilora numbers at most 2**31 - 1 entries of pairs, not {total}: lower the rank")
     for path, first in firsts.items():
         room = (*path, "frozen_first")
         adapters = tree.set_in(adapters, room, jnp.asarray(first).reshape(tree.get_in(adapters, room).shape))
