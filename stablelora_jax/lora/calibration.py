@@ -231,7 +231,8 @@ def _observe(token_mask: Any, y: jax.Array, own: Mapping[str, jax.Array], down: 
     x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1).astype(probe.dtype)
     weighted = x * token_weights(x.shape[:-1], token_mask, x.dtype)[..., None]
     size = x.shape[-1]
-    return tap(y, probe, weighted.reshape(-1, size).T @ x.reshape(-1, size))
+    moments = jnp.matmul(weighted.reshape(-1, size).T, x.reshape(-1, size), precision="highest")
+    return tap(y, probe, moments)
 
 
 def _principal(moments: jax.Array, target: TargetModule) -> dict[str, jax.Array]:

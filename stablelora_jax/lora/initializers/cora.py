@@ -32,7 +32,8 @@ def common(kernels: list[jax.Array]) -> jax.Array:
     """
     size = kernels[0].shape[-2:]
     wide = jnp.promote_types(kernels[0].dtype, jnp.float32)
-    gram = sum(jnp.einsum("lio,lip->op", k, k) for k in (k.astype(wide).reshape(-1, *size) for k in kernels))
+    rows = (kernel.astype(wide).reshape(-1, size[1]) for kernel in kernels)
+    gram = sum(jnp.matmul(own.T, own, precision="highest") for own in rows)
     values, vectors = jnp.linalg.eigh(gram)
-    rows = jnp.sqrt(jnp.maximum(values, 0))[::-1, None] * vectors.T[::-1]
-    return jnp.pad(rows[: size[0]], [(0, max(0, size[0] - size[1])), (0, 0)])
+    best = jnp.sqrt(jnp.maximum(values, 0))[::-1, None] * vectors.T[::-1]
+    return jnp.pad(best[: size[0]], [(0, max(0, size[0] - size[1])), (0, 0)])
