@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from stablelora_jax.lora.fitting import fitting_targets
-from stablelora_jax.lora.initializers import READ_KERNEL
-from stablelora_jax.lora.leaves import FACTORS, adapter_target_modules, start_leaves, subtracts_start
+from stablelora_jax.lora.leaves import FACTORS, adapter_target_modules, start_leaves
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict
 from stablelora_jax.lora.zero_ranks import without_zero_ranks
@@ -31,6 +30,7 @@ from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
 
+DRAWN = ("kaiming", "gaussian", "init_b", "orthogonal")  # from a key and shapes alone, with A B = 0
 SLOTS = {"lora_a": ("frozen_a", -1), "lora_b": ("frozen_b", -2)}  # where a tied factor goes, and its axis of ranks
 
 
@@ -53,10 +53,10 @@ def cola(spec: LoraSpec, steps: int, length: int = 2) -> Allocation:
       [30, 60]
     """
     require_parametrization("cola", spec, ("lora", "dora"), "keeps tied pairs beside the pair")
-    if spec.init in (*READ_KERNEL, "init_ab_off") or subtracts_start(spec):
+    if spec.init not in DRAWN:
         raise InputError(
-            f"cola draws pairs anew, which init {spec.init!r} cannot do without the kernel or without "
-            "changing the function: say init: kaiming, gaussian, init_b or orthogonal"
+            f"cola draws pairs anew from a key alone, with A B = 0, which init {spec.init!r} does not: "
+            f"say init: {', '.join(DRAWN)}"
         )
     if not 1 <= length <= steps:
         raise InputError(f"length must be in [1, {steps}], the steps, not {length}")

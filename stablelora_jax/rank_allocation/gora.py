@@ -24,6 +24,7 @@ import numpy as np
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.lora.target_modules import as_dict, find_target_modules, target_matrix
+from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
 
@@ -34,7 +35,8 @@ def gora_spec(params: Any, grads: Any, spec: LoraSpec, min_rank: int = 1, max_ra
 
     Args:
       params: of the base.
-      grads: a tree like ``params`` with the mean gradients at adapted kernels; whatever else it holds is not read.
+      grads: a tree like ``params`` with the mean gradients at adapted kernels; whatever else it holds is not read. Or
+        what :func:`.calibrate` gives for the spec with ``init="lora_ga"``.
       spec: its rank is the mean; no ``rank_pattern`` and no ``alpha_pattern``.
       min_rank: smallest rank.
       max_rank: largest rank; None for no limit.
@@ -86,5 +88,7 @@ def allocated_ranks(
 
 def _importances(params: Any, grads: Any, target: TargetModule) -> list[float]:
     """``mean |W * G|`` of each element of the stack."""
-    w, g = (np.asarray(target_matrix(t, target), np.float64) for t in (params, grads))
+    calibrated = tree.get_in(grads, (*target.path, "gradient"))
+    gradient = target_matrix(grads, target) if calibrated is None else calibrated
+    w, g = (np.asarray(x, np.float64) for x in (target_matrix(params, target), gradient))
     return [float(value) for value in np.abs(w * g).mean((-2, -1)).ravel()]

@@ -35,6 +35,8 @@ def test_ranks_are_those_of_the_released_code(seed, limits):
         rank = min(max(rank, limits.get("min_rank", 1)), limits.get("max_rank", 99))
         assert found.rank_of(name) == rank
         assert found.scale_of(name) == pytest.approx(SPEC.scale_of(name))
+    of_modules = {"layers": {"proj": {"gradient": np.stack(g[:3])}}, "head": {"gradient": g[3]}}
+    assert gora_spec(params, {"net": of_modules}, SPEC, **limits) == found  # as calibrate gives them
     adapters = init_adapters(jax.random.key(0), params, found)
     assert adapters["net"]["head"]["lora_a"].shape == (5, found.rank_of("net.head"))
 
