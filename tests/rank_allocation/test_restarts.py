@@ -77,6 +77,9 @@ def test_a_chain_is_what_the_model_computes():
         expected = tied_changes(adapters, spec, 2)
         for i in range(3):
             np.testing.assert_allclose(whole[i], expected[f"net.layers.{i}.proj"], atol=1e-5)
+    plain, plain_spec = to_lora(adapters, spec)
+    used = plain_spec.rank_of("net.layers.1.proj")
+    assert used == 3 and not tree.get_in(plain, STACK)["lora_a"][1, :, used:].any()  # what a file holds of this layer
     assert own.rank_of("net.layers.1.proj") == 1 and own.rank_of("net.head") == 3
 
 
