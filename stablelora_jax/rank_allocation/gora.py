@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from stablelora_jax.lora.pairs import TargetModule
-from stablelora_jax.lora.spec import LoraSpec
+from stablelora_jax.lora.spec import LoraSpec, items
 from stablelora_jax.lora.target_modules import as_dict, find_target_modules, target_matrix
+from stablelora_jax.rank_allocation.eva import with_ranks
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.checked import checked
 from stablelora_jax.utils.errors import InputError
@@ -42,7 +43,8 @@ def gora_spec(params: Any, grads: Any, spec: LoraSpec, min_rank: int = 1, max_ra
       max_rank: largest rank; None for no limit.
 
     Raises:
-      InputError: limits that do not hold the spec's rank, patterns in the spec, or gradients that are all zero.
+      InputError: limits that do not hold the spec's rank, patterns in the spec, gradients that are all zero, or modules
+        that patterns cannot tell apart, such as experts, with different ranks.
 
     Example::
 
@@ -64,10 +66,10 @@ def gora_spec(params: Any, grads: Any, spec: LoraSpec, min_rank: int = 1, max_ra
         for name, value, rank in zip(target.names, values, target.ranks, strict=True):
             if rank:
                 importances[name], widths[name] = value, math.sqrt(sum(target.size))
-    ranks = allocated_ranks(importances, widths, spec.rank, min_rank, max_rank)
-    at = {name: replace(spec, rank=rank).scale_of(name) for name, rank in ranks.items()}
-    alphas = {name: spec.alpha * spec.scale_of(name) / scale for name, scale in at.items()}
-    return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)
+    found = with_ranks(spec, allocated_ranks(importances, widths, spec.rank, min_rank, max_rank))
+    scales = {rank: replace(spec, rank=rank).scale_of("") for _, rank in items(found.rank_pattern)}
+    ratios = {pattern: spec.scale_of("") / scales[rank] for pattern, rank in items(found.rank_pattern)}
+    return replace(found, alpha_pattern={pattern: spec.alpha * ratio for pattern, ratio in ratios.items()})
 
 
 def allocated_ranks(
