@@ -18,7 +18,7 @@ from stablelora_jax.interop.peft_layout import HEAD, is_tied
 from stablelora_jax.lora.names import hits, layer_number, matches, module_names, stack_depth, suffixes
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.peft_config import make_spec, spec_arguments
-from stablelora_jax.lora.peft_tuners import PEFT_TYPES, START, TUNERS, Tuner, tuner_of, tuner_words
+from stablelora_jax.lora.peft_tuners import START, TUNERS, Tuner, form_of, tuner_words
 from stablelora_jax.lora.spec import LoraSpec, shown
 from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.utils import tree
@@ -67,8 +67,8 @@ def to_peft_config(
         "." in entry or entry == HEAD for entry in spec.target_modules
     )
     listed = isinstance(spec.target_modules, tuple) and not (whole and spec.layers_to_transform is not None)
-    peft_type = PEFT_TYPES.get(spec.parametrization)
-    listed = listed and not (peft_type and spec.exclude_modules and not TUNERS[peft_type].excludes)
+    tuner = TUNERS.get(spec.parametrization)
+    listed = listed and not (tuner and spec.exclude_modules and not tuner.excludes)
     target = list(spec.target_modules) if listed else chosen
     if experts and listed:
         target = without_experts(target, targets, spec)
@@ -98,7 +98,7 @@ def to_peft_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    return tuner_words(config, peft_type) if peft_type else config
+    return tuner_words(config, spec.parametrization, spec.arguments) if tuner else config
 
 
 def from_peft_config(raw: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[LoraSpec, list[str]]:
@@ -117,7 +117,7 @@ def from_peft_config(raw: Mapping[str, Any], params: Mapping[str, Any]) -> tuple
     Raises:
       InputError: another type of adapter, a feature that a spec does not have, or a missing key.
     """
-    tuner = tuner_of(raw.get("peft_type"))
+    tuner = TUNERS.get(form_of(raw) or "")
     required = [key for key, own in tuner.renamed.items() if own == "r"] if tuner else ["r", "lora_alpha"]
     if raw.get("peft_type") not in (None, "LORA") and tuner is None:
         required = []  # it is the type that cannot be read

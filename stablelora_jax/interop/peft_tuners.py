@@ -7,7 +7,7 @@ PEFT                                         shape                           our
 ``vera_A``, ``vera_B``, of the whole model   (r, IN), (OUT, r)               parts: ``frozen_a`` and ``frozen_b``
 ``<m>.randlora_lambda``, ``randlora_gamma``  (r, n), (n, p)                  ``lora_lambda``, ``lora_gamma``
 ``randlora_A``, ``randlora_B``, likewise     (r, 1, P), (Q, N, r)            parts: ``frozen_thin`` and ``frozen_wide``
-``<m>.miss_block``                           (r, out)                        ``lora_d``
+``<m>.miss_block``                           (r, out), (r, mini_r)           ``lora_d``
 ``<m>.lora_A``, ``lora_B``, ``lora_E``       (r, in), (out, r), (r, 1)       ``lora_a``, ``lora_b``, ``lora_e``
 ===========================================  ==============================  =========================================
 
@@ -46,6 +46,7 @@ LEAVES = {  # of each parametrisation: PEFT's tensor, our leaf, whether one is t
         ("randlora_B", "frozen_wide", False),
     ),
     "miss": (("miss_block", "lora_d", False),),
+    "miss_mini": (("miss_block", "lora_d", False),),
     "adalora": (("lora_A", "lora_a", True), ("lora_B", "lora_b", True), ("lora_E", "lora_e", False)),
 }
 SHARED = {"vera": ("vera_A", "vera_B"), "randlora": ("randlora_A", "randlora_B")}

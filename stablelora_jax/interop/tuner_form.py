@@ -12,14 +12,15 @@ import jax.numpy as jnp
 
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import randlora, vera
-from stablelora_jax.lora.peft_tuners import TUNERS
+from stablelora_jax.lora.peft_tuners import PEFT_TYPES, TUNERS
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.tree import Path
 
+MISS = ("miss", "miss_mini")
 # The leaf by which dW is scaled.
-SCALED = {"vera": "lora_lambda_b", "randlora": "lora_lambda", "miss": "lora_d", "adalora": "lora_e"}
+SCALED = {"vera": "lora_lambda_b", "randlora": "lora_lambda", "adalora": "lora_e", **dict.fromkeys(MISS, "lora_d")}
 
 
 def tuner_form(
@@ -30,15 +31,16 @@ def tuner_form(
     Raises:
       InputError: the tuner is of another parametrisation, or has one rank where these have several.
     """
-    if peft_type not in TUNERS:
-        raise InputError(f"peft_type must be LORA or one of {', '.join(TUNERS)}, not {peft_type!r:.80}")
-    tuner, form = TUNERS[peft_type], spec.parametrization
-    if tuner.parametrization != form:
-        raise InputError(f"peft_type={peft_type!r} is for {tuner.parametrization} adapters, not {form}: leave it out")
+    if peft_type not in PEFT_TYPES:
+        raise InputError(f"peft_type must be LORA or one of {', '.join(PEFT_TYPES)}, not {peft_type!r:.80}")
+    form = spec.parametrization
+    if form not in TUNERS or TUNERS[form].peft_type != peft_type:
+        known = next(name for name, tuner in TUNERS.items() if tuner.peft_type == peft_type)
+        raise InputError(f"peft_type={peft_type!r} is for {known} adapters, not {form}: leave it out")
     ranks = sorted({rank for target in targets.values() for rank in target.ranks if rank})
     if len(ranks) > 1 and form != "adalora":
         raise InputError(f"PEFT's {peft_type} has one rank for all modules, not {ranks}: leave peft_type out")
-    scaling = tuner.arguments["scaling"]
+    scaling = TUNERS[form].arguments["scaling"]
     plain = replace(spec, rank=ranks[-1], rank_pattern={}, alpha_pattern={}, scaling=scaling)
     fan_in = max(target.size[0] for target in targets.values())
     for path, target in targets.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax.lora.initializers import INITIALIZERS
-from stablelora_jax.lora.peft_tuners import lora_words, tuner_of
+from stablelora_jax.lora.peft_tuners import form_of, lora_words
 from stablelora_jax.lora.spec import HEADS, LoraSpec, shown
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, read_json_object
@@ -95,12 +95,11 @@ def spec_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         (4, 8, ['q_proj', 'v_proj'], 'rslora')
     """
     raw = {key: _plain(value) for key, value in config.items()}
-    tuner = tuner_of(raw.get("peft_type"))
-    raw = raw if tuner is None else lora_words(raw, tuner)
+    form = form_of(raw)
+    raw, fixed = (raw, {}) if form is None else lora_words(raw, form)
     _require_neutral(raw)
     _require_kinds(raw)
     layers = raw.get("layers_to_transform")
-    fixed = {} if tuner is None else {"parametrization": tuner.parametrization, **tuner.arguments}
     return {
         "rank": raw.get("r", 8),
         "alpha": raw.get("lora_alpha", 8),

@@ -18,10 +18,10 @@ START = ("init_weights", "d_initial", "sparse", "very_sparse")  # where training
 
 
 class Tuner(NamedTuple):
-    """One tuner: its parametrisation here, and its fields."""
+    """One tuner, or one of its modes: its fields, and those of a LoraSpec."""
 
+    peft_type: str
     config: str  # its class in PEFT
-    parametrization: str
     arguments: Mapping[str, Any]  # of a LoraSpec, which it fixes
     renamed: Mapping[str, str]  # to LoraConfig's
     defaults: Mapping[str, Any]  # in LoraConfig's words, where they are not LoraConfig's
@@ -29,16 +29,17 @@ class Tuner(NamedTuple):
     ignored: tuple[str, ...]
     biases: str  # its word for LoraConfig's lora_only
     written: Mapping[str, Any]  # what its file says beside what a spec does
+    options: Mapping[str, tuple[str, int]] = {}  # a spec's option for a field, and its default in PEFT
     excludes: bool = True  # whether it has exclude_modules
     of_lora: bool = False  # whether its other fields are LoraConfig's
 
 
 PROJECTED = {"save_projection": True, "projection_prng_key": 0, "init_weights": True}
-BEGINS = {"init_weights": (True, "an adapter starts as PEFT's default does")}
-TUNERS = {
-    "VERA": Tuner(
+BEGINS = {"init_weights": (True, "an adapter starts as PEFT's default does, and MiSS has no mode 'bat'")}
+TUNERS = {  # by parametrisation
+    "vera": Tuner(
+        "VERA",
         "VeraConfig",
-        "vera",
         {"scaling": "none"},
         {"r": "r", "vera_dropout": "lora_dropout"},
         {"r": 256},
@@ -48,9 +49,9 @@ TUNERS = {
         {**PROJECTED, "d_initial": 0.1},
         excludes=False,
     ),
-    "RANDLORA": Tuner(
+    "randlora": Tuner(
+        "RANDLORA",
         "RandLoraConfig",
-        "randlora",
         {"scaling": "lora"},
         {"r": "r", "randlora_alpha": "lora_alpha", "randlora_dropout": "lora_dropout"},
         {"r": 32, "lora_alpha": 640},
@@ -60,9 +61,9 @@ TUNERS = {
         {**PROJECTED, "sparse": False, "very_sparse": False},
         excludes=False,
     ),
-    "MISS": Tuner(
+    "miss": Tuner(
+        "MISS",
         "MissConfig",
-        "miss",
         {"scaling": "none"},
         {"r": "r", "miss_dropout": "lora_dropout"},
         {"r": 64},
@@ -71,9 +72,21 @@ TUNERS = {
         "MiSS_only",
         {"init_weights": True, "mini_r": 1},
     ),
-    "ADALORA": Tuner(
+    "miss_mini": Tuner(
+        "MISS",
+        "MissConfig",
+        {"scaling": "none"},
+        {"r": "r", "miss_dropout": "lora_dropout"},
+        {"r": 64},
+        {"init_weights": ("mini", "")},
+        (),
+        "MiSS_only",
+        {"init_weights": "mini"},
+        options={"mini_r": ("mini_r", 1)},
+    ),
+    "adalora": Tuner(
+        "ADALORA",
         "AdaLoraConfig",
-        "adalora",
         {"scaling": "lora", "init": "init_ab"},
         {"init_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
         {"r": 12},
@@ -87,21 +100,24 @@ TUNERS = {
         of_lora=True,
     ),
 }
-PEFT_TYPES = {tuner.parametrization: name for name, tuner in TUNERS.items()}
+PEFT_TYPES = tuple(dict.fromkeys(tuner.peft_type for tuner in TUNERS.values()))
 
 
-def tuner_of(peft_type: Any) -> Tuner | None:
-    """The tuner of a configuration that says ``peft_type``; None of LoRA, and of those that are not here."""
-    return TUNERS.get(peft_type) if isinstance(peft_type, str) else None
+def form_of(raw: Mapping[str, Any]) -> str | None:
+    """The parametrisation of a configuration of one of :data:`TUNERS`; None of LoRA, and of those that are not here."""
+    if raw.get("peft_type") == "MISS":
+        return "miss_mini" if raw.get("init_weights") == "mini" else "miss"
+    return next((form for form, tuner in TUNERS.items() if tuner.peft_type == raw.get("peft_type")), None)
 
 
-def lora_words(raw: Mapping[str, Any], tuner: Tuner) -> dict[str, Any]:
-    """A tuner's configuration as a ``LoraConfig``: defaults filled in, what a spec does not say left out.
+def lora_words(raw: Mapping[str, Any], form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tuner's configuration as a ``LoraConfig``, defaults filled in, and the arguments of a spec that it has not.
 
     Raises:
       InputError: naming the key: one that the tuner does not have, or a value that no spec means.
     """
-    found = {**tuner.defaults, "peft_type": "LORA"}
+    tuner = TUNERS[form]
+    found, options = {**tuner.defaults, "peft_type": "LORA"}, dict(tuner.options.values())
     for key, value in raw.items():
         if key in tuner.neutral:
             wanted, reason = tuner.neutral[key]
@@ -109,20 +125,29 @@ def lora_words(raw: Mapping[str, Any], tuner: Tuner) -> dict[str, Any]:
                 raise InputError(f"{key} = {value!r:.80} is not supported: {reason}")
         elif key in tuner.renamed:
             found[tuner.renamed[key]] = value
+        elif key in tuner.options:
+            options[tuner.options[key][0]] = value
         elif key not in (*tuner.ignored, "peft_type"):
             if key not in COMMON and value and not tuner.of_lora:
                 raise InputError(f"{key!r:.80} is no key of PEFT's {tuner.config} that is known here")
             found[key] = value
     if found.get("bias") == tuner.biases:
         found["bias"] = "lora_only"
-    return found
+    return found, {"parametrization": form, **tuner.arguments, "options": options}
 
 
-def tuner_words(config: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
-    """The inverse of :func:`lora_words`, for a file: ``config`` is the ``LoraConfig`` that would be written."""
-    tuner = TUNERS[peft_type]
+def tuner_words(config: Mapping[str, Any], form: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`lora_words`, for a file: ``config`` is the ``LoraConfig`` that would be written.
+
+    Args:
+      config: in the words of ``LoraConfig``.
+      form: the parametrisation.
+      options: of the spec, all of them.
+    """
+    tuner = TUNERS[form]
     known = [key for key in COMMON if tuner.excludes or key != "exclude_modules"]
     found = {key: value for key, value in config.items() if key in known}
     found |= {theirs: config[ours] for theirs, ours in tuner.renamed.items()}
+    found |= {theirs: options[ours] for theirs, (ours, _) in tuner.options.items()}
     found["bias"] = tuner.biases if config["bias"] == "lora_only" else config["bias"]
-    return {"peft_type": peft_type, **found, **tuner.written}
+    return {"peft_type": tuner.peft_type, **found, **tuner.written}

@@ -27,6 +27,7 @@ ONLY_FOR = {  # initialisations that mean something for a few parametrisations
         ("lora", "dora", "slora"),
         "a matrix between its A and B, which have no gradient in common, stays zero",
     ),
+    "nystrom": (("slora", "inttune"), "it starts the matrix N between two factors"),
     "lora_sb": (("lora_xs",), "it makes the matrix R between two frozen factors"),
     "loftq": (("lora", "dora"), "what corrects the quantised base is A B itself"),
 }

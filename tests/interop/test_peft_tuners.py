@@ -37,6 +37,7 @@ READ = {
     "randlora": (lambda peft, **k: peft.RandLoraConfig(r=3, randlora_alpha=2, **k), "randlora"),
     "randlora_sparse": (lambda peft, **k: peft.RandLoraConfig(r=3, sparse=True, randlora_alpha=2, **k), "randlora"),
     "miss": (lambda peft, **k: peft.MissConfig(r=3, **k), "miss"),
+    "miss_mini": (lambda peft, **k: peft.MissConfig(r=3, init_weights="mini", mini_r=4, **k), "miss_mini"),
     "adalora": (lambda peft, **k: peft.AdaLoraConfig(init_r=3, lora_alpha=6, total_step=10, **k), "adalora"),
     "adalora_pruned": (pruned, "adalora"),
     "loha": (lambda peft, **k: peft.LoHaConfig(r=2, alpha=5, rank_pattern={"v_proj": 3}, **k), "lora"),
@@ -45,7 +46,7 @@ READ = {
     "lora_pissa": (lambda peft, **k: peft.LoraConfig(r=2, init_lora_weights="pissa", **k), "lora"),
     "lora_olora": (lambda peft, **k: peft.LoraConfig(r=2, init_lora_weights="olora", **k), "lora"),
 }
-QUICK = ("vera", "randlora", "miss", "adalora_pruned", "lokr", "loha", "lora_olora")
+QUICK = ("vera", "randlora", "miss_mini", "adalora_pruned", "lokr", "loha", "lora_olora")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_what_peft_wrote_is_read_and_written_again(name, base, tmp_path):
     assert spec.parametrization == form
     require_leaves(find_target_modules(params, spec), adapters, spec)
     assert close(logits(model, params, spec, adapters), expected)
-    peft_type = "LORA" if form == "lora" else form.upper()
+    peft_type = TUNERS[form].peft_type if form in TUNERS else "LORA"
     save_peft(tmp_path / "ours", adapters, spec, params=params, peft_type=peft_type)
     assert close(theirs_of(load, tmp_path / "ours"), expected)
     if name == "lora_olora":
@@ -236,14 +237,19 @@ def test_what_a_tuner_cannot_say_is_named(base, tmp_path):
 
 # A configuration, what a spec means by it, and a value that no spec means
 CONFIGS = {
-    "VERA": (
+    "vera": (
         dict(vera_dropout=0.1, bias="vera_only"),
         dict(rank=256, alpha=8, scaling="none", dropout=0.1, bias="lora_only"),
         dict(d_initial=0.3),
     ),
-    "RANDLORA": (dict(r=4), dict(rank=4, alpha=640), dict(sparse=True)),
-    "MISS": (dict(mini_r=3), dict(rank=64, alpha=8, scaling="none"), dict(init_weights="bat")),
-    "ADALORA": (
+    "randlora": (dict(r=4), dict(rank=4, alpha=640), dict(sparse=True)),
+    "miss": (dict(mini_r=3), dict(rank=64, alpha=8, scaling="none"), dict(init_weights="bat")),
+    "miss_mini": (
+        dict(init_weights="mini", mini_r=3),
+        dict(rank=64, alpha=8, scaling="none", options={"mini_r": 3}),
+        dict(fan_in_fan_out=True),
+    ),
+    "adalora": (
         dict(init_r=5, total_step=7, use_rslora=True),
         dict(rank=5, alpha=8, init="init_ab"),
         dict(loftq_config={"loftq_bits": 4}),
@@ -251,19 +257,20 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("peft_type", CONFIGS)
-def test_a_configuration_alone(peft_type):
+@pytest.mark.parametrize("form", CONFIGS)
+def test_a_configuration_alone(form):
     peft = pytest.importorskip("peft")
-    keys, meaning, other = CONFIGS[peft_type]
-    config = {"peft_type": peft_type, "target_modules": ["q_proj"], **keys}
-    expected = LoraSpec(target_modules=["q_proj"], parametrization=peft_type.lower(), **meaning)
+    keys, meaning, other = CONFIGS[form]
+    tuner = TUNERS[form]
+    config = {"peft_type": tuner.peft_type, "target_modules": ["q_proj"], **keys}
+    expected = LoraSpec(target_modules=["q_proj"], parametrization=form, **meaning)
     assert LoraSpec.from_peft(config) == expected
-    tuner = TUNERS[peft_type]
-    assert LoraSpec.from_peft(getattr(peft, tuner.config)(target_modules=["q_proj"], **keys).to_dict()) == expected
+    theirs = getattr(peft, tuner.config)
+    assert LoraSpec.from_peft(theirs(target_modules=["q_proj"], **keys).to_dict()) == expected
     with pytest.raises(InputError, match=f"^{next(iter(other))} = .* is not supported") as error:
         LoraSpec.from_peft(config | other)
     assert "\n" not in str(error.value)
-    fields = {field.name for field in dataclasses.fields(getattr(peft, tuner.config))}
-    known = {*COMMON, *tuner.renamed, *tuner.ignored, *tuner.neutral, "peft_type"}
-    assert (fields <= known or tuner.of_lora) and set(tuner.written) <= fields
+    fields = {field.name for field in dataclasses.fields(theirs)}
+    known = {*COMMON, *tuner.renamed, *tuner.ignored, *tuner.neutral, *tuner.options, "peft_type"}
+    assert (fields <= known or tuner.of_lora) and {*tuner.written, *tuner.options} <= fields
     assert ("exclude_modules" in fields) == tuner.excludes

@@ -16,12 +16,14 @@ from stablelora_jax.lora.initializers import (
 )
 from stablelora_jax.lora.initializers.cora import common
 from stablelora_jax.lora.initializers.lora_ga import GAMMA
+from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
+from stablelora_jax.lora.parametrizations.lora import Keys
 from stablelora_jax.utils.errors import InputError
 from tests.helpers import largest_difference, random_calibration, tiny_decoder
 
 N, M, R = 9, 8, 4
 S = 2.0
-KEEPS = ("init_ab", "pissa", "pissa_niter_4", "milora", "olora", "svd", "lora_ga")  # its product subtracted
+KEEPS = ("init_ab", "pissa", "pissa_niter_4", "milora", "nystrom", "olora", "svd", "lora_ga")  # its product subtracted
 READ = (*READ_KERNEL, *READ_KERNELS, *CALIBRATED)  # values, not a shape and a key
 
 
@@ -40,7 +42,7 @@ def change(leaves):
 
 
 def spec_of(name, **given):
-    parametrization = "lora_xs" if name == "lora_sb" else "lora"
+    parametrization = {"lora_sb": "lora_xs", "nystrom": "slora"}.get(name, "lora")
     return LoraSpec(**{"rank": R, "init": name, "parametrization": parametrization, **given})
 
 
@@ -170,7 +172,7 @@ def test_svd_has_its_singular_values_in_a(x64):
     np.testing.assert_allclose(leaves["lora_b"] @ leaves["lora_b"].T, np.eye(R), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["milora", "olora", "svd", *READ_KERNELS, *CALIBRATED])
+@pytest.mark.parametrize("name", ["milora", "nystrom", "olora", "svd", *READ_KERNELS, *CALIBRATED])
 def test_more_rank_than_there_is_is_refused(name):
     with pytest.raises(InputError, match="lower the rank"):
         start(name, kernel(3, 5))
@@ -183,7 +185,20 @@ def test_more_rank_than_there_is_is_refused(name):
 def test_shapes_alone_do_not_do_where_the_kernel_is_read(name):
     shapes = {"q_proj": {"kernel": jax.ShapeDtypeStruct((N, M), jnp.float32)}}
     with pytest.raises(InputError, match="starts from the values of q_proj, not only its shape"):
-        init_adapters(jax.random.key(0), shapes, LoraSpec(rank=R, init=name, target_modules=["q_proj"]))
+        init_adapters(jax.random.key(0), shapes, spec_of(name, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("size", [(N, M), (M, N)])
+def test_nystrom_is_exact_where_the_kernel_has_no_more_rank(size, x64):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(size[0], R)) @ rng.normal(size=(R, size[1])))
+    leaves = start("nystrom", w)
+    np.testing.assert_allclose(leaves["lora_a"] @ leaves["lora_n"] @ leaves["lora_b"], w, atol=1e-10)
+    np.testing.assert_array_equal(leaves["lora_a"], w[:, :R])
+    np.testing.assert_array_equal(leaves["lora_b"], w[:R])
+    begun = {key: jnp.asarray(leaf) for key, leaf in leaves.items()}
+    slora = PARAMETRIZATIONS["slora"].start(Keys(jax.random.key(0), jax.random.key(0)), w, begun, S)
+    np.testing.assert_allclose(slora["frozen_a"] @ slora["frozen_b"], w, atol=1e-10)
 
 
 def best(w, rank):
@@ -274,7 +289,14 @@ def test_cora_is_one_orthonormal_basis_for_all_layers(size, x64):
 
 @pytest.mark.parametrize(
     "axes",
-    [("lora_ga", "adalora"), ("lora_ga", "lora_xs"), ("lora_sb", "lora"), ("lora_sb", "edora"), ("loftq", "adalora")],
+    [
+        ("lora_ga", "adalora"),
+        ("lora_ga", "lora_xs"),
+        ("lora_sb", "lora"),
+        ("lora_sb", "edora"),
+        ("nystrom", "lora"),
+        ("loftq", "adalora"),
+    ],
 )
 def test_starts_that_mean_something_for_a_few_parametrisations_alone(axes):
     with pytest.raises(InputError, match=f"init='{axes[0]}' is for parametrization .*, not {axes[1]}: "):

@@ -63,8 +63,18 @@ def slora_oracle(w, a, s):
     return w + s * a["lora_a"] @ a["lora_n"] @ a["lora_b"]
 
 
+def inttune_oracle(w, a, s):
+    return w + s * a["frozen_a"] @ (a["lora_n"] - a["frozen_n"]) @ a["frozen_b"]
+
+
 def miss_oracle(w, a, s):
     return w + s * np.stack([a["lora_d"][i % len(a["lora_d"])] for i in range(len(w))])
+
+
+def mini_oracle(w, a, s):
+    """PEFT's rule, entry by entry."""
+    (rank, width), d = a["lora_d"].shape, a["lora_d"]
+    return w + s * np.array([[d[i % rank, j % width] for j in range(w.shape[1])] for i in range(len(w))])
 
 
 def rows_oracle(w, a, s):
@@ -218,11 +228,13 @@ MEMBERS = {
     ),
     "dota": (dota_oracle, dota_count, "kaiming"),
     "edora": (edora_oracle, lambda n, m, r: r * r + m, "svd"),
+    "inttune": (inttune_oracle, lambda n, m, r: r * r, "nystrom"),
     "loldu": (loldu_oracle, lambda n, m, r: r, "kaiming"),
     "lora_c": (lora_c_oracle, lambda n, m, r: r * (n + m), "kaiming"),
     "lora_xs": (xs_oracle, lambda n, m, r: r * r, "svd"),
     "lorta": (lorta_oracle, lambda n, m, r: 0, "kaiming"),
     "miss": (miss_oracle, lambda n, m, r: r * m, "kaiming"),
+    "miss_mini": (mini_oracle, lambda n, m, r: r * 1, "kaiming"),
     "paca": (paca_oracle, lambda n, m, r: r * m, "kaiming"),
     "randlora": (randlora_oracle, lambda n, m, r: math.ceil(min(n, m) / r) * (r + min(n, m)), "kaiming"),
     "reslora": (lora_oracle, lambda n, m, r: r * (n + m), "kaiming"),  # of one layer alone

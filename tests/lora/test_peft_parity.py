@@ -89,6 +89,12 @@ def randlora_bases(module, size):
 # and rank, and the sizes of the kernels
 OTHERS = {
     "miss": (lambda peft, **k: peft.MissConfig(**k), {"lora_d": "miss_block"}, lambda *_: {}, dict(scaling="none")),
+    "miss_mini": (
+        lambda peft, **k: peft.MissConfig(init_weights="mini", **k),
+        {"lora_d": "miss_block"},
+        lambda *_: {},
+        dict(scaling="none"),
+    ),
     "bat": (
         lambda peft, **k: peft.MissConfig(init_weights="bat", **k),
         {"lora_blocks": "miss_block"},
@@ -351,8 +357,9 @@ def base(tmp_path_factory):
     return model, params, directory, load, plain
 
 
-CONVERTED = [(name, None) for name in MEMBERS] + [("lora", init) for init in INITIALIZERS if init != "kaiming"]
-CONVERTED += [("dora", "pissa"), ("slora", "pissa"), ("lora_xs", "init_ab")]
+PLAIN_STARTS = [init for init in INITIALIZERS if init not in ("kaiming", "nystrom")]
+CONVERTED = [(name, None) for name in MEMBERS] + [("lora", init) for init in PLAIN_STARTS]
+CONVERTED += [("dora", "pissa"), ("slora", "pissa"), ("slora", "nystrom"), ("lora_xs", "init_ab")]
 DEFAULT = [("lora", "pissa"), ("vera", None), ("edora", None)]
 
 

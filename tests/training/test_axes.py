@@ -69,12 +69,22 @@ CHOSEN = {
     "net": Chosen(
         ["up", "down"],
         {"lorta": ["mid"], "reslora": ["mid"]},
-        {"vblora": {"vectors": 16, "length": 4}, "unilora": {"length": 64}, "lorta": {"heads": 3}},
+        {
+            "vblora": {"vectors": 16, "length": 4},
+            "miss_mini": {"mini_r": 4},
+            "unilora": {"length": 64},
+            "lorta": {"heads": 3},
+        },
     ),
     "base": Chosen(
         ["q_proj", "down_proj"],
         {"lorta": ["q_proj", "o_proj"]},
-        {"vblora": {"vectors": 16, "length": 32}, "unilora": {"length": 512}, "lorta": {"heads": 4}},
+        {
+            "vblora": {"vectors": 16, "length": 32},
+            "miss_mini": {"mini_r": 4},
+            "unilora": {"length": 512},
+            "lorta": {"heads": 4},
+        },
     ),
 }
 
@@ -127,6 +137,8 @@ SHORT = [
     ("slora", "cora", "adamw"),
     ("slora", "pissa_niter_4", "stable_lora"),
     ("slora", "svd", "lora_rite"),
+    ("slora", "nystrom", "adamw"),
+    ("inttune", "nystrom", "adamw"),
     ("lora_xs", "svd", "adamw"),
     ("lora_xs", "lora_sb", "adamw"),
     ("edora", "orthogonal", "adamw"),

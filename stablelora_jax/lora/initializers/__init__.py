@@ -3,7 +3,8 @@
 A member is a function ``(key, w, rank, scale, dtype) -> leaves`` for one kernel ``w`` (in, out), deterministic in the
 key: ``lora_a`` (in, rank) and ``lora_b`` (rank, out), and where these change the function, ``frozen_a`` and
 ``frozen_b``, the same values, which stay as they are. The change is then ``s (A B - A0 B0)``: step 0 *is* the base
-model, which is neither moved nor rounded, and which adapters of any start share.
+model, which is neither moved nor rounded, and which adapters of any start share. Where it starts a matrix between the
+two, that is ``lora_n`` or ``lora_r`` (rank, rank), by the parametrisation that has it.
 
 What ``w`` is, the tables below say: the kernel, of which most members read the shape alone; what all kernels of a kind
 have in common; or, as large as the kernel, what :mod:`stablelora_jax.lora.calibration` measures with data.
@@ -20,6 +21,7 @@ from stablelora_jax.lora.initializers.loftq import loftq
 from stablelora_jax.lora.initializers.lora_ga import lora_ga
 from stablelora_jax.lora.initializers.lora_sb import lora_sb
 from stablelora_jax.lora.initializers.milora import milora
+from stablelora_jax.lora.initializers.nystrom import nystrom
 from stablelora_jax.lora.initializers.olora import olora
 from stablelora_jax.lora.initializers.orthogonal import orthogonal
 from stablelora_jax.lora.initializers.pissa import pissa, pissa_niter_4
@@ -37,6 +39,7 @@ INITIALIZERS = {
     "pissa": pissa,
     "pissa_niter_4": pissa_niter_4,
     "milora": milora,
+    "nystrom": nystrom,
     "olora": olora,
     "svd": svd,
     "cora": cora,
@@ -46,7 +49,8 @@ INITIALIZERS = {
     "loftq": loftq,
 }
 
-READ_KERNEL = ("pissa", "pissa_niter_4", "milora", "olora", "svd")  # the values of ``w``; the others its shape alone
+# The values of ``w`` are read by these, its shape alone by the others.
+READ_KERNEL = ("pissa", "pissa_niter_4", "milora", "nystrom", "olora", "svd")
 READ_KERNELS = ("cora",)  # ``w`` is ``cora.common`` of all kernels of a kind
 CALIBRATED = {  # ``w`` (in, out) is this, which a calibration holds
     "lora_ga": "gradient",  # of the kernel, averaged over batches
