@@ -70,8 +70,9 @@ def save_peft(
         base. Required where an embedding is adapted or parameters are trained in full: PEFT also stores the base's own
         weights of an adapted embedding or head.
       metadata: JSON values that PEFT has no key for (optimizer, shrink ratio, ...), for ``stablelora.json``.
-      peft_type: ``"VERA"``, ``"RANDLORA"``, ``"MISS"`` or ``"ADALORA"`` saves adapters of that parametrisation in the
-        form of PEFT's own tuner, which PEFT can train further. It needs ``params``; vLLM reads none of them.
+      peft_type: ``"VERA"``, ``"RANDLORA"``, ``"MISS"``, ``"ADALORA"``, ``"SHIRA"`` or ``"VBLORA"``: adapters of that
+        parametrisation in the form of PEFT's own tuner, which PEFT can train further. It needs ``params``; vLLM reads
+        none of them.
 
     Raises:
       InputError: adapters that do not fit the spec, are not finite, or cannot be expressed in PEFT's format; another
@@ -126,8 +127,8 @@ def load_peft(
 
     Returns:
       ``(adapters, spec)``: float32 (float64 if the file's are), stacked and padded as ``init_adapters`` makes them. Of
-      ``peft_type`` VERA, RANDLORA, MISS and ADALORA they are our parametrisations of that name, which carry the random
-      factors of the file as ``frozen_...``; LOHA and LOKR are read as plain LoRA.
+      ``peft_type`` VERA, RANDLORA, MISS, ADALORA, SHIRA and VBLORA they are our parametrisations of that name, which
+      carry the random factors of the file as ``frozen_...``; LOHA and LOKR are read as plain LoRA.
 
     Raises:
       InputError: a missing or damaged file, a feature that is not supported, or a tensor that is missing, unexpected,
@@ -145,7 +146,7 @@ def load_peft(
     if dropped:
         names = ", ".join(dropped[:SHOWN]) + f" and {len(dropped) - SHOWN} more" * (len(dropped) > SHOWN)
         warnings.warn(f"{directory / CONFIG}: {names} match no module of this model", stacklevel=4)
-    tensors = read_tensors(raw, tensors, entries, spec, str(directory / WEIGHTS))
+    tensors = read_tensors(raw, tensors, entries, targets.values(), spec, str(directory / WEIGHTS))
     base = _base_weights(targets, params) | _whole_layers(params)
     check_tensors(entries, tensors, base, str(directory / WEIGHTS))
     if difference := other_base(record.get(BASE), params, base_model):

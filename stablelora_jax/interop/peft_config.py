@@ -68,7 +68,11 @@ def to_peft_config(
     )
     listed = isinstance(spec.target_modules, tuple) and not (whole and spec.layers_to_transform is not None)
     tuner = TUNERS.get(spec.parametrization)
-    listed = listed and not (tuner and spec.exclude_modules and not tuner.excludes)
+    lacks = tuner.lacks if tuner else ()
+    lacked = [key for key in ("exclude_modules", "layers_to_transform") if key in lacks and getattr(spec, key)]
+    listed = listed and not lacked
+    if "bias" in lacks and spec.bias != "none":
+        raise InputError(f"PEFT's {spec.parametrization} trains no biases: leave peft_type out")
     target = list(spec.target_modules) if listed else chosen
     if experts and listed:
         target = without_experts(target, targets, spec)

@@ -26,7 +26,7 @@ from typing import Any
 
 from stablelora_jax.interop.peft_entry import Entry
 from stablelora_jax.interop.peft_experts import expert_entries, is_experts
-from stablelora_jax.interop.peft_tuners import LEAVES, tuner_entries
+from stablelora_jax.interop.peft_tuners import LEAVES, shared_entries, tuner_entries
 from stablelora_jax.lora.full_parameters import TrainedParameter, trained_parameters
 from stablelora_jax.lora.leaves import extra_leaves
 from stablelora_jax.lora.pairs import TargetModule
@@ -49,7 +49,7 @@ def layout(targets: Mapping[Path, TargetModule], params: Mapping[str, Any] | Non
     single = [target for target in targets.values() if not is_experts(target, spec)]
     own = tuner_entries if spec.parametrization in LEAVES else _pair_entries
     entries: list[Any] = [entry for target in single for entry in own(target, spec)]
-    entries += expert_entries(targets.values(), spec)
+    entries += [*expert_entries(targets.values(), spec), *shared_entries(spec)]
     if params is None:
         return entries
     adapted = {

@@ -1,4 +1,4 @@
-"""The tensors of PEFT's other tuners (0.21): VeRA, RandLoRA, MiSS, AdaLoRA, as leaves of our parametrisations.
+"""The tensors of PEFT's other tuners (0.21), VeRA, RandLoRA, MiSS, AdaLoRA, SHiRA, VB-LoRA, as leaves of ours.
 
 ===========================================  ==============================  =========================================
 PEFT                                         shape                           ours, at the module
@@ -8,6 +8,10 @@ PEFT                                         shape                           our
 ``<m>.randlora_lambda``, ``randlora_gamma``  (r, n), (n, p)                  ``lora_lambda``, ``lora_gamma``
 ``randlora_A``, ``randlora_B``, likewise     (r, 1, P), (Q, N, r)            parts: ``frozen_thin`` and ``frozen_wide``
 ``<m>.miss_block``                           (r, out), (r, mini_r)           ``lora_d``
+``<m>.shira_weight``, ``shira_indices``      (n,), (2, n): out, in           ``lora_values``, ``frozen_index``: flat
+``<m>.vblora_logits_A``                      (r, in / l, h)                  ``lora_logits_a``
+``<m>.vblora_logits_B``                      (out / l, r, h)                 ``lora_logits_b``, axes exchanged
+``vblora_vector_bank``, of the whole model   (h, l)                          ``lora_shared.lora_bank``
 ``<m>.lora_A``, ``lora_B``, ``lora_E``       (r, in), (out, r), (r, 1)       ``lora_a``, ``lora_b``, ``lora_e``
 ===========================================  ==============================  =========================================
 
@@ -28,6 +32,7 @@ import numpy as np
 from stablelora_jax.interop.peft_entry import Entry
 from stablelora_jax.lora.leaves import leaf_shapes
 from stablelora_jax.lora.pairs import TargetModule
+from stablelora_jax.lora.parametrizations.lora import SHARED as SHARED_LEAVES
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils.errors import InputError
 
@@ -47,10 +52,14 @@ LEAVES = {  # of each parametrisation: PEFT's tensor, our leaf, whether one is t
     ),
     "miss": (("miss_block", "lora_d", False),),
     "miss_mini": (("miss_block", "lora_d", False),),
+    "shira": (("shira_weight", "lora_values", False), ("shira_indices", "frozen_index", False)),
+    "vblora": (("vblora_logits_A", "lora_logits_a", False), ("vblora_logits_B", "lora_logits_b", False)),
     "adalora": (("lora_A", "lora_a", True), ("lora_B", "lora_b", True), ("lora_E", "lora_e", False)),
 }
 SHARED = {"vera": ("vera_A", "vera_B"), "randlora": ("randlora_A", "randlora_B")}
-SHARED_NAMES = tuple(name for names in SHARED.values() for name in names)
+BANK = "vblora_vector_bank"
+SHARED_NAMES = (*(name for names in SHARED.values() for name in names), BANK)
+REORDERED = ("shira", "vblora")
 ADDED = 1e-5  # by AdaLoRA to the rank that it divides by
 
 
@@ -70,6 +79,13 @@ def tuner_entries(target: TargetModule, spec: LoraSpec) -> Iterator[Entry]:
             yield Entry(f"{name}.{kind}", shape, (*target.path, leaf), shapes[leaf], (i,), transposed)
 
 
+def shared_entries(spec: LoraSpec) -> Iterator[Entry]:
+    """The tensors of what modules share here too: VB-LoRA's bank."""
+    if spec.parametrization == "vblora":
+        shape = (spec.arguments["vectors"], spec.arguments["length"])
+        yield Entry(BANK, shape, (SHARED_LEAVES, "lora_bank"), shape, (0,), False)
+
+
 def _base_shapes(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
     """Of the random factors that an adapter of PEFT's carries."""
     (rows, columns), rank, stack = target.size, target.rank, target.stack
@@ -84,12 +100,18 @@ def _base_shapes(target: TargetModule, spec: LoraSpec) -> dict[str, tuple[int, .
 
 
 def read_tensors(
-    raw: Mapping[str, Any], tensors: Tensors, entries: Sequence[Entry], spec: LoraSpec, source: str
+    raw: Mapping[str, Any],
+    tensors: Tensors,
+    entries: Sequence[Entry],
+    targets: Iterable[TargetModule],
+    spec: LoraSpec,
+    source: str,
 ) -> Tensors:
     """The tensors of a file by the names and in the shapes of ``entries``; of LoRA and MiSS as they are.
 
     Raises:
-      InputError: the file lacks the random factors, or ``rank_pattern`` does not fit its tensors.
+      InputError: the file lacks the random factors, ``rank_pattern`` does not fit its tensors, or an index is outside
+        of its kernel.
     """
     if spec.parametrization == "adalora":
         return _unpruned(raw, tensors, entries, spec, source)
@@ -102,6 +124,9 @@ def read_tensors(
         found = {name: tensor for name, tensor in found.items() if not name.endswith(f".{kind}")}  # PEFT's copies
         for entry in (entry for entry in entries if entry.name.endswith(f".{kind}")):
             found[entry.name] = whole[: entry.shape[0], : entry.shape[1]]
+    if spec.parametrization in REORDERED:
+        sizes = {name: target.size for target in targets for name in target.names}
+        return _reordered(found, sizes, read=True, source=source)
     return found
 
 
@@ -113,6 +138,7 @@ def write_tensors(
     Raises:
       InputError: modules whose random factors are not parts of one whole, as PEFT's are.
     """
+    targets = list(targets)
     if spec.parametrization == "adalora":
         return _pruned(tensors, spec)
     found = dict(tensors)
@@ -120,8 +146,40 @@ def write_tensors(
         parts = {entry.name: found.pop(entry.name) for entry in entries if entry.name.endswith(f".{kind}")}
         shape = _whole_shape(kind, [target.size for target in targets if target.rank], spec.rank)
         found[kind] = _joined(parts, (shape[0], math.prod(shape[1:]))).reshape(shape)
+    if spec.parametrization in REORDERED:
+        return _reordered(found, {name: target.size for target in targets for name in target.names}), {}
     ternary = "randlora_B" in found and len(np.unique(found["randlora_B"])) <= 3
     return found, {"sparse": True} if ternary else {}  # PEFT holds others in bfloat16
+
+
+def _reordered(
+    tensors: Tensors, sizes: Mapping[str, tuple[int, int]], *, read: bool = False, source: str = ""
+) -> Tensors:
+    """SHiRA's indices, flat here and (2, n) there, and VB-LoRA's logits of B, whose first two axes are exchanged."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "vblora_logits_B" and tensor.ndim == 3:
+            found[name] = np.ascontiguousarray(tensor.swapaxes(0, 1))
+        elif kind == "shira_indices" and module in sizes:
+            rows, columns = sizes[module]
+            found[name] = (
+                _flat(tensor, rows, columns, f"{source}: {name}")
+                if read
+                else np.stack([tensor % columns, tensor // columns]).astype(np.int32)
+            )
+    return found
+
+
+def _flat(index: np.ndarray, rows: int, columns: int, name: str) -> np.ndarray:
+    """Places (2, n) in the weight (out, in) as places in the flat kernel ``(rows, columns)``."""
+    if index.ndim != 2 or len(index) != 2 or not np.isfinite(index).all():
+        raise InputError(f"{name} has shape {index.shape}; it must be (2, n) places in the weight")
+    index = index.astype(np.int32)  # PEFT writes float32 on Windows
+    if (index < 0).any() or (index >= np.array([[columns], [rows]])).any():
+        raise InputError(f"{name} has a place outside of the weight {(columns, rows)}")
+    flat: np.ndarray = index[1] * columns + index[0]
+    return flat
 
 
 def _whole_shape(kind: str, sizes: Sequence[tuple[int, int]], rank: int) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         whole = name.removeprefix(WHOLE) in SHARED_NAMES
         if not whole and not name.startswith(PREFIX):
             raise InputError(f"{path}: tensor {name} is not {PREFIX}<module>.lora_A.weight or the like")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+        if not jnp.issubdtype(array.dtype, jnp.floating) and not name.endswith(".shira_indices"):
             raise InputError(f"{path}: tensor {name} is of type {array.dtype}, not floating")
         own = name.removeprefix(WHOLE if whole else PREFIX)
         tensors[own.replace(".default.", ".").removesuffix(".default")] = array
@@ -101,9 +101,10 @@ def assemble(entries: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> dic
     leaves: dict[tree.Path, np.ndarray] = {}
     written: dict[tuple[tree.Path, str], str] = {}
     tensors = {entry.name: _wide(tensors[entry.name]) for entry in entries}
-    dtype = np.result_type(np.float32, *tensors.values())
+    dtype = np.result_type(np.float32, *(x for x in tensors.values() if x.dtype.kind == "f"))
     for entry in entries:
-        leaf = leaves.setdefault(entry.path, np.zeros(entry.leaf_shape, dtype))
+        own = tensors[entry.name].dtype
+        leaf = leaves.setdefault(entry.path, np.zeros(entry.leaf_shape, own if own.kind == "i" else dtype))
         twin = written.setdefault((entry.path, str(entry.slices)), entry.name)
         if twin == entry.name:
             entry.put(leaf, tensors[entry.name])
@@ -122,7 +123,9 @@ def _same(stored: np.ndarray, own: np.ndarray) -> bool:
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    """``array`` in float32, or in float64 if it is that and JAX has 64-bit types enabled."""
+    """``array`` in float32, or in float64 if it is that and JAX has 64-bit types enabled; integers as they are."""
+    if array.dtype.kind == "i":
+        return array
     wide = np.float64 if jax.dtypes.canonicalize_dtype(array.dtype) == np.float64 else np.float32
     with np.errstate(over="ignore"):  # overflow is found by the check for finite values
         return array.astype(wide)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from stablelora_jax.lora.pairs import TargetModule
 from stablelora_jax.lora.parametrizations import randlora, vera
+from stablelora_jax.lora.parametrizations.lora import SHARED
 from stablelora_jax.lora.peft_tuners import PEFT_TYPES, TUNERS
 from stablelora_jax.lora.spec import LoraSpec
 from stablelora_jax.utils import tree
@@ -20,7 +21,8 @@ from stablelora_jax.utils.tree import Path
 
 MISS = ("miss", "miss_mini")
 # The leaf by which dW is scaled.
-SCALED = {"vera": "lora_lambda_b", "randlora": "lora_lambda", "adalora": "lora_e", **dict.fromkeys(MISS, "lora_d")}
+SCALED = {"vera": "lora_lambda_b", "randlora": "lora_lambda", "adalora": "lora_e", "shira": "lora_values"}
+SCALED |= dict.fromkeys(MISS, "lora_d")
 
 
 def tuner_form(
@@ -42,6 +44,8 @@ def tuner_form(
         raise InputError(f"PEFT's {peft_type} has one rank for all modules, not {ranks}: leave peft_type out")
     scaling = TUNERS[form].arguments["scaling"]
     plain = replace(spec, rank=ranks[-1], rank_pattern={}, alpha_pattern={}, scaling=scaling)
+    if form == "vblora":
+        return _with_bank(adapters, targets), plain
     fan_in = max(target.size[0] for target in targets.values())
     for path, target in targets.items():
         node = dict(tree.get_in(adapters, path))
@@ -52,6 +56,15 @@ def tuner_form(
         node[SCALED[form]] = leaf * factor.reshape(*target.stack, *(1,) * (leaf.ndim - factor.ndim)).astype(leaf.dtype)
         adapters = tree.set_in(adapters, path, _padded(node, plain.rank) if form == "adalora" else node)
     return adapters, plain
+
+
+def _with_bank(adapters: Any, targets: Mapping[Path, TargetModule]) -> Any:
+    """VB-LoRA's adapters without a scale: both factors are linear in the bank, which takes its root."""
+    scales = {s for target in targets.values() for s, rank in zip(target.scales, target.ranks, strict=True) if rank}
+    if len(scales) > 1:
+        raise InputError(f"PEFT's VBLORA has one bank and no scale, not scales {sorted(scales)}: leave peft_type out")
+    bank = tree.get_in(adapters, (SHARED, "lora_bank"))
+    return tree.set_in(adapters, (SHARED, "lora_bank"), bank * scales.pop() ** 0.5)
 
 
 def _drawn(node: dict[str, Any], target: TargetModule, form: str, fan_in: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelora_jax.lora.initializers import INITIALIZERS
-from stablelora_jax.lora.peft_tuners import form_of, lora_words
+from stablelora_jax.lora.peft_tuners import PEFT_TYPES, form_of, lora_words
 from stablelora_jax.lora.spec import HEADS, LoraSpec, shown
 from stablelora_jax.utils.errors import InputError
 from stablelora_jax.utils.files import as_path, read_json_object
@@ -38,7 +38,7 @@ IGNORED = """peft_version auto_mapping base_model_name_or_path revision inferenc
 JOINED = ("target_parameters",)  # with target_modules: a spec names modules and leaves alike
 # Accepted where they change nothing, and refused otherwise with the reason.
 NEUTRAL = {
-    "peft_type": "a spec is one of LORA, VERA, RANDLORA, MISS, ADALORA; load_peft reads files of LOHA and LOKR too",
+    "peft_type": f"a spec is one of LORA, {', '.join(PEFT_TYPES)}; load_peft reads files of LOHA and LOKR too",
     "task_type": "PEFT trains the head of this task in full: add it to modules_to_save",
     "fan_in_fan_out": "every kernel here is (in, out)",
     "layers_pattern": "the stack of layers is called layers here; LoraSpec's stacked names another",

@@ -14,7 +14,8 @@ from stablelora_jax.utils.errors import InputError
 
 COMMON = """task_type target_modules exclude_modules layers_to_transform layers_pattern modules_to_save bias
     fan_in_fan_out inference_mode base_model_name_or_path revision auto_mapping peft_version""".split()
-START = ("init_weights", "d_initial", "sparse", "very_sparse")  # where training began: nothing to a trained adapter
+# Where training began, which is nothing to a trained adapter.
+START = """init_weights d_initial sparse very_sparse mask_type init_vector_bank_bound init_logits_std""".split()
 
 
 class Tuner(NamedTuple):
@@ -30,7 +31,7 @@ class Tuner(NamedTuple):
     biases: str  # its word for LoraConfig's lora_only
     written: Mapping[str, Any]  # what its file says beside what a spec does
     options: Mapping[str, tuple[str, int]] = {}  # a spec's option for a field, and its default in PEFT
-    excludes: bool = True  # whether it has exclude_modules
+    lacks: tuple[str, ...] = ()  # of COMMON
     of_lora: bool = False  # whether its other fields are LoraConfig's
 
 
@@ -47,7 +48,7 @@ TUNERS = {  # by parametrisation
         ("save_projection", "projection_prng_key"),
         "vera_only",
         {**PROJECTED, "d_initial": 0.1},
-        excludes=False,
+        lacks=("exclude_modules",),
     ),
     "randlora": Tuner(
         "RANDLORA",
@@ -59,7 +60,7 @@ TUNERS = {  # by parametrisation
         ("save_projection", "projection_prng_key"),
         "randlora_only",
         {**PROJECTED, "sparse": False, "very_sparse": False},
-        excludes=False,
+        lacks=("exclude_modules",),
     ),
     "miss": Tuner(
         "MISS",
@@ -71,6 +72,7 @@ TUNERS = {  # by parametrisation
         ("mini_r",),
         "MiSS_only",
         {"init_weights": True, "mini_r": 1},
+        lacks=("fan_in_fan_out",),
     ),
     "miss_mini": Tuner(
         "MISS",
@@ -83,6 +85,7 @@ TUNERS = {  # by parametrisation
         "MiSS_only",
         {"init_weights": "mini"},
         options={"mini_r": ("mini_r", 1)},
+        lacks=("fan_in_fan_out",),
     ),
     "adalora": Tuner(
         "ADALORA",
@@ -98,6 +101,34 @@ TUNERS = {  # by parametrisation
         "lora_only",
         {"total_step": 1, "tinit": 0, "tfinal": 0},  # PEFT makes no AdaLoRA without a schedule
         of_lora=True,
+    ),
+    "shira": Tuner(
+        "SHIRA",
+        "ShiraConfig",
+        {"scaling": "none"},
+        {"r": "r"},
+        {"r": 32},
+        {**BEGINS, "mask_type": ("random", "entries are drawn uniformly")},
+        ("random_seed",),
+        "lora_only",
+        {"init_weights": True, "mask_type": "random"},
+        lacks=("exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
+    ),
+    "vblora": Tuner(
+        "VBLORA",
+        "VBLoRAConfig",
+        {"scaling": "none"},
+        {"r": "r", "vblora_dropout": "lora_dropout"},
+        {"r": 4},
+        {
+            "save_only_topk_weights": (False, "adapters have all logits"),
+            "init_vector_bank_bound": (0.02, "the bank starts within 0.02"),
+            "init_logits_std": (0.1, "logits start with a deviation of 0.1"),
+        },
+        (),
+        "vblora_only",
+        {"save_only_topk_weights": False},
+        options={"num_vectors": ("vectors", 256), "vector_length": ("length", 256), "topk": ("topk", 2)},
     ),
 }
 PEFT_TYPES = tuple(dict.fromkeys(tuner.peft_type for tuner in TUNERS.values()))
@@ -145,9 +176,9 @@ def tuner_words(config: Mapping[str, Any], form: str, options: Mapping[str, Any]
       options: of the spec, all of them.
     """
     tuner = TUNERS[form]
-    known = [key for key in COMMON if tuner.excludes or key != "exclude_modules"]
-    found = {key: value for key, value in config.items() if key in known}
+    found = {key: value for key, value in config.items() if key in COMMON}
     found |= {theirs: config[ours] for theirs, ours in tuner.renamed.items()}
     found |= {theirs: options[ours] for theirs, (ours, _) in tuner.options.items()}
     found["bias"] = tuner.biases if config["bias"] == "lora_only" else config["bias"]
-    return {"peft_type": tuner.peft_type, **found, **tuner.written}
+    known = {key: value for key, value in found.items() if key not in tuner.lacks}
+    return {"peft_type": tuner.peft_type, **known, **tuner.written}

@@ -17,7 +17,7 @@ from stablelora_jax.lora.peft_tuners import COMMON, TUNERS
 from stablelora_jax.lora.target_modules import find_target_modules
 from stablelora_jax.utils import tree
 from tests.helpers import jit, long, tiny_decoder, tokens
-from tests.lora.test_parametrizations import moved, spec_of
+from tests.lora.test_parametrizations import MEMBERS, moved, spec_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # (16, 16), (16, 8) and (24, 16)
@@ -38,6 +38,8 @@ READ = {
     "randlora_sparse": (lambda peft, **k: peft.RandLoraConfig(r=3, sparse=True, randlora_alpha=2, **k), "randlora"),
     "miss": (lambda peft, **k: peft.MissConfig(r=3, **k), "miss"),
     "miss_mini": (lambda peft, **k: peft.MissConfig(r=3, init_weights="mini", mini_r=4, **k), "miss_mini"),
+    "shira": (lambda peft, **k: peft.ShiraConfig(r=2, random_seed=3, **k), "shira"),
+    "vblora": (lambda peft, **k: peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, topk=3, **k), "vblora"),
     "adalora": (lambda peft, **k: peft.AdaLoraConfig(init_r=3, lora_alpha=6, total_step=10, **k), "adalora"),
     "adalora_pruned": (pruned, "adalora"),
     "loha": (lambda peft, **k: peft.LoHaConfig(r=2, alpha=5, rank_pattern={"v_proj": 3}, **k), "lora"),
@@ -46,7 +48,7 @@ READ = {
     "lora_pissa": (lambda peft, **k: peft.LoraConfig(r=2, init_lora_weights="pissa", **k), "lora"),
     "lora_olora": (lambda peft, **k: peft.LoraConfig(r=2, init_lora_weights="olora", **k), "lora"),
 }
-QUICK = ("vera", "randlora", "miss_mini", "adalora_pruned", "lokr", "loha", "lora_olora")
+QUICK = ("vera", "randlora", "miss_mini", "shira", "vblora", "adalora_pruned", "lokr", "loha", "lora_olora")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,8 @@ WRITTEN = {
     "vera": dict(alpha_pattern={"v_proj": 3}, layers_to_transform=(0, 2)),
     "randlora": dict(alpha=3, alpha_pattern={"layers.1.self_attn.v_proj": 9}),
     "miss": dict(exclude_modules=["layers.1.self_attn.v_proj"]),
+    "shira": dict(alpha=9, alpha_pattern={"v_proj": 2}, layers_to_transform=(0, 2)),
+    "vblora": dict(options={"vectors": 6, "length": 4}, alpha=9),
     "adalora": dict(scaling="rslora", rank_pattern={"v_proj": 2}, target_modules=r".*\.[qv]_proj"),
 }
 
@@ -128,7 +132,8 @@ def test_peft_reads_what_began_here(name, base, tmp_path):
     pytest.importorskip("peft")
     model, params, load = base
     more = {"target_modules": TARGETS, "exclude_modules": ["layers.1.mlp.down_proj"], **WRITTEN[name]}
-    spec = spec_of(name, rank=3, bias="lora_only" if name == "vera" else "none", **more)
+    made = dict(rank=3, bias="lora_only" if name == "vera" else "none", parametrization=name, init=MEMBERS[name][2])
+    spec = LoraSpec(**made, **more)
     adapters = moved(jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params))
     for path, target in find_target_modules(params, spec).items():  # layers without an adapter get no gradient
         node, used = tree.get_in(adapters, path), np.array(target.ranks) > 0
@@ -172,6 +177,11 @@ BAD = {
     "mask": ("adalora", dict(rank_pattern=MASK), "rank_pattern must have 3 times true or false for .*q_proj.lora_E"),
     "masks": ("adalora", dict(rank_pattern=[1]), "rank_pattern must map modules to masks"),
     "narrow": ("adalora", dict(change=instead(Q + "lora_B", lambda b: b[:, :2])), "q_proj.lora_B has shape"),
+    "no_bank": ("vblora", dict(change=without("base_model.vblora_vector_bank")), "lacks vblora_vector_bank"),
+    "axes": ("vblora", dict(change=instead(Q + "vblora_logits_B", lambda b: b[:1])), "logits_B has shape"),
+    "topk": ("vblora", dict(save_only_topk_weights=True), "save_only_topk_weights = True is not supported"),
+    "place": ("shira", dict(change=instead(Q + "shira_indices", lambda i: i + 9)), "a place outside of the weight"),
+    "places": ("shira", dict(change=instead(Q + "shira_indices", lambda i: i[0])), r"must be \(2, n\) places"),
     "tuner": ("miss", dict(peft_type="OFT"), "peft_type = 'OFT' is not supported: a spec is one of LORA, VERA"),
 }
 
@@ -223,15 +233,20 @@ def test_what_a_tuner_cannot_say_is_named(base, tmp_path):
     for peft_type, given, message in (
         ("MISS", params, r"PEFT's MISS has one rank for all modules, not \[2, 3\]"),
         ("VERA", params, "peft_type='VERA' is for vera adapters, not miss: leave it out"),
-        ("OFT", params, "peft_type must be LORA or one of VERA, RANDLORA, MISS, ADALORA, not 'OFT'"),
+        ("OFT", params, "peft_type must be LORA or one of VERA, RANDLORA, MISS, .*, not 'OFT'"),
         ("MISS", None, "pass params="),
     ):
         with pytest.raises(InputError, match=message):
             save_peft(tmp_path / "out", adapters, spec, params=given, peft_type=peft_type)
-    looked_up = spec_of("vera", rank=3, target_modules=["embed_tokens"])
-    adapters = init_adapters(jax.random.key(0), params, looked_up)
-    with pytest.raises(InputError, match="PEFT has no vera for an embedding"):
-        save_peft(tmp_path / "out", adapters, looked_up, params=params, peft_type="VERA")
+    for name, given, message in (
+        ("vera", dict(target_modules=["embed_tokens"]), "PEFT has no vera for an embedding"),
+        ("shira", dict(target_modules=["q_proj"], bias="all"), "PEFT's shira trains no biases: leave peft_type out"),
+        ("vblora", dict(alpha_pattern={"v_proj": 2}), r"one bank and no scale, not scales \[2.0, 16.0\]"),
+    ):
+        spec = spec_of(name, rank=1, **given)
+        adapters = init_adapters(jax.random.key(0), params, spec)
+        with pytest.raises(InputError, match=message):
+            save_peft(tmp_path / "out", adapters, spec, params=params, peft_type=name.upper())
     assert not (tmp_path / "out").exists()
 
 
@@ -244,6 +259,12 @@ CONFIGS = {
     ),
     "randlora": (dict(r=4), dict(rank=4, alpha=640), dict(sparse=True)),
     "miss": (dict(mini_r=3), dict(rank=64, alpha=8, scaling="none"), dict(init_weights="bat")),
+    "shira": (dict(r=4, random_seed=3), dict(rank=4, alpha=8, scaling="none"), dict(init_weights=False)),
+    "vblora": (
+        dict(topk=3, vector_length=16, bias="vblora_only"),
+        dict(rank=4, alpha=8, scaling="none", bias="lora_only", options=dict(topk=3, length=16, vectors=256)),
+        dict(save_only_topk_weights=True),
+    ),
     "miss_mini": (
         dict(init_weights="mini", mini_r=3),
         dict(rank=64, alpha=8, scaling="none", options={"mini_r": 3}),
@@ -273,4 +294,4 @@ def test_a_configuration_alone(form):
     fields = {field.name for field in dataclasses.fields(theirs)}
     known = {*COMMON, *tuner.renamed, *tuner.ignored, *tuner.neutral, *tuner.options, "peft_type"}
     assert (fields <= known or tuner.of_lora) and {*tuner.written, *tuner.options} <= fields
-    assert ("exclude_modules" in fields) == tuner.excludes
+    assert set(COMMON) - fields == set(tuner.lacks)
