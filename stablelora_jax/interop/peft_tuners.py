@@ -8,6 +8,7 @@ PEFT                                         shape                           our
 ``<m>.randlora_lambda``, ``randlora_gamma``  (r, n), (n, p)                  ``lora_lambda``, ``lora_gamma``
 ``randlora_A``, ``randlora_B``, likewise     (r, 1, P), (Q, N, r)            parts: ``frozen_thin`` and ``frozen_wide``
 ``<m>.miss_block``                           (r, out), (r, mini_r)           ``lora_d``
+``<m>.miss_block``, of Bat                   (out / r, r, r)                 ``lora_blocks``
 ``<m>.shira_weight``, ``shira_indices``      (n,), (2, n): out, in           ``lora_values``, ``frozen_index``: flat
 ``<m>.vblora_logits_A``                      (r, in / l, h)                  ``lora_logits_a``
 ``<m>.vblora_logits_B``                      (out / l, r, h)                 ``lora_logits_b``, axes exchanged
@@ -51,6 +52,7 @@ LEAVES = {  # of each parametrisation: PEFT's tensor, our leaf, whether one is t
         ("randlora_B", "frozen_wide", False),
     ),
     "miss": (("miss_block", "lora_d", False),),
+    "bat": (("miss_block", "lora_blocks", False),),
     "miss_mini": (("miss_block", "lora_d", False),),
     "shira": (("shira_weight", "lora_values", False), ("shira_indices", "frozen_index", False)),
     "vblora": (("vblora_logits_A", "lora_logits_a", False), ("vblora_logits_B", "lora_logits_b", False)),

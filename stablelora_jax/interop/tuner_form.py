@@ -22,7 +22,7 @@ from stablelora_jax.utils.tree import Path
 MISS = ("miss", "miss_mini")
 # The leaf by which dW is scaled.
 SCALED = {"vera": "lora_lambda_b", "randlora": "lora_lambda", "adalora": "lora_e", "shira": "lora_values"}
-SCALED |= dict.fromkeys(MISS, "lora_d")
+SCALED |= {"bat": "lora_blocks", **dict.fromkeys(MISS, "lora_d")}
 
 
 def tuner_form(

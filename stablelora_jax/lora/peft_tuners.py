@@ -36,7 +36,7 @@ class Tuner(NamedTuple):
 
 
 PROJECTED = {"save_projection": True, "projection_prng_key": 0, "init_weights": True}
-BEGINS = {"init_weights": (True, "an adapter starts as PEFT's default does, and MiSS has no mode 'bat'")}
+BEGINS = {"init_weights": (True, "an adapter starts as PEFT's default does")}
 TUNERS = {  # by parametrisation
     "vera": Tuner(
         "VERA",
@@ -85,6 +85,18 @@ TUNERS = {  # by parametrisation
         "MiSS_only",
         {"init_weights": "mini"},
         options={"mini_r": ("mini_r", 1)},
+        lacks=("fan_in_fan_out",),
+    ),
+    "bat": Tuner(
+        "MISS",
+        "MissConfig",
+        {"scaling": "none"},
+        {"r": "r", "miss_dropout": "lora_dropout"},
+        {"r": 64},
+        {"init_weights": ("bat", "")},
+        ("mini_r",),
+        "MiSS_only",
+        {"init_weights": "bat", "mini_r": 1},
         lacks=("fan_in_fan_out",),
     ),
     "adalora": Tuner(
@@ -137,7 +149,7 @@ PEFT_TYPES = tuple(dict.fromkeys(tuner.peft_type for tuner in TUNERS.values()))
 def form_of(raw: Mapping[str, Any]) -> str | None:
     """The parametrisation of a configuration of one of :data:`TUNERS`; None of LoRA, and of those that are not here."""
     if raw.get("peft_type") == "MISS":
-        return "miss_mini" if raw.get("init_weights") == "mini" else "miss"
+        return {"mini": "miss_mini", "bat": "bat"}.get(str(raw.get("init_weights")), "miss")
     return next((form for form, tuner in TUNERS.items() if tuner.peft_type == raw.get("peft_type")), None)
 
 

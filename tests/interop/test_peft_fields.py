@@ -195,7 +195,7 @@ BAD = {
         "for 'layers.1.mlp.up_proj', which target_modules names whole",
     ),
     "task": ({**TARGET, "task_type": "TOKEN_CLS"}, "add it to modules_to_save"),
-    "start": ({**TARGET, "init_lora_weights": "loftq"}, "init_lora_weights = 'loftq' is not supported"),
+    "start": ({**TARGET, "init_lora_weights": "corda"}, "init_lora_weights = 'corda' is not supported"),
     "no start": ({**TARGET, "init_lora_weights": False}, "an init is true or one of gaussian, orthogonal, olora"),
 }
 

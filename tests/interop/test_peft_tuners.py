@@ -38,6 +38,7 @@ READ = {
     "randlora_sparse": (lambda peft, **k: peft.RandLoraConfig(r=3, sparse=True, randlora_alpha=2, **k), "randlora"),
     "miss": (lambda peft, **k: peft.MissConfig(r=3, **k), "miss"),
     "miss_mini": (lambda peft, **k: peft.MissConfig(r=3, init_weights="mini", mini_r=4, **k), "miss_mini"),
+    "bat": (lambda peft, **k: peft.MissConfig(r=4, init_weights="bat", **k), "bat"),
     "shira": (lambda peft, **k: peft.ShiraConfig(r=2, random_seed=3, **k), "shira"),
     "vblora": (lambda peft, **k: peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, topk=3, **k), "vblora"),
     "adalora": (lambda peft, **k: peft.AdaLoraConfig(init_r=3, lora_alpha=6, total_step=10, **k), "adalora"),
@@ -48,7 +49,7 @@ READ = {
     "lora_pissa": (lambda peft, **k: peft.LoraConfig(r=2, init_lora_weights="pissa", **k), "lora"),
     "lora_olora": (lambda peft, **k: peft.LoraConfig(r=2, init_lora_weights="olora", **k), "lora"),
 }
-QUICK = ("vera", "randlora", "miss_mini", "shira", "vblora", "adalora_pruned", "lokr", "loha", "lora_olora")
+QUICK = ("vera", "randlora", "miss_mini", "bat", "shira", "vblora", "adalora_pruned", "lokr", "loha", "lora_olora")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ BAD = {
     "extra": ("miss", dict(change=lambda t: {**t, Q + "miss_other": t[Q + "miss_block"]}), "holds .*miss_other"),
     "transposed": ("miss", dict(change=instead(Q + "miss_block", lambda d: d.T)), "miss_block has shape"),
     "nan": ("miss", dict(change=instead(Q + "miss_block", lambda d: d * np.nan)), "holds NaN"),
-    "bat": ("miss", dict(init_weights="bat"), "init_weights = 'bat' is not supported"),
+    "mode": ("miss", dict(init_weights="cat"), "init_weights = 'cat' is not supported"),
     "unknown": ("miss", dict(lora_alpha=4), "'lora_alpha' is no key of PEFT's MissConfig"),
     "dora": ("adalora", dict(use_dora=True), "use_dora = True is not supported"),
     "mask": ("adalora", dict(rank_pattern=MASK), "rank_pattern must have 3 times true or false for .*q_proj.lora_E"),
@@ -258,7 +259,8 @@ CONFIGS = {
         dict(d_initial=0.3),
     ),
     "randlora": (dict(r=4), dict(rank=4, alpha=640), dict(sparse=True)),
-    "miss": (dict(mini_r=3), dict(rank=64, alpha=8, scaling="none"), dict(init_weights="bat")),
+    "miss": (dict(mini_r=3), dict(rank=64, alpha=8, scaling="none"), dict(init_weights=False)),
+    "bat": (dict(init_weights="bat"), dict(rank=64, alpha=8, scaling="none"), dict(fan_in_fan_out=True)),
     "shira": (dict(r=4, random_seed=3), dict(rank=4, alpha=8, scaling="none"), dict(init_weights=False)),
     "vblora": (
         dict(topk=3, vector_length=16, bias="vblora_only"),
