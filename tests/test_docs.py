@@ -18,6 +18,7 @@ import yaml
 
 import stablelora_jax
 from stablelora_jax.cli import main as cli
+from stablelora_jax.cli.data import with_path
 from stablelora_jax.cli.train import load_config
 from stablelora_jax.config.optimizer import OPTIMIZERS
 from stablelora_jax.config.run import RunConfig
@@ -94,6 +95,8 @@ def parse(words: list[str]) -> None:
         assert end.value.code == 0, words
         return
     given = cli.make_parser().parse_args(rest)
+    if rest[0] == "data":
+        given.overrides = with_path(given.overrides)
     if hasattr(given, "config"):
         load_config(given)
 
