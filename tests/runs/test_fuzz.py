@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import stablelora_jax
 from stablelora_jax import InputError, LoraSpec, base_directory, config, init_adapters, load_peft, save_peft
 from stablelora_jax.config.run import JsonlTask, RunConfig
+from stablelora_jax.data import encode_chat
 from stablelora_jax.data.tasks import load_questions
 from stablelora_jax.generation.generate import encode_prompts
 from stablelora_jax.models.pretrained.load import load_pretrained, save_pretrained
@@ -255,7 +256,8 @@ def test_adapters(drawn, model, tmp_path):
 
 
 def test_rows(drawn, tmp_path):
-    columns = st.sampled_from(["prompt", "completion", "messages", "choices", "label", "id", "text"])
+    names = "prompt completion messages conversations tools instruction output choices label id text"
+    columns = st.sampled_from(names.split())
     row = st.dictionaries(columns, VALUE, max_size=4).map(lambda v: json.dumps(v, default=str).encode())
     lines = st.lists(st.one_of(row, st.binary(max_size=12), st.just(b""), st.just(b"\xef\xbb\xbf")), max_size=4)
 
@@ -263,7 +265,20 @@ def test_rows(drawn, tmp_path):
         (tmp_path / "train.jsonl").write_bytes(b"\n".join(given))
         load_questions(JsonlTask(path=str(tmp_path), kind=kind), "train")
 
-    drawn("rows", check, st.sampled_from(["choice", "completion", "chat"]), lines)
+    drawn("rows", check, st.sampled_from(["choice", "completion", "chat", "text", "auto"]), lines)
+
+
+def test_chats(drawn):
+    own, _ = load_pretrained(base_directory())
+    own.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    fields = {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": VALUE}
+    message = st.one_of(VALUE, st.fixed_dictionaries(fields, optional={"tool_calls": VALUE, "reasoning": VALUE}))
+    drawn(
+        "chats",
+        lambda messages, tools: encode_chat(own.tokenizer, messages, tools=tools),
+        st.one_of(VALUE, st.lists(message, max_size=4)),
+        VALUE,
+    )
 
 
 def test_logs(drawn, tmp_path):

@@ -107,6 +107,12 @@ SCHEMAS = {
     "conversations of roles": ({"conversations": MESSAGES}, "chat", "ShareGPT's", (*TOLD, tuple(MESSAGES), None)),
     "Alpaca": ({"instruction": "One", "input": "", "output": "two"}, "completion", "Alpaca's", TOLD),
     "prompt": ({"prompt": "One", "completion": "two", "text": "x"}, "completion", "prompt and completion", TOLD),
+    "preference": (
+        {"prompt": "One", "chosen": "a", "rejected": "b"},
+        "preference",
+        "preferences",
+        ("One", (" a", " b"), 0, "train-0"),
+    ),
     "text": ({"text": "One two"}, "text", "text alone", ("", "One two", None, "train-0")),
     "choice": (
         {"prompt": "One", "choices": ["a", "b"], "label": 1},
