@@ -55,12 +55,15 @@ QUICK = ("vera", "randlora", "miss_mini", "bat", "shira", "vblora", "adalora_pru
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model, its parameters, and how PyTorch loads it."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp("base")
     model, params = tiny_decoder(qkv_bias=True)
     save_pretrained(directory, model, params)
-    return model, params, lambda: transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+    def load():
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+    return model, params, load
 
 
 def logits(model, params, spec, adapters):
