@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from stablelora_jax import InputError
 from stablelora_jax.data import encode_chat
-from stablelora_jax.data.chat import encode_chats
+from stablelora_jax.data.chat import _mask, encode_chats
+from stablelora_jax.data.chat_spans import Rendered
 from stablelora_jax.data.conversation import Conversation
 from stablelora_jax.data.encoding import Text, encode_many
 from tests.data.chats import CHATS, SYSTEM, TOOLS, answered, calls, said, thought, turns, user
@@ -263,3 +264,9 @@ def test_rows_whose_tool_calls_or_reasoning_the_template_leaves_out_are_named(to
             InputError, match=rf"^row 2 \(b\): the chat template does not write the {missing} of the as"
         ):
             list(encode_many(tokenizer, texts, end=True, max_length=999, chat=True))
+
+
+def test_a_token_that_holds_any_character_of_an_answer_is_a_loss_token():
+    spans = [(3, 5), (9, 10)]
+    offsets = [(0, 2), (2, 4), (4, 6), (6, 8), (8, 11), (11, 12)]
+    assert _mask(offsets, Rendered("", spans, ())) == [0, 1, 1, 0, 1, 0]
