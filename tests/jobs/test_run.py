@@ -32,9 +32,9 @@ jobs:
   r4: {lora: {rank: 4, alpha: 8}}
   dropped: {lora: {rank: 8, dropout: 0.2}, seed: 3, batch_size: 16}
   short: {lora: {rank: 4, alpha: 16}, optimizer: {shrink_ratio: 0.01}, seed: 9, steps: 3}
-  rite: {lora: {rank: 4, target_modules: [q_proj, down_proj]}, optimizer: {name: lora_rite}, steps: 5}
+  plus: {lora: {rank: 4, target_modules: [q_proj, down_proj]}, optimizer: {name: lora_plus}, steps: 5}
 """
-NAMES = ("r4", "dropped", "short", "rite")
+NAMES = ("r4", "dropped", "short", "plus")
 
 
 def load(tmp_path, text=TEXT, *overrides):
@@ -64,22 +64,22 @@ def arrays(directory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """All jobs to their end, without a break; ``rite`` takes the place of ``short``."""
+    """All jobs to their end, without a break; ``plus`` takes the place of ``short``."""
     place = tmp_path_factory.mktemp("jobs")
     jobs, configs = load(place)
     assert list(run_jobs(jobs, configs, quiet)) == list(NAMES)
     return place / "out"
 
 
-@pytest.mark.parametrize("name", [soak("r4"), "dropped", long("short"), soak("rite")])
+@pytest.mark.parametrize("name", [soak("r4"), "dropped", long("short"), soak("plus")])
 def test_a_job_is_as_a_run_alone(whole, tmp_path, name):
     _, configs = load(tmp_path)
     run(replace(configs[name], output=str(tmp_path / "alone")), quiet)
     mine, other = arrays(whole / name), arrays(tmp_path / "alone")
     assert mine.keys() == other.keys()
+    tolerance = 1e-4 if name == "plus" else 1e-5  # Adam's first steps magnify the rounding of its smallest gradients
     for key, value in other.items():
-        if name != "rite":  # which whitens gradients that begin at zero: in float64 it agrees, see test_step
-            np.testing.assert_allclose(mine[key], value, atol=1e-5 * max(1e-3, np.abs(value).max()), err_msg=key)
+        np.testing.assert_allclose(mine[key], value, atol=tolerance * max(1e-3, np.abs(value).max()), err_msg=key)
     pairs = zip(losses(whole / name), losses(tmp_path / "alone"), strict=True)
     assert all(step == own and abs(a / b - 1) < 1e-5 for (step, a), (own, b) in pairs)
     files = lambda path: {p.relative_to(path).as_posix() for p in path.rglob("*") if "checkpoints/" not in str(p)}
@@ -194,7 +194,7 @@ def test_a_job_that_fails_ends_no_other(tmp_path, capsys):
     shutil.rmtree(tmp_path / "out" / "short")  # begun anew, it is tried again
     assert main(["train", "--jobs", str(path), "task.train_limit=50"]) == 1
     assert "short failed: " in capsys.readouterr().out
-    for name in ("r4", "dropped", "rite"):
+    for name in ("r4", "dropped", "plus"):
         assert (tmp_path / "out" / name / "adapter" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "short" / "adapter").exists()
 
