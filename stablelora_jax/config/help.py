@@ -65,7 +65,7 @@ def _overview(cls: Any) -> str:
     plain, inside, meanings = "", "", meanings_of(cls)
     for key, (f, kind) in keys_of(cls).items():
         text = meanings[key] + " (picked by name)" * (len(sections(kind)) > 1)
-        start = f"  {key:<13}  "
+        start = f"  {key:<15}  "
         if not sections(kind):
             start = f"  {key:<27}  {textwrap.shorten(_default(f, kind), 30, placeholder=' ...'):<13}  "
         line = start + textwrap.shorten(text, max(20, WIDTH - len(start)), placeholder=" ...") + "\n"

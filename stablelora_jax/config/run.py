@@ -138,9 +138,7 @@ class RunConfig(Section):
     data: DataConfig = section(DataConfig, "how texts become batches")
     lora: LoraSpec = section(LoraSpec, "what is adapted, in PEFT's terms")
     optimizer: OptimizerConfig = section(CONFIGS["stable_lora"], "how the adapters are trained")
-    objective: ObjectiveConfig = section(
-        OBJECTIVES["sft"], "what is minimised; dpo, orpo and simpo prefer the right choice to a wrong one"
-    )
+    objective: ObjectiveConfig = section(OBJECTIVES["sft"], "what is minimised: a likelihood, or a preference")
     schedule: ScheduleConfig = section(Cosine, "the learning rate over the run")
     rank_allocation: RankAllocationConfig | None = section(lambda: None, "which ranks are trained when; null: all")
     freeze: tuple[str, ...] = option((), "frozen parts of the adapters: ends of names, such as layers.0 or lora_a")
