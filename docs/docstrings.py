@@ -7,12 +7,14 @@ from typing import Any
 from griffe import Attribute, Docstring, ExprCall, Extension, Object
 
 ROLE = re.compile(r":\w+:`~?([^`]+)`")
+EXAMPLE = re.compile(r"^( *)Example::\n\n", re.MULTILINE)  # which griffe calls Examples, and shows as code
 COLONS = re.compile(r"(?: ::|::)(?=\n|$)")
 KEYS = ("option", "section", "_help")  # functions of a field: (default, meaning, ...)
 
 
 def as_markdown(text: str) -> str:
     """``:func:`run` `` is `` `run` ``, and a line that ends with ``::`` starts an indented block."""
+    text = EXAMPLE.sub(r"\1Examples:\n", text)
     lines = ROLE.sub(lambda m: f"`{m[1].removeprefix('stablelora_jax.')}`", text)
     return COLONS.sub(lambda m: "" if m[0].startswith(" ") else ":", lines)
 
