@@ -8,7 +8,7 @@ import pytest
 
 from stablelora_jax import adapted
 from stablelora_jax.lora.parametrizations import PARAMETRIZATIONS
-from tests.helpers import jit, largest_difference, long, random_params
+from tests.helpers import jit, largest_difference, long, random_params, soak
 from tests.lora.test_parametrizations import moved, spec_of
 
 LEFT_OUT = dict.fromkeys(("lora_c", "dora_c"), ("join", "conv"))  # that contract two axes
@@ -56,8 +56,15 @@ def of_leaves(ids):
     return function, params, {"target_modules": list(shapes)}
 
 
-@pytest.mark.parametrize("model_of", [of_modules, of_leaves])
-@pytest.mark.parametrize("name", [n if n in DEFAULT else long(n) for n in PARAMETRIZATIONS])
+def rows():
+    """One kind of model for each parametrisation, by turns; the rest is soak."""
+    for number, name in enumerate(PARAMETRIZATIONS):
+        for turn, model_of in enumerate((of_modules, of_leaves)):
+            own = soak if (number + turn) % 2 else long
+            yield (name, model_of) if name in DEFAULT else own(name, model_of)
+
+
+@pytest.mark.parametrize("name,model_of", rows())
 def test_the_path_is_the_merged_model_in_values_and_gradients(name, model_of):
     ids = jnp.arange(10).reshape(2, 5)
     model, params, chosen = model_of(ids)
