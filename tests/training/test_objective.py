@@ -19,6 +19,7 @@ from stablelora_jax.data.token_cache import TokenStore
 from stablelora_jax.objectives import dpo, orpo, simpo
 from stablelora_jax.parallel import mesh_layout, pmap_layout
 from stablelora_jax.runs.build import make_objective
+from stablelora_jax.runs.dry_run import dry_run
 from stablelora_jax.runs.prepare import require_groups
 from stablelora_jax.training.cross_entropy import token_log_probs
 from stablelora_jax.training.step import init_state, make_train_step
@@ -86,6 +87,16 @@ def test_adapters_that_change_nothing_give_log_2():
     variables = {"params": params, "lora": adapters}
     value = jit(lambda v: objective.loss(adapted(model, SPEC), v, batch, None, 1) / objective.divisor(batch))(variables)
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+
+
+@pytest.mark.long
+def test_the_reference_needs_no_second_base_and_next_to_no_memory():
+    """Of the compiled steps over as many tokens."""
+    sft, own = (
+        dry_run(load(RunConfig, None, [f"objective.name={name}", "batch_size=16", "max_length=128"]), lambda _: None)
+        for name in ("sft", "dpo")
+    )
+    assert own["arguments"] == sft["arguments"] and own["temporaries"] <= 1.15 * sft["temporaries"]
 
 
 def test_pairs_of_questions():
