@@ -21,7 +21,7 @@ from stablelora_jax import (
     with_frozen,
 )
 from stablelora_jax.lora.initializers import INITIALIZERS
-from tests.helpers import jit, long, tiny_decoder, tokens
+from tests.helpers import jit, long, random_calibration, tiny_decoder, tokens
 from tests.lora.test_parametrizations import CHOSEN, MEMBERS, moved, spec_of
 
 SIZES = {"narrow": (7, 5), "wide": (5, 9), "square": (9, 9), "halved": (9, 4)}  # kernels (in, out), one after another
@@ -357,9 +357,15 @@ def base(tmp_path_factory):
     return model, params, directory, load, plain
 
 
-PLAIN_STARTS = [init for init in INITIALIZERS if init not in ("kaiming", "nystrom")]
+PLAIN_STARTS = [init for init in INITIALIZERS if init not in ("kaiming", "nystrom", "lora_sb")]
 CONVERTED = [(name, None) for name in MEMBERS] + [("lora", init) for init in PLAIN_STARTS]
-CONVERTED += [("dora", "pissa"), ("slora", "pissa"), ("slora", "nystrom"), ("lora_xs", "init_ab")]
+CONVERTED += [
+    ("dora", "pissa"),
+    ("slora", "pissa"),
+    ("slora", "nystrom"),
+    ("lora_xs", "init_ab"),
+    ("lora_xs", "lora_sb"),
+]
 DEFAULT = [("lora", "pissa"), ("vera", None), ("edora", None)]
 
 
@@ -373,7 +379,9 @@ def test_peft_computes_what_was_converted(name, init, base, tmp_path):
         rank=4, target_modules=CHOSEN.get(name, ["q_proj", "down_proj"]), exclude_modules=["layers.1.self_attn.q_proj"]
     )
     spec = LoraSpec(parametrization=name, init=init, **chosen) if init else spec_of(name, **chosen)
-    adapters = moved(jit(lambda params: init_adapters(jax.random.key(0), params, spec))(params))
+    calibration = random_calibration(params, spec)
+    adapters = jit(lambda params: init_adapters(jax.random.key(0), params, spec, calibration=calibration))(params)
+    adapters = moved(adapters)
     own = jax.device_get(adapters["model"]["layers"]["self_attn"]["q_proj"])
     unadapted = {key: np.stack([leaf[0], 0 * leaf[1], leaf[2]]) for key, leaf in own.items()}  # gets no gradient
     adapters["model"]["layers"]["self_attn"]["q_proj"] = jax.tree.map(jnp.asarray, unadapted)
