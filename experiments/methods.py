@@ -37,6 +37,7 @@ from stablelora_jax.utils.files import read_json_object, write_whole, writing
 
 FOLDER = Path(__file__).parents[1] / "configs" / "methods"
 BASELINE = "lora"
+TOGETHER = 8  # methods whose programs are kept: the memory maps of a process are limited
 STEPS, ROUNDS = 10, 7  # of a timing; timings of the method and of LoRA take turns
 HEAD = "| method | trainable | accuracy | step time | state | temporaries |\n| --- | ---: | ---: | ---: | ---: | ---: |"
 
@@ -149,12 +150,15 @@ def work(arguments: argparse.Namespace) -> None:
         made[:] = made or [timer(prepare(load(BASELINE, output, keys), Path(), quiet))]
         return made[0]
 
-    for name in chosen:
+    for number, name in enumerate(chosen, 1):
         trained = accuracies(name, output, arguments.seeds, keys)
         own = load(name, output / name, keys)
         rows[name] = measured(output / name, own, keys, baseline) | trained
         text = write(output, rows, [*sys.argv[:1], *chosen, *keys])
         print(text.splitlines()[-1], flush=True)
+        if number % TOGETHER == 0:
+            made.clear()
+            jax.clear_caches()
     print(f"\n{text}\n\nin {output / 'methods.md'}")
 
 
