@@ -5,23 +5,9 @@ m (out,) is trained and starts as the norms of K0, over the axes (h, w, in). The
 
 from __future__ import annotations
 
-import jax
-
 from stablelora_jax.lora.parametrizations import cp, dora
-from stablelora_jax.lora.parametrizations.lora import Adapter, Keys
 
 PAIR, READS_KERNEL = "none", True
 READS_AXES = True
+start, pair = dora.around(cp)
 gain, delta, merge = dora.gain, dora.delta, dora.merge
-
-
-def start(keys: Keys, w: jax.Array, begun: Adapter, scale: jax.Array, axes: tuple[int, ...]) -> dict[str, jax.Array]:
-    """The leaves of ``cp``, and ``lora_magnitude_vector`` (out,)."""
-    own = cp.start(keys, w, begun, scale, axes)
-    magnitudes = dora.start(keys, w, cp.pair(own, w.shape), scale)["lora_magnitude_vector"]
-    return {**own, "lora_magnitude_vector": magnitudes}
-
-
-def pair(adapter: Adapter, size: tuple[int, ...]) -> dict[str, jax.Array]:
-    """That of ``cp``, beside the magnitudes."""
-    return {**cp.pair(adapter, size), "lora_magnitude_vector": adapter["lora_magnitude_vector"]}

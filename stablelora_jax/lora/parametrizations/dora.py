@@ -11,6 +11,8 @@ nothing, and a column of zeros does not make NaN, as it does in PEFT.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,6 +28,20 @@ def start(keys: Keys, w: Float[Array, "in out"], begun: Adapter, scale: jax.Arra
     """The pair, and ``lora_magnitude_vector`` (out,): the norms of what the kernel w (in, out) begins as."""
     norms = _norms(w, pair(begun, w.shape), scale).astype(begun["lora_a"].dtype)
     return {**begun, "lora_magnitude_vector": norms}
+
+
+def around(direction: Any) -> tuple[Any, Any]:
+    """``(start, pair)`` of the DoRA whose direction is that of another parametrisation: its own, and the magnitudes."""
+
+    def start_of(keys: Keys, w: jax.Array, begun: Adapter, scale: jax.Array, **more: Any) -> dict[str, jax.Array]:
+        own = direction.start(keys, w, begun, scale, **more)
+        magnitudes = start(keys, w, direction.pair(own, w.shape), scale)["lora_magnitude_vector"]
+        return {**own, "lora_magnitude_vector": magnitudes}
+
+    def pair_of(adapter: Adapter, size: tuple[int, ...]) -> dict[str, jax.Array]:
+        return {**direction.pair(adapter, size), "lora_magnitude_vector": adapter["lora_magnitude_vector"]}
+
+    return start_of, pair_of
 
 
 def gain(w: Float[Array, "*stack in out"], adapter: Adapter, scale: jax.Array) -> Float[Array, "*stack out"]:
