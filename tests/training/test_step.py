@@ -341,26 +341,30 @@ HEADS = {
 }
 
 
-def head_case(name, dropout=0.0):
-    """``(tiled loss, loss over all logits, adapters)`` in float64, of 2 rows of 16 in 8 tiles; the head is trained."""
-    changes, spec = HEADS[name]
-    spec = replace(spec, dropout=dropout)
+def head_problem(changes, spec, rows):
+    """``(adapted model, variables of the trained leaves, these, batch)`` in float64, of rows of 16 tokens."""
     model, params = tiny_decoder(jnp.float64, num_hidden_layers=1, **changes)
     begun, frozen = split_frozen(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64))
     begun = trained(begun, spec) if trains_pairs(spec) else jax.tree.map(lambda x: 20 * x, begun)
-    low_rank, rng = adapted(model, spec), np.random.default_rng(2)
-    made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(2)])
+    rng = np.random.default_rng(2)
+    made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(rows)])
     batch = with_places(jax.tree.map(lambda x: x[:, :16], made), 15)
+    return adapted(model, spec), lambda own: {"params": params, "lora": with_frozen(own, frozen)}, begun, batch
+
+
+def head_case(name, dropout=0.0):
+    """``(tiled loss, loss over all logits, adapters)``, of 2 rows in 8 tiles; the head is trained."""
+    changes, spec = HEADS[name]
+    low_rank, variables, begun, batch = head_problem(changes, replace(spec, dropout=dropout), 2)
 
     def plain(adapters):
-        variables = {"params": params, "lora": with_frozen(adapters, frozen)}
-        logits = low_rank.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
+        logits = low_rank.apply(variables(adapters), batch.tokens, batch.positions, batch.segment_ids)
         return masked_cross_entropy(logits, batch.tokens, batch.loss_mask)[0]
 
     def tiled(adapters, key=None, places=True):
         keys = None if key is None else jax.random.split(key, 2)
         given = batch if places else batch._replace(loss_positions=None)
-        return summed_loss(low_rank, {"params": params, "lora": with_frozen(adapters, frozen)}, given, keys)
+        return summed_loss(low_rank, variables(adapters), given, keys)
 
     return tiled, plain, begun
 
@@ -380,19 +384,13 @@ def test_an_adapted_head_learns_as_over_all_logits(name, x64):
 def test_log_probs_of_completions_are_those_of_all_logits(name, x64):
     """Each with a weight of its own in the loss, so that each has a gradient of its own."""
     changes, spec = HEADS.get(name, ({}, LoraSpec(rank=2)))
-    model, params = tiny_decoder(jnp.float64, num_hidden_layers=1, **changes)
-    begun, frozen = split_frozen(init_adapters(jax.random.key(0), params, spec, dtype=jnp.float64))
-    begun = trained(begun, spec) if trains_pairs(spec) else jax.tree.map(lambda x: 20 * x, begun)
-    lora, rng = adapted(model, spec), np.random.default_rng(2)
-    made = make_batch([Example(tuple(map(int, rng.integers(0, 31, 16))), 1 + 5 * i) for i in range(3)])
-    batch = with_places(jax.tree.map(lambda x: x[:, :16], made), 15)
+    lora, variables, begun, batch = head_problem(changes, spec, 3)
 
     def tiled(adapters):
-        return completion_log_probs(lora, {"params": params, "lora": with_frozen(adapters, frozen)}, batch)
+        return completion_log_probs(lora, variables(adapters), batch)
 
     def plain(adapters):
-        variables = {"params": params, "lora": with_frozen(adapters, frozen)}
-        logits = lora.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
+        logits = lora.apply(variables(adapters), batch.tokens, batch.positions, batch.segment_ids)
         return (token_log_probs(logits, batch.tokens) * batch.loss_mask).sum(axis=1)
 
     weigh = lambda log_probs: jnp.tanh(log_probs / 30) @ jnp.array([1.0, -2.0, 3.0])
